@@ -1,0 +1,263 @@
+"""Owns the façade: one object through which users subscribe, publish, dispatch and observe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import EllipsisType
+from typing import Concatenate, TypedDict, TypeVar
+
+from eventkit import _context
+from eventkit._context import Core, EventContext, log_failure
+from eventkit._events import Delivery, type_name
+from eventkit._handlers import is_duration
+from eventkit._observers import Observation, Observer
+from eventkit._registry import (
+    Declaration,
+    EventRouter,
+    Registry,
+    Subscribing,
+    Subscription,
+    check_event_type,
+    close_router,
+    declare,
+)
+from eventkit._stats import Stats, Tally
+
+E = TypeVar("E")
+
+
+class Wiring(TypedDict):
+    """One subscription as plain data, as `EventBus.describe` gives it."""
+
+    event_type: str
+    handler: str
+    location: str
+    subscribed_at: str
+    thread: bool
+    timeout: float | None
+
+
+class EventBus(Subscribing):
+    """Ties events to handlers, and says what becomes of them.
+
+        bus = EventBus()
+
+        @bus.on(UserCreated)
+        async def greet(event: UserCreated) -> None: ...
+
+        async with bus.context():          # in a web application the middleware does this
+            bus.publish(UserCreated(1))    # delivered when the block has ended well
+
+    It holds nothing that is bound to an event loop: one bus at module level serves any number of
+    loops, one after the other or at once. Subscribing, publishing and reading are thread-safe.
+
+    Args:
+        name: Stands in logs and messages.
+        sequential: Handlers of one event run one after the other instead of concurrently.
+        handler_timeout: Seconds that one delivery may take in a drain, None for no limit. A
+            subscription's own `timeout=` goes before it; plain `def`s in a thread have none.
+        max_events: How many events with a handler may wait in one unit of work.
+        max_depth: How many handlers deep events may cause events.
+
+    Attributes:
+        name: As given.
+        report_failure: Called with the delivery and the exception of each failure that nobody
+            awaits, in the task of the failed handler; writes a line to the log. Assign another
+            callable to replace it; what it raises is logged.
+
+    Raises:
+        ValueError: A limit is not above 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str = "default",
+        sequential: bool = False,
+        handler_timeout: float | None = 30.0,
+        max_events: int = 1000,
+        max_depth: int = 16,
+    ) -> None:
+        if handler_timeout is not None and not is_duration(handler_timeout):
+            raise ValueError(f"handler_timeout takes seconds above 0, not {handler_timeout!r}")
+        if max_events < 1 or max_depth < 1:
+            raise ValueError(
+                f"max_events and max_depth are at least 1, not {max_events!r} and {max_depth!r}"
+            )
+        self._registry = Registry()
+        self._core = Core(
+            name=name,
+            sequential=sequential,
+            handler_timeout=handler_timeout,
+            max_events=max_events,
+            max_depth=max_depth,
+            resolve=self._registry.resolve,
+            tally=Tally(),
+            report_failure=log_failure,
+        )
+
+    @property
+    def name(self) -> str:
+        """What the bus is called in logs and messages."""
+        return self._core.name
+
+    @property
+    def report_failure(self) -> Callable[[Delivery, Exception], None]:
+        """What is called with each failure that nobody awaits; assign to replace it."""
+        return self._core.report_failure
+
+    @report_failure.setter
+    def report_failure(self, report: Callable[[Delivery, Exception], None]) -> None:
+        self._core.report_failure = report
+
+    @property
+    def stats(self) -> Stats:
+        """The counters of this bus at this moment. Thread-safe."""
+        return self._core.tally.snapshot()
+
+    def subscribe(
+        self,
+        event_type: type[E],
+        handler: Callable[Concatenate[E, ...], object],
+        *,
+        name: str | None = None,
+        timeout: float | None | EllipsisType = ...,
+        thread: bool | None = None,
+    ) -> Subscription:
+        """Have the handler called for events of this type and its subclasses.
+
+        Args:
+            event_type: A class; `object` for every event.
+            handler: Anything callable with the event alone: `async def`, plain `def` (runs in a
+                worker thread), methods, partials, callable objects.
+            name: A stable name, where `module:qualname` would not be one.
+            timeout: Seconds that one delivery may take, None for no limit; left out, the bus's
+                `handler_timeout` holds in drains.
+            thread: Where the call starts: True in a worker thread, False on the event loop; left
+                out, a plain `def` in a thread and everything async on the loop.
+
+        Returns:
+            The subscription; `cancel()` ends it, and so does leaving it as a context manager.
+
+        Raises:
+            InvalidEventTypeError: `event_type` is not a class.
+            InvalidHandlerError: The handler cannot be called with just an event.
+            DuplicateSubscriptionError: It is subscribed to this type already.
+        """
+        declaration = declare(event_type, handler, name=name, timeout=timeout, thread=thread)
+        return self._registry.add([declaration])[0]
+
+    def include(self, router: EventRouter) -> None:
+        """Subscribe all handlers of a router, or none.
+
+        Raises:
+            DuplicateSubscriptionError: One of them is subscribed already.
+        """
+        self._add(close_router(router))
+
+    def _add(self, declarations: Sequence[Declaration]) -> None:
+        self._registry.add(declarations)
+
+    def publish(self, *events: object, even_on_failure: bool = False) -> None:
+        """Say that something happened; handlers run when the unit of work has succeeded.
+
+        Queues in the active event context, in order, and returns at once: it never blocks and is
+        no checkpoint. Thread-safe. Handlers are looked up now, and will run in the context
+        variables of this moment. All events are accepted, or one error is raised.
+
+        Args:
+            events: Instances of any class. Without a handler they are counted and forgotten.
+            even_on_failure: Deliver although the unit of work fails, a `LoginFailed` on a 401
+                for instance.
+
+        Raises:
+            NoEventContextError: No unit of work is active here; the message says why.
+            EventContextClosedError: It has ended.
+            EventContextFullError: More than `max_events` would wait in it.
+            EventDepthError: A handler published this, too many handlers deep.
+            InvalidEventTypeError: A class was given instead of an instance of it.
+        """
+        _context.active(self._core).publish(*events, even_on_failure=even_on_failure)
+
+    async def dispatch(self, event: object) -> None:
+        """Run the handlers now, then those of what they publish, and wait for all of them.
+
+        A unit of work of its own: what it delivered stays delivered if an outer one fails. Not
+        for use inside an open transaction, whose changes the handlers' own sessions cannot see:
+        publish there instead. It has no timeout but those given to a subscription; cancelling it,
+        for instance by a timeout around it, cancels the handlers.
+
+        Raises:
+            DispatchError: Handlers failed; the group has every failure.
+            EventDepthError: Handlers dispatch to handlers, too many deep.
+            InvalidEventTypeError: A class was given instead of an instance of it.
+        """
+        await _context.dispatch(self._core, event)
+
+    def context(self) -> EventContext:
+        """A unit of work outside HTTP, for `async with`, or for `with` in synchronous jobs.
+
+        A clean exit delivers its events, and returns when their handlers have ended; an exception
+        discards them. Inside another context of this bus it is a savepoint: see `EventContext`.
+        A synchronous job's handlers run on an event loop of their own (asyncio), or in a worker
+        thread on the loop it works for.
+        """
+        return EventContext(self._core)
+
+    def current_context(self) -> EventContext:
+        """The active unit of work of this bus.
+
+        Raises:
+            NoEventContextError: There is none; the message says why.
+        """
+        return _context.active(self._core)
+
+    def handlers_for(self, event_type: type) -> tuple[Subscription, ...]:
+        """The subscriptions that an event of exactly this class reaches, in start order.
+
+        Raises:
+            InvalidEventTypeError: `event_type` is not a class.
+        """
+        check_event_type(event_type)
+        return self._registry.resolve(event_type)
+
+    def describe(self) -> list[Wiring]:
+        """The whole wiring as plain data, in start order."""
+        default = self._core.handler_timeout
+        return [
+            Wiring(
+                event_type=type_name(subscription.event_type),
+                handler=subscription.name,
+                location=subscription.location,
+                subscribed_at=subscription.declaration.declared_at,
+                thread=subscription.thread,
+                timeout=default if subscription.timeout is ... else subscription.timeout,
+            )
+            for subscription in self._registry
+        ]
+
+    def observe(self, observer: Observer) -> Observation:
+        """Have an observer told what happens from now on.
+
+        Returns:
+            A handle whose `detach()` ends it; also a context manager.
+
+        Raises:
+            TypeError: It is not an instance of `Observer`.
+        """
+        if not isinstance(observer, Observer):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"observe() takes an instance of eventkit.Observer, not {observer!r}")
+        core = self._core
+        with core.tally.lock:
+            core.observers = (*core.observers, observer)
+        return Observation(partial(self._detach, observer))
+
+    def _detach(self, observer: Observer) -> None:
+        core = self._core
+        with core.tally.lock:
+            core.observers = tuple(o for o in core.observers if o is not observer)
+
+    def __repr__(self) -> str:
+        handlers = len(self.describe())
+        return f"<EventBus {self.name!r}, {handlers} subscriptions, {self.stats.pending} pending>"

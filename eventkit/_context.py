@@ -1,0 +1,705 @@
+"""Owns units of work: what was published in them, and whether it is delivered or discarded.
+
+Knows nothing of HTTP, nor of who subscribed and why.
+
+How events flow: `publish` appends an envelope to `_staged`. `release` moves what is staged to
+`_released`; `discard` drops it, save what was published `even_on_failure`. `_deliver` takes
+envelopes off `_released` one by one and runs their handlers, each in a unit of its own, whose
+remaining events join `_released` behind all others when the last handler of the event has ended.
+All queues of a bus are guarded by the one lock of its `Tally`, and only this module changes them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import Context, ContextVar, Token, copy_context
+from dataclasses import dataclass
+from enum import Enum
+from itertools import count
+from types import TracebackType
+from typing import Self
+
+import anyio
+from anyio import from_thread
+from anyio.lowlevel import current_token
+
+from eventkit._dispatch import Run, Terms, run_all
+from eventkit._events import Delivery, type_name
+from eventkit._log import bind, log
+from eventkit._observers import Observer, contained
+from eventkit._registry import Plan
+from eventkit._stats import Outcome, Tally
+from eventkit.exceptions import (
+    DispatchError,
+    DrainInProgressError,
+    EventContextClosedError,
+    EventContextFullError,
+    EventContextUsageError,
+    EventDepthError,
+    NoDeliveryError,
+    NoEventContextError,
+)
+
+_active: ContextVar[EventContext | None] = ContextVar("eventkit_active", default=None)
+_outside: ContextVar[str | None] = ContextVar("eventkit_outside", default=None)
+_numbers = count()
+
+
+@dataclass(slots=True, eq=False)
+class Core:
+    """What all units of work of one bus share.
+
+    The bus makes it and changes `observers` and `report_failure`; everything else is fixed.
+    """
+
+    name: str
+    sequential: bool
+    handler_timeout: float | None
+    max_events: int
+    max_depth: int
+    resolve: Callable[[type], Plan]
+    tally: Tally
+    report_failure: Callable[[Delivery, Exception], None]
+    observers: tuple[Observer, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class _Envelope:
+    """One published event with its deliveries, none of which has started."""
+
+    event: object
+    plan: Plan
+    variables: Context
+    cause: Delivery | None
+    depth: int
+    published_ns: int
+    number: int
+    even_on_failure: bool
+
+    def deliveries(self) -> list[Delivery]:
+        return [
+            Delivery(
+                event=self.event,
+                handler=subscription.name,
+                cause=self.cause,
+                depth=self.depth,
+                attempt=1,
+                _published_ns=self.published_ns,
+                _number=(self.number, index),
+            )
+            for index, subscription in enumerate(self.plan)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A delivery that failed, and what it raised."""
+
+    delivery: Delivery
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class DrainReport:
+    """What one drain delivered.
+
+    Attributes:
+        handled: Deliveries whose handler ended well.
+        failures: The others, in the order in which they failed.
+    """
+
+    handled: int
+    failures: tuple[Failure, ...]
+
+    def raise_for_failures(self) -> None:
+        """Raise everything that failed as one group.
+
+        Raises:
+            DispatchError: There were failures.
+        """
+        if self.failures:
+            raise _together(self.failures)
+
+
+Report = Callable[[Delivery, Exception], None]
+
+
+def _together(failures: Sequence[Failure]) -> DispatchError:
+    events = dict.fromkeys(type_name(type(failure.delivery.event)) for failure in failures)
+    return DispatchError(
+        f"handlers failed for {', '.join(events)}", [failure.error for failure in failures]
+    )
+
+
+class _State(Enum):
+    NEW = "new"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class EventContext:
+    """A unit of work: events published in it are delivered when it succeeds.
+
+    Made by `EventBus.context()`, by the middleware for each request, and for each delivery.
+    Opened inside another one of the same bus it works like a savepoint: an exception drops only
+    its own events, a clean exit hands them to the outer unit.
+
+    Events may be published from any task and any thread that sees the context; everything else
+    belongs to the event loop on which it was opened, but `release` and `discard`, which are
+    thread-safe too. It cannot be opened twice. While it is open it holds no cancel scope and no
+    task group, so an async generator may open it around a `yield`.
+    """
+
+    __slots__ = (
+        "_core",
+        "_delivery",
+        "_drained",
+        "_enclosing",
+        "_is_delivery",
+        "_load",
+        "_outer",
+        "_released",
+        "_root",
+        "_staged",
+        "_state",
+        "_token",
+    )
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._state = _State.NEW
+        self._staged: list[_Envelope] = []
+        self._released: deque[_Envelope] = deque()
+        self._outer: EventContext | None = None  # the unit of this bus that this one hands to
+        self._enclosing: EventContext | None = None  # the unit around it, of whichever bus
+        self._root = self
+        self._load = 0  # events waiting in this unit and all inside it, kept by the root alone
+        self._delivery: Delivery | None = None  # the delivery that it is, or that it is inside
+        self._is_delivery = False
+        self._drained: anyio.Event | None = None  # there while a drain is running
+        self._token: Token[EventContext | None] | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more events, because its own were delivered or discarded."""
+        return self._state is _State.CLOSED
+
+    @property
+    def pending(self) -> tuple[Delivery, ...]:
+        """The deliveries that wait here, released ones first. Thread-safe."""
+        with self._core.tally.lock:
+            envelopes = [*self._released, *self._staged]
+        return tuple(delivery for envelope in envelopes for delivery in envelope.deliveries())
+
+    def publish(self, *events: object, even_on_failure: bool = False) -> None:
+        """Say that something happened in this unit of work. See `EventBus.publish`."""
+        core = self._core
+        cause = self._delivery
+        depth = 0 if cause is None else cause.depth + 1
+        if cause is not None and depth > core.max_depth and events:
+            raise EventDepthError(
+                type_name(type(events[0])), core.max_depth, [str(d) for d in cause.chain()]
+            )
+        variables = copy_context()
+        now = time.time_ns()
+        envelopes = [
+            _Envelope(
+                event=event,
+                plan=core.resolve(type(event)),
+                variables=variables,
+                cause=cause,
+                depth=depth,
+                published_ns=now,
+                number=next(_numbers),
+                even_on_failure=even_on_failure,
+            )
+            for event in events
+        ]
+        waiting = [envelope for envelope in envelopes if envelope.plan]
+        root, tally = self._root, core.tally
+        with tally.lock:
+            if self._state is not _State.OPEN:
+                raise EventContextClosedError(self._why_not_open())
+            if root._load + len(waiting) > core.max_events:
+                raise EventContextFullError(core.name, core.max_events)
+            root._load += len(waiting)
+            self._staged += waiting
+            tally.published += len(envelopes)
+            tally.accepted += sum(len(envelope.plan) for envelope in waiting)
+        for observer in core.observers:
+            for envelope in envelopes:
+                with contained(observer):
+                    observer.published(envelope.event, envelope.deliveries())
+
+    def release(self) -> None:
+        """What was published so far will be delivered, whatever follows. Thread-safe.
+
+        For the moment after a commit. Delivery itself happens when the unit ends, or in `drain`.
+        """
+        with self._core.tally.lock:
+            self._released += self._staged
+            self._staged.clear()
+
+    def discard(self) -> None:
+        """Drop what is neither released nor `even_on_failure`. Thread-safe.
+
+        For the moment after a rollback. What is dropped is counted, logged, and told observers.
+        """
+        with self._core.tally.lock:
+            dropped = self._unstage(self._released)
+        self._drop(dropped, Outcome.DISCARDED)
+
+    async def drain(self) -> DrainReport:
+        """Release what was published so far, and deliver it and all that it causes now.
+
+        May be called as often as wanted while the unit is open: per chunk, per message, after
+        each commit. Failures are reported as in every drain, and are in the result too. What a
+        cancellation interrupts is undelivered; what had not started waits for the next drain.
+
+        Raises:
+            DrainInProgressError: Called inside a handler, or while another drain of it runs.
+        """
+        if self._inside_handler():
+            raise DrainInProgressError(
+                f"a handler of bus {self._core.name!r} cannot drain its own unit of work: what it "
+                "publishes is delivered when the handlers of its event have ended. To wait for "
+                "handlers, use `await bus.dispatch(event)`"
+            )
+        if self._drained is not None:
+            raise DrainInProgressError(
+                f"this event context of bus {self._core.name!r} is being drained by another task"
+            )
+        self.release()
+        failures: list[Failure] = []
+
+        def report(delivery: Delivery, error: Exception) -> None:
+            failures.append(Failure(delivery, error))
+            self._report(delivery, error)
+
+        try:
+            handled = await self._deliver(report, self._core.handler_timeout)
+            return DrainReport(handled, tuple(failures))
+        finally:
+            failures.clear()  # a handler's traceback leads to `report`, which would close a ring
+
+    def __enter__(self) -> Self:
+        if _loop_is_running():
+            raise EventContextUsageError(
+                "`with bus.context()` would block the running event loop while it drains: use "
+                "`async with bus.context()`"
+            )
+        self._enter()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._leave()
+        success = exc is None
+        if not self._hand_over(success=success) and not self._close_if_idle(success=success):
+            _run(self._end, success)
+
+    async def __aenter__(self) -> Self:
+        self._enter()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._leave()
+        success = exc is None
+        if not self._hand_over(success=success):
+            await self._end(success)
+
+    def __repr__(self) -> str:
+        kind = f"EventContext of bus {self._core.name!r}"
+        if self._is_delivery:
+            kind = f"{kind} for {self._delivery}"
+        return f"<{kind}, {self._state.value}, {len(self.pending)} pending>"
+
+    def _open(self, enclosing: EventContext | None, *, nested: bool = True) -> None:
+        """Open it inside `enclosing`, whose events' cause it shares.
+
+        With `nested` it hands over to the unit of the same bus around it, if there is one.
+        """
+        if self._state is not _State.NEW:
+            raise EventContextUsageError(
+                "an event context is opened once: call bus.context() for each unit of work"
+            )
+        while enclosing is not None and enclosing.closed:  # a task that outlived its unit
+            enclosing = enclosing._enclosing
+        self._state = _State.OPEN
+        self._enclosing = enclosing
+        if enclosing is not None:
+            self._delivery = enclosing._delivery
+        if nested:
+            self._outer = _find(enclosing, self._core)
+        if self._outer is not None:
+            self._root = self._outer._root
+
+    def _enter(self) -> None:
+        """Open it, and make it the active one."""
+        self._open(_active.get())
+        self._token = _active.set(self)
+
+    def _leave(self) -> None:
+        """Make the one before it the active one again."""
+        if self._token is not None:
+            with suppress(ValueError):  # opened in a copy of these variables: nothing to undo
+                _active.reset(self._token)
+            self._token = None
+
+    def _why_not_open(self) -> str:
+        bus = self._core.name
+        if self._state is _State.NEW:
+            return f"this event context of bus {bus!r} is not open yet: use `async with`"
+        if self._is_delivery:
+            return (
+                f"the handler that this event context of bus {bus!r} belongs to has ended "
+                f"({self._delivery}). A task that outlives its handler needs a unit of its own: "
+                "`async with bus.context():`"
+            )
+        return (
+            f"this event context of bus {bus!r} has ended: the request or job it belongs to is "
+            "over, and its events were delivered. A task or thread that outlives it needs a unit "
+            "of its own: `async with bus.context():`"
+        )
+
+    def _inside_handler(self) -> bool:
+        unit: EventContext | None = self
+        while unit is not None and not unit._is_delivery:
+            unit = unit._outer
+        return unit is not None and not unit.closed
+
+    def _unstage(self, kept: deque[_Envelope] | list[_Envelope]) -> list[_Envelope]:
+        """Empty what is staged: the part to deliver anyway goes to `kept`, the rest is returned.
+
+        Needs the lock.
+        """
+        kept += [envelope for envelope in self._staged if envelope.even_on_failure]
+        dropped = [envelope for envelope in self._staged if not envelope.even_on_failure]
+        self._staged.clear()
+        self._root._load -= len(dropped)
+        return dropped
+
+    def _hand_over(self, *, success: bool) -> bool:
+        """Close it, and give what is left to the outer unit; False where there is none open.
+
+        What was released here stays decided, also if the outer unit fails.
+        """
+        outer = self._outer
+        with self._core.tally.lock:
+            if outer is None or outer.closed:
+                return False
+            self._state = _State.CLOSED
+            left = [*self._released]
+            self._released.clear()
+            dropped: list[_Envelope] = []
+            if self._is_delivery:
+                queue: list[_Envelope] | deque[_Envelope] = outer._released
+            else:
+                queue = outer._staged
+                for envelope in left:
+                    envelope.even_on_failure = True
+            if success:
+                left += self._staged
+                self._staged.clear()
+            else:
+                dropped = self._unstage(left)
+            queue += left
+        self._drop(dropped, Outcome.DISCARDED)
+        return True
+
+    def _close_if_idle(self, *, success: bool) -> bool:
+        """Decide what is staged; close it if then nothing is left to deliver."""
+        if success:
+            self.release()
+        else:
+            self.discard()
+        with self._core.tally.lock:
+            idle = not self._released and not self._staged and self._drained is None
+            if idle:
+                self._state = _State.CLOSED
+            return idle
+
+    async def _end(self, success: bool) -> None:
+        await self._finish(self._report, self._core.handler_timeout, success=success)
+
+    async def _finish(self, report: Report, timeout: float | None, *, success: bool) -> None:
+        """Deliver what is to be delivered, then close; what a cancellation left is undelivered."""
+        try:
+            while not self._close_if_idle(success=success):
+                if self._drained is None:
+                    await self._deliver(report, timeout)
+                else:  # another task is at it; what it leaves is ours
+                    await self._drained.wait()
+        finally:
+            self._abandon()
+
+    async def _deliver(self, report: Report, timeout: float | None) -> int:
+        """Deliver what is released, and what comes of it; returns how many were handled."""
+        core = self._core
+        handled = 0
+        self._drained = anyio.Event()
+        try:
+            while (envelope := self._next()) is not None:
+                terms = Terms(core.sequential, core.tally, core.observers, report)
+                handled += await self._deliver_one(envelope, terms, timeout)
+        finally:
+            self._drained.set()
+            self._drained = None
+        return handled
+
+    def _next(self) -> _Envelope | None:
+        with self._core.tally.lock:
+            if not self._released:
+                return None
+            self._root._load -= 1
+            return self._released.popleft()
+
+    async def _deliver_one(self, envelope: _Envelope, terms: Terms, timeout: float | None) -> int:
+        """Run the handlers of one event, each in a unit of its own inside this one."""
+        runs: list[Run] = []
+        units: list[EventContext] = []
+        cancelled: list[Delivery] = []
+        for delivery, subscription in zip(envelope.deliveries(), envelope.plan, strict=True):
+            if not subscription.active:
+                cancelled.append(delivery)
+                continue
+            handler = subscription.target
+            limit = timeout if handler.timeout is ... else handler.timeout
+            unit = self._unit_for(delivery)
+            variables = envelope.variables.copy()
+            variables.run(_active.set, unit)
+            bind(variables, event_type=type_name(type(delivery.event)), handler=delivery.handler)
+            runs.append(Run(delivery, handler, limit, variables))
+            units.append(unit)
+        self._skip(cancelled, Outcome.DISCARDED)
+        try:
+            await run_all(runs, terms)
+        finally:
+            for run, unit in zip(runs, units, strict=True):
+                if not unit._hand_over(success=run.outcome is Outcome.HANDLED):
+                    unit._abandon()
+            ended = [run.delivery for run in runs if run.outcome is Outcome.UNDELIVERED]
+            _announce(self._core, ended, Outcome.UNDELIVERED)
+        return sum(run.outcome is Outcome.HANDLED for run in runs)
+
+    def _unit_for(self, delivery: Delivery) -> EventContext:
+        """The unit of work that a delivery is: of this bus only, inside this one."""
+        unit = EventContext(self._core)
+        unit._state = _State.OPEN
+        unit._outer = self
+        unit._root = self._root
+        unit._delivery = delivery
+        unit._is_delivery = True
+        return unit
+
+    def _abandon(self) -> None:
+        """Close it; what is left will not be delivered."""
+        with self._core.tally.lock:
+            self._state = _State.CLOSED
+            left = [*self._released, *self._staged]
+            self._released.clear()
+            self._staged.clear()
+            self._root._load -= len(left)
+        self._drop(left, Outcome.UNDELIVERED)
+
+    def _drop(self, envelopes: Sequence[_Envelope], outcome: Outcome) -> None:
+        self._skip([d for envelope in envelopes for d in envelope.deliveries()], outcome)
+
+    def _skip(self, deliveries: Sequence[Delivery], outcome: Outcome) -> None:
+        """Account for deliveries that will never run."""
+        self._core.tally.skip(outcome, len(deliveries))
+        _announce(self._core, deliveries, outcome)
+
+    def _report(self, delivery: Delivery, error: Exception) -> None:
+        """Tell the bus's owner of a failure that nobody awaits."""
+        try:
+            self._core.report_failure(delivery, error)
+        except Exception as broken:
+            log(logging.ERROR, "report_failure failed", error=broken, bus=self._core.name)
+            log_failure(delivery, error)
+
+
+def log_failure(delivery: Delivery, error: Exception) -> None:
+    """Write the line that a failed delivery leaves by default: never the payload."""
+    log(
+        logging.ERROR,
+        "event handler failed",
+        error=error,
+        event_type=type_name(type(delivery.event)),
+        handler=delivery.handler,
+        delivery_id=str(delivery.id),
+    )
+
+
+def _announce(core: Core, deliveries: Sequence[Delivery], outcome: Outcome) -> None:
+    """Log and tell observers that these were dropped."""
+    if not deliveries:
+        return
+    lost = outcome is Outcome.UNDELIVERED
+    kinds = Counter(type_name(type(delivery.event)) for delivery in deliveries)
+    log(
+        logging.ERROR if lost else logging.INFO,
+        f"deliveries {outcome.value}",
+        bus=core.name,
+        deliveries=len(deliveries),
+        event_types=", ".join(f"{kind} x{times}" for kind, times in kinds.items()),
+    )
+    for observer in core.observers:
+        with contained(observer):
+            (observer.undelivered if lost else observer.discarded)(deliveries)
+
+
+async def dispatch(core: Core, event: object) -> None:
+    """Run the handlers of one event, and of all that comes of it. See `EventBus.dispatch`."""
+    unit = EventContext(core)
+    unit._open(_active.get(), nested=False)
+    unit.publish(event)
+    failures: list[Failure] = []
+
+    def collect(delivery: Delivery, error: Exception) -> None:
+        failures.append(Failure(delivery, error))
+
+    try:
+        try:
+            await unit._finish(collect, None, success=True)
+        except BaseException:
+            for failure in failures:  # nobody else will hear of them
+                unit._report(failure.delivery, failure.error)
+            raise
+        if failures:
+            raise _together(failures)
+    finally:
+        failures.clear()  # a handler's traceback leads to `collect`, which would close a ring
+
+
+def active(core: Core) -> EventContext:
+    """The unit of work of this bus that surrounds the caller, open or not.
+
+    Raises:
+        NoEventContextError: There is none; the message names the likely cause.
+    """
+    context = _find(_active.get(), core)
+    if context is None:
+        raise NoEventContextError(core.name, _why_none())
+    return context
+
+
+def current_delivery() -> Delivery:
+    """The delivery that the calling handler is.
+
+    Its `id` is fit for an idempotency key. Seen by everything that shares the handler's context
+    variables: the functions it calls, its threads and tasks.
+
+    Raises:
+        NoDeliveryError: Called outside a handler.
+    """
+    context = _active.get()
+    if context is None or context._delivery is None:
+        raise NoDeliveryError("current_delivery() is for handlers; this is not one")
+    return context._delivery
+
+
+@contextmanager
+def entered(context: EventContext, enclosing: EventContext | None) -> Generator[None]:
+    """Open it inside `enclosing` alone, whatever is active; active for the block, then not ended.
+
+    For those who end a unit of work elsewhere than where it was begun, with `finish`.
+    """
+    context._open(enclosing)
+    context._token = _active.set(context)
+    try:
+        yield
+    finally:
+        context._leave()
+
+
+@contextmanager
+def outside(reason: str) -> Generator[None]:
+    """No unit of work is active in the block; an attempt to publish is told the reason."""
+    active, told = _active.set(None), _outside.set(reason)
+    try:
+        yield
+    finally:
+        _outside.reset(told)
+        _active.reset(active)
+
+
+async def finish(context: EventContext, *, success: bool) -> None:
+    """Release or discard what nobody has decided, deliver what is released, and close."""
+    await context._end(success)
+
+
+def close_if_idle(context: EventContext, *, success: bool) -> bool:
+    """As `finish`, where there is nothing to deliver; False where there is."""
+    return context._close_if_idle(success=success)
+
+
+def _find(innermost: EventContext | None, core: Core) -> EventContext | None:
+    context = innermost
+    while context is not None and context._core is not core:
+        context = context._enclosing
+    return context
+
+
+def _why_none() -> str:
+    enclosing = _active.get()
+    reason = _outside.get()
+    if enclosing is not None:
+        return (
+            f"this is a unit of work of bus {enclosing._core.name!r}, and it is not inside one of "
+            "this bus. Open one: `async with bus.context():`"
+        )
+    if reason is not None:
+        return reason
+    if _loop_is_running():
+        return (
+            "no request or job surrounds the caller. In a web application install the middleware: "
+            "app.add_middleware(EventContextMiddleware, bus=bus). Elsewhere, open a unit of work: "
+            "`async with bus.context():`"
+        )
+    thread = threading.current_thread()
+    if thread is not threading.main_thread():
+        return (
+            f"the thread {thread.name!r} was started without its creator's context variables. "
+            "Use anyio.to_thread.run_sync() or asyncio.to_thread(), which pass them on, or open "
+            "a unit of work of its own: `with bus.context():`"
+        )
+    return (
+        "this is start-up code, a script or a synchronous test. Open a unit of work: "
+        "`with bus.context():`"
+    )
+
+
+def _loop_is_running() -> bool:
+    try:
+        current_token()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _run(end: Callable[[bool], Awaitable[None]], success: bool) -> None:
+    """Run the end of a synchronous unit of work: on the loop this thread works for, or a new one.
+
+    A worker thread's handlers belong on its own event loop, beside the application's resources.
+    """
+    try:
+        from_thread.run_sync(int)
+    except RuntimeError:
+        anyio.run(end, success)
+    else:
+        from_thread.run(end, success)

@@ -1,0 +1,197 @@
+"""Runs the handlers of one event: concurrency and failure policy, and nothing else.
+
+`run_all` is the whole of it. It knows nothing of who subscribed and why, of units of work, or of
+what happens before and after.
+
+The policy, per delivery: an `Exception` is recorded and disturbs nobody; a cancellation that came
+from outside ends the delivery and passes on; one that the handler made up is a failure; anything
+else (`KeyboardInterrupt`, `SystemExit`) cancels the siblings and propagates.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextvars import Context
+from dataclasses import dataclass
+from functools import partial
+
+from anyio import (
+    CancelScope,
+    create_task_group,
+    current_effective_deadline,
+    get_cancelled_exc_class,
+    move_on_after,
+)
+
+from eventkit._events import Delivery, type_name
+from eventkit._handlers import Handler
+from eventkit._observers import Observer, watched
+from eventkit._stats import Outcome, Tally
+from eventkit.exceptions import HandlerCancelledError, HandlerTimeoutError
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One delivery that is about to happen.
+
+    Attributes:
+        delivery: What observers are told.
+        handler: What to run.
+        timeout: Seconds it may take on the event loop, None for no limit.
+        variables: The context variables to run it in; copied, never changed.
+        outcome: Set by `run_all`, and by nobody else.
+    """
+
+    delivery: Delivery
+    handler: Handler
+    timeout: float | None
+    variables: Context
+    outcome: Outcome | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What all runs of one unit of work have in common.
+
+    Attributes:
+        sequential: One handler after the other, instead of all at once.
+        tally: The counters to keep.
+        observers: Whom to tell.
+        report: Called at once with every failure, from the task of the failed handler.
+    """
+
+    sequential: bool
+    tally: Tally
+    observers: tuple[Observer, ...]
+    report: Callable[[Delivery, Exception], None]
+
+
+async def run_all(runs: Sequence[Run], terms: Terms) -> None:
+    """Run the handlers of one event, and wait until every one of them has ended.
+
+    Each runs in a task of its own and in its own copy of its context variables. Afterwards every
+    run has an outcome, whatever way this was left.
+
+    Cancelling it cancels the handlers; those that have not started then are undelivered.
+
+    Raises:
+        BaseException: What a handler raised that is neither an `Exception` nor a cancellation,
+            after its siblings have been cancelled.
+    """
+    fatal: list[BaseException] = []
+    batches: Iterable[Sequence[Run]] = ([run] for run in runs) if terms.sequential else [runs]
+    try:
+        for batch in batches:
+            async with create_task_group() as tasks:
+                for run in batch:
+                    run.variables.run(
+                        partial(tasks.start_soon, name=run.handler.name),
+                        _guard,
+                        run,
+                        terms,
+                        fatal,
+                        tasks.cancel_scope,
+                    )
+            if fatal:
+                break
+    finally:
+        for run in runs:
+            if run.outcome is None:  # it never came to its first step
+                run.outcome = Outcome.UNDELIVERED
+                terms.tally.skip(Outcome.UNDELIVERED, 1)
+        if fatal:
+            raise fatal.pop()
+
+
+async def _guard(run: Run, terms: Terms, fatal: list[BaseException], siblings: CancelScope) -> None:
+    """Run one handler, so that nothing but a cancellation from outside leaves its task."""
+    terms.tally.start()
+    outcome = Outcome.UNDELIVERED
+    try:
+        with watched(terms.observers, run.delivery):
+            await _attempt(run)
+        outcome = Outcome.HANDLED
+    except Exception as error:
+        outcome = Outcome.FAILED
+        event = type_name(type(run.delivery.event))
+        note = f"raised by the handler {run.handler.name} ({run.handler.location}) for {event}"
+        if note not in getattr(error, "__notes__", ()):  # one instance may be raised twice
+            error.add_note(note)
+        terms.report(run.delivery, error)
+    except BaseException as error:
+        if _failures_in(error) is None:
+            raise
+        fatal.append(error)
+        siblings.cancel()
+    finally:
+        run.outcome = outcome
+        terms.tally.end(outcome)
+
+
+async def _attempt(run: Run) -> None:
+    """Call one handler, and raise what its delivery failed with."""
+    requests = _cancel_requests()
+    try:
+        awaitable = await run.handler.start(run.delivery.event)
+        if awaitable is not None:
+            await _await_in_time(awaitable, run)
+    except Exception:
+        raise
+    except BaseException as error:
+        failures = _failures_in(error)
+        if failures is None and (_in_cancelled_scope() or _cancel_requests() > requests):
+            raise
+        if failures is None:
+            raise HandlerCancelledError(run.handler.name) from error
+        raise failures from failures.__cause__
+
+
+async def _await_in_time(awaitable: Awaitable[object], run: Run) -> None:
+    if run.timeout is None:
+        await awaitable
+        return
+    waiting: BaseException | None = None
+    with move_on_after(run.timeout) as scope:
+        try:
+            await awaitable
+        except get_cancelled_exc_class() as error:
+            waiting = error
+            raise
+    if scope.cancelled_caught:
+        try:
+            raise HandlerTimeoutError(run.handler.name, run.timeout) from waiting
+        finally:
+            del waiting  # or this frame and its traceback keep each other alive
+
+
+def _failures_in(error: BaseException) -> BaseException | None:
+    """What is left of it without cancellations; None where it is nothing else.
+
+    A task group of the handler's own, cancelled while its children failed, may raise both: the
+    failures are news, and the cancellation comes again at the next checkpoint.
+    """
+    cancelled = get_cancelled_exc_class()
+    if isinstance(error, cancelled):
+        return None
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(cancelled)[1]
+    return error
+
+
+def _in_cancelled_scope() -> bool:
+    return current_effective_deadline() == -math.inf
+
+
+def _cancel_requests() -> int:
+    """How often this task was asked to cancel, natively or by a scope; trio has no such count.
+
+    On asyncio anyone can raise `CancelledError`. Comparing this count with its value before is
+    what tells a cancellation from an exception that merely looks like one.
+    """
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # not asyncio
+        return 0
+    return task.cancelling() if task else 0

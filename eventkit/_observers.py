@@ -1,0 +1,100 @@
+"""Owns the hooks through which others watch a bus, and keeps their errors away from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import TracebackType
+
+from eventkit._events import Delivery
+from eventkit._log import log
+
+
+class Observer:
+    """A no-op base class: override what you want to see, then `bus.observe(observer)`.
+
+    Hooks are called synchronously, `published` in the publisher's thread and the others where
+    the unit of work ends, and should be quick. What a hook raises is logged and changes nothing.
+    """
+
+    def published(self, event: object, deliveries: Sequence[Delivery]) -> None:
+        """An event was accepted; `deliveries` is empty where it has no handler."""
+
+    def discarded(self, deliveries: Sequence[Delivery]) -> None:
+        """These will not run: their unit of work failed, or their subscription was cancelled."""
+
+    def undelivered(self, deliveries: Sequence[Delivery]) -> None:
+        """These were not run, or were ended by a cancellation from outside."""
+
+    def delivery(self, delivery: Delivery) -> AbstractContextManager[object]:
+        """Surround one run of one handler.
+
+        The context manager is entered right before the handler, in the handler's own context
+        variables: what it sets is visible to the handler, a tracer's current span for instance.
+        Its `__exit__` is told the outcome: nothing where the handler ended well, the exception
+        where it failed, a cancellation where it was ended from outside. It cannot swallow it.
+        """
+        return nullcontext()
+
+
+class Observation:
+    """The tie between a bus and an observer; `detach()` ends it. Also a context manager."""
+
+    __slots__ = ("_detach",)
+
+    def __init__(self, detach: Callable[[], None]) -> None:
+        self._detach = detach
+
+    def detach(self) -> None:
+        """Stop telling the observer. Deliveries that are running still tell it their end."""
+        self._detach()
+
+    def __enter__(self) -> Observation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+@contextmanager
+def contained(observer: Observer) -> Generator[None]:
+    """Log what the observer raises, and go on."""
+    try:
+        yield
+    except Exception as error:
+        log(logging.ERROR, "an observer failed", error=error, observer=repr(observer))
+
+
+class _Surrounding:
+    """An observer's context manager around one delivery, with its errors contained."""
+
+    __slots__ = ("_delivery", "_manager", "_observer")
+
+    def __init__(self, observer: Observer, delivery: Delivery) -> None:
+        self._observer = observer
+        self._delivery = delivery
+        self._manager: AbstractContextManager[object] = nullcontext()
+
+    def __enter__(self) -> None:
+        with contained(self._observer):
+            manager = self._observer.delivery(self._delivery)
+            manager.__enter__()
+            self._manager = manager
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with contained(self._observer):
+            self._manager.__exit__(exc_type, exc, traceback)
+
+
+def watched(observers: tuple[Observer, ...], delivery: Delivery) -> AbstractContextManager[object]:
+    """All observers' context managers around one delivery, the first observer outermost."""
+    with ExitStack() as stack:
+        for observer in observers:
+            stack.enter_context(_Surrounding(observer, delivery))
+        return stack.pop_all()

@@ -1,0 +1,372 @@
+"""Owns who subscribed to what: subscriptions, routers, resolution and its cache.
+
+Knows nothing of how handlers are run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from threading import Lock
+from types import EllipsisType, FrameType
+from typing import Concatenate, ParamSpec, Self, TypeVar, overload
+
+from eventkit._events import type_name
+from eventkit._handlers import Handler, inspect_handler
+from eventkit.exceptions import (
+    DuplicateSubscriptionError,
+    InvalidEventTypeError,
+    InvalidHandlerError,
+    RouterClosedError,
+)
+
+E = TypeVar("E")
+E2 = TypeVar("E2")
+E3 = TypeVar("E3")
+E4 = TypeVar("E4")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_order = count()
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """A handler for an event type, as declared and checked, not yet tied to a bus."""
+
+    event_type: type
+    handler: Handler
+    declared_at: str
+
+    def refuse_twin(self, twin: Declaration | None) -> None:
+        """Raise if the same handler is there for the same event type already."""
+        if twin is not None:
+            raise DuplicateSubscriptionError(
+                self.handler.name, type_name(self.event_type), twin.declared_at, self.declared_at
+            )
+
+
+class Subscription:
+    """Ties one handler to one event type. Made by `EventBus.subscribe`; `cancel()` ends it.
+
+    Also a context manager that cancels at the end of the block. May be cancelled from any thread.
+
+    Attributes:
+        active: False once cancelled.
+    """
+
+    __slots__ = ("_registry", "active", "declaration", "order", "target")
+
+    def __init__(self, declaration: Declaration, registry: Registry) -> None:
+        self.declaration = declaration
+        self.target = declaration.handler
+        self.order = next(_order)
+        self.active = True
+        self._registry = registry
+
+    @property
+    def event_type(self) -> type:
+        """Instances of it and of its subclasses are delivered."""
+        return self.declaration.event_type
+
+    @property
+    def handler(self) -> Callable[..., object]:
+        """The callable as it was given."""
+        return self.target.function
+
+    @property
+    def name(self) -> str:
+        """The handler's stable name, `module:qualname` or what `name=` said."""
+        return self.target.name
+
+    @property
+    def location(self) -> str:
+        """Where the handler is defined, as `file:line`."""
+        return self.target.location
+
+    @property
+    def thread(self) -> bool:
+        """Whether the call starts in a worker thread."""
+        return self.target.in_thread
+
+    @property
+    def timeout(self) -> float | None | EllipsisType:
+        """Seconds a delivery may take, None for no limit, `...` for the bus's default."""
+        return self.target.timeout
+
+    def cancel(self) -> None:
+        """End the subscription. Deliveries of it that have not started will be discarded."""
+        self._registry.remove(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+    def __repr__(self) -> str:
+        state = "" if self.active else " (cancelled)"
+        return f"<Subscription {type_name(self.event_type)} -> {self.name} {self.location}{state}>"
+
+
+Plan = tuple[Subscription, ...]
+
+
+def declare(
+    event_type: type,
+    handler: Callable[..., object],
+    *,
+    name: str | None = None,
+    timeout: float | None | EllipsisType = ...,
+    thread: bool | None = None,
+) -> Declaration:
+    """Check what a user wants to subscribe.
+
+    Raises:
+        InvalidEventTypeError: `event_type` is not a class.
+        InvalidHandlerError: The handler cannot be called with an event, or not as asked.
+    """
+    check_event_type(event_type)
+    target = inspect_handler(handler, name=name, timeout=timeout, thread=thread)
+    return Declaration(event_type, target, _caller())
+
+
+def check_event_type(event_type: object) -> None:
+    """Refuse what no event can be an instance of."""
+    if not isinstance(event_type, type) or hasattr(event_type, "__origin__"):
+        raise InvalidEventTypeError(
+            f"an event type is a class, not {event_type!r}. For one of several, name them all: "
+            "on(A, B); for a generic class, name the class without its parameters"
+        )
+
+
+def _caller() -> str:
+    """The nearest line outside eventkit."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - what inspect and warnings use
+    while frame is not None and frame.f_globals.get("__package__") == __package__:
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "unknown"
+
+
+class Subscribing:
+    """The decorator `on`, for whatever can take declarations."""
+
+    __slots__ = ()
+
+    def _add(self, declarations: Sequence[Declaration]) -> object:
+        raise NotImplementedError
+
+    @overload
+    def on(
+        self,
+        event_type: type[E],
+        /,
+        *,
+        name: str | None = None,
+        timeout: float | None | EllipsisType = ...,
+        thread: bool | None = None,
+    ) -> Callable[[Callable[Concatenate[E, P], R]], Callable[Concatenate[E, P], R]]: ...
+    @overload
+    def on(
+        self,
+        event_type: type[E],
+        second: type[E2],
+        /,
+        *,
+        name: str | None = None,
+        timeout: float | None | EllipsisType = ...,
+        thread: bool | None = None,
+    ) -> Callable[[Callable[Concatenate[E | E2, P], R]], Callable[Concatenate[E | E2, P], R]]: ...
+    @overload
+    def on(
+        self,
+        event_type: type[E],
+        second: type[E2],
+        third: type[E3],
+        /,
+        *more: type[E4],
+        name: str | None = None,
+        timeout: float | None | EllipsisType = ...,
+        thread: bool | None = None,
+    ) -> Callable[
+        [Callable[Concatenate[E | E2 | E3 | E4, P], R]],
+        Callable[Concatenate[E | E2 | E3 | E4, P], R],
+    ]: ...
+    def on(
+        self,
+        *event_types: type,
+        name: str | None = None,
+        timeout: float | None | EllipsisType = ...,
+        thread: bool | None = None,
+    ) -> Callable[[Callable[..., R]], Callable[..., R]]:
+        """Declare the decorated function a handler, and return it unchanged.
+
+        Args:
+            event_types: The classes whose instances it takes; subclasses are included. A handler
+                runs once per event, however many of them match.
+            name: A stable name, where `module:qualname` would not be one.
+            timeout: Seconds that one delivery may take, None for no limit; left out, the bus's
+                `handler_timeout` holds in drains.
+            thread: Where the call starts: True in a worker thread, False on the event loop; left
+                out, a plain `def` in a thread and everything async on the loop.
+
+        Raises:
+            InvalidEventTypeError: Something else than classes was given, or nothing.
+            InvalidHandlerError: The function cannot be called with just an event.
+            DuplicateSubscriptionError: It is subscribed to one of the types already.
+        """
+        if not event_types:
+            raise InvalidEventTypeError("on() needs the event types: on(UserCreated)")
+        for event_type in event_types:
+            check_event_type(event_type)
+
+        def decorate(handler: Callable[..., R]) -> Callable[..., R]:
+            self._add(
+                [
+                    declare(event_type, handler, name=name, timeout=timeout, thread=thread)
+                    for event_type in event_types
+                ]
+            )
+            return handler
+
+        return decorate
+
+
+class EventRouter(Subscribing):
+    """Handlers declared in a module of their own, with no bus in sight.
+
+    As FastAPI's `APIRouter` does for routes: decorate with `on`, then `bus.include(router)`, in
+    as many buses as there are. Routers nest. A router is complete once it has been included;
+    declaring later is an error, because nobody would call the handler.
+
+        router = EventRouter()
+
+        @router.on(UserCreated)
+        async def greet(event: UserCreated) -> None: ...
+
+        bus = EventBus()
+        bus.include(router)
+    """
+
+    __slots__ = ("_declarations", "_included")
+
+    def __init__(self) -> None:
+        self._declarations: dict[tuple[type, object], Declaration] = {}
+        self._included = False
+
+    def include(self, router: EventRouter) -> None:
+        """Take over all declarations of another router, in their order.
+
+        Raises:
+            InvalidHandlerError: It is this router itself.
+            RouterClosedError: This router has been included somewhere already.
+            DuplicateSubscriptionError: One of its handlers is declared here already.
+        """
+        if router is self:
+            raise InvalidHandlerError("a router cannot be included into itself")
+        self._add(close_router(router))
+
+    def _add(self, declarations: Sequence[Declaration]) -> None:
+        if self._included:
+            raise RouterClosedError(
+                f"{', '.join(d.handler.name for d in declarations)}: declared on a router that "
+                "had been included already, so nobody would call it. Declare all handlers, and "
+                "include all routers, before the router itself is included"
+            )
+        added: dict[tuple[type, object], Declaration] = {}
+        for declaration in declarations:
+            key = (declaration.event_type, declaration.handler.identity)
+            declaration.refuse_twin(self._declarations.get(key) or added.get(key))
+            added[key] = declaration
+        self._declarations.update(added)
+
+    def __repr__(self) -> str:
+        return f"<EventRouter with {len(self._declarations)} declarations>"
+
+
+def close_router(router: EventRouter) -> list[Declaration]:
+    """All that was declared on it; nothing more may be."""
+    if not isinstance(router, EventRouter):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidHandlerError(f"include() takes an EventRouter, not {router!r}")
+    router._included = True
+    return list(router._declarations.values())
+
+
+class Registry:
+    """All subscriptions of one bus.
+
+    Thread-safe: changes take the lock and drop the cache; a look-up in the cache takes none.
+    """
+
+    __slots__ = ("_by_type", "_lock", "_plans")
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._by_type: dict[type, dict[object, Subscription]] = {}
+        self._plans: dict[type, Plan] = {}
+
+    def add(self, declarations: Sequence[Declaration]) -> list[Subscription]:
+        """Subscribe all of them, or raise and subscribe none.
+
+        Raises:
+            DuplicateSubscriptionError: Naming both places.
+        """
+        with self._lock:
+            added: dict[type, dict[object, Subscription]] = {}
+            for declaration in declarations:
+                event_type, identity = declaration.event_type, declaration.handler.identity
+                for table in (self._by_type, added):
+                    twin = table.get(event_type, {}).get(identity)
+                    declaration.refuse_twin(twin and twin.declaration)
+                subscription = Subscription(declaration, self)
+                added.setdefault(event_type, {})[identity] = subscription
+            for event_type, subscriptions in added.items():
+                self._by_type.setdefault(event_type, {}).update(subscriptions)
+            self._plans = {}
+        return in_order(s for group in added.values() for s in group.values())
+
+    def remove(self, subscription: Subscription) -> None:
+        """End a subscription; the second time nothing happens."""
+        with self._lock:
+            if subscription.active:
+                subscription.active = False
+                subscriptions = self._by_type[subscription.event_type]
+                del subscriptions[subscription.target.identity]
+                if not subscriptions:
+                    del self._by_type[subscription.event_type]
+                self._plans = {}
+
+    def resolve(self, event_type: type) -> Plan:
+        """The subscriptions for an event of exactly this type, in start order."""
+        plan = self._plans.get(event_type)
+        return self._resolve(event_type) if plan is None else plan
+
+    def _resolve(self, event_type: type) -> Plan:
+        if issubclass(event_type, type):
+            raise InvalidEventTypeError(
+                "an event is an instance, not a class: publish UserCreated(...), not UserCreated"
+            )
+        with self._lock:
+            found: dict[object, Subscription] = {}
+            for base in event_type.__mro__:
+                for identity, subscription in self._by_type.get(base, {}).items():
+                    first = found.setdefault(identity, subscription)
+                    found[identity] = min(first, subscription, key=_order_of)
+            plan = self._plans[event_type] = tuple(in_order(found.values()))
+        return plan
+
+    def __iter__(self) -> Iterator[Subscription]:
+        with self._lock:
+            subscriptions = in_order(s for group in self._by_type.values() for s in group.values())
+        return iter(subscriptions)
+
+
+def in_order(subscriptions: Iterable[Subscription]) -> list[Subscription]:
+    """Sorted by when they were subscribed, which is the order in which they start."""
+    return sorted(subscriptions, key=_order_of)
+
+
+def _order_of(subscription: Subscription) -> int:
+    return subscription.order

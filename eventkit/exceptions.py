@@ -1,0 +1,172 @@
+"""The error tree: one class per situation that a caller would treat differently.
+
+Every error derives from `EventKitError` and keeps the facts it was built from as attributes.
+This module knows nothing of the rest of the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+__all__ = [
+    "DispatchError",
+    "DrainInProgressError",
+    "DuplicateSubscriptionError",
+    "EventContextClosedError",
+    "EventContextFullError",
+    "EventContextUsageError",
+    "EventDepthError",
+    "EventKitError",
+    "HandlerCancelledError",
+    "HandlerTimeoutError",
+    "InvalidEventTypeError",
+    "InvalidHandlerError",
+    "NoDeliveryError",
+    "NoEventContextError",
+    "RouterClosedError",
+]
+
+
+class EventKitError(Exception):
+    """Base of every error that eventkit raises on purpose."""
+
+
+class InvalidEventTypeError(EventKitError, TypeError):
+    """Something that is not an event class was subscribed to, or a class itself was published."""
+
+
+class InvalidHandlerError(EventKitError, TypeError):
+    """A handler cannot be subscribed: not callable, a wrong signature, or impossible options."""
+
+
+class DuplicateSubscriptionError(EventKitError, ValueError):
+    """The same handler was subscribed twice to one event type.
+
+    Attributes:
+        handler: The handler's name.
+        first: Where it was subscribed first, as `file:line`.
+        second: Where it was subscribed again.
+    """
+
+    def __init__(self, handler: str, event_type: str, first: str, second: str) -> None:
+        super().__init__(
+            f"{handler} is already subscribed to {event_type}: first at {first}, again at "
+            f"{second}. Remove one of the two; a handler runs once per event in any case."
+        )
+        self.handler = handler
+        self.first = first
+        self.second = second
+
+
+class RouterClosedError(EventKitError, RuntimeError):
+    """A handler was declared on a router after the router had been included somewhere."""
+
+
+class NoEventContextError(EventKitError, RuntimeError):
+    """There is no unit of work here that an event could belong to.
+
+    Attributes:
+        bus: The name of the bus.
+    """
+
+    def __init__(self, bus: str, cause: str) -> None:
+        super().__init__(f"no event context of bus {bus!r} is active here: {cause}")
+        self.bus = bus
+
+
+class NoDeliveryError(EventKitError, LookupError):
+    """`current_delivery()` was called outside a handler."""
+
+
+class EventContextClosedError(EventKitError, RuntimeError):
+    """The event context has ended: its events were delivered or discarded before."""
+
+
+class EventContextFullError(EventKitError, RuntimeError):
+    """The unit of work already has as many events waiting as the bus allows.
+
+    Attributes:
+        limit: The bus's `max_events`.
+    """
+
+    def __init__(self, bus: str, limit: int) -> None:
+        super().__init__(
+            f"an event context of bus {bus!r} may have {limit} events waiting (max_events). "
+            "Deliver in between with `await bus.current_context().drain()`, publish one event "
+            "for the whole batch, or raise EventBus(max_events=...)"
+        )
+        self.limit = limit
+
+
+class EventContextUsageError(EventKitError, RuntimeError):
+    """An event context was opened in a way that cannot work."""
+
+
+class EventDepthError(EventKitError, RuntimeError):
+    """Handlers published events whose handlers published events, deeper than the bus allows.
+
+    Attributes:
+        limit: The bus's `max_depth`.
+        chain: What led here, oldest first, each as `Event -> handler`.
+    """
+
+    def __init__(self, event: str, limit: int, chain: Sequence[str]) -> None:
+        steps = "\n  ".join(chain)
+        super().__init__(
+            f"{event} would be more than {limit} events deep (max_depth), which is usually a "
+            f"loop. It was caused by:\n  {steps}\nBreak the loop, or raise "
+            "EventBus(max_depth=...)"
+        )
+        self.limit = limit
+        self.chain = tuple(chain)
+
+
+class DrainInProgressError(EventKitError, RuntimeError):
+    """The context is being drained already, or the caller is one of its handlers."""
+
+
+class HandlerTimeoutError(EventKitError):
+    """A handler took longer than it may, and was cancelled.
+
+    Distinct from a `TimeoutError` of the handler's own. Its `__cause__` is the cancellation,
+    whose traceback shows where the handler was waiting.
+
+    Attributes:
+        handler: The handler's name.
+        timeout: What it was allowed, in seconds.
+    """
+
+    def __init__(self, handler: str, timeout: float) -> None:
+        super().__init__(
+            f"{handler} was cancelled after {timeout:g} s. Make it faster, or allow it more "
+            "with timeout= when subscribing or EventBus(handler_timeout=...)"
+        )
+        self.handler = handler
+        self.timeout = timeout
+
+
+class HandlerCancelledError(EventKitError):
+    """A handler raised the cancellation exception although nobody had cancelled it.
+
+    Attributes:
+        handler: The handler's name.
+    """
+
+    def __init__(self, handler: str) -> None:
+        super().__init__(
+            f"{handler} raised the cancellation exception itself; it most likely awaited a task "
+            "or future that had been cancelled. Catch that where it is awaited"
+        )
+        self.handler = handler
+
+
+class DispatchError(EventKitError, ExceptionGroup[Exception]):
+    """Everything that failed in one dispatch or drain, each with a note naming its handler.
+
+    An `ExceptionGroup`: use `except*`, or look at `exceptions`.
+    """
+
+    def derive(self, excs: Sequence[Exception], /) -> Self:
+        """Keep the class when `split` and `subgroup` make a smaller group."""
+        return type(self)(self.message, excs)
