@@ -8,6 +8,7 @@ envelopes off `_released` one by one and runs their handlers, each in a unit of 
 remaining events join `_released` behind all others when the last handler of the event has ended.
 All queues of a bus are guarded by the one lock of its `Tally`, and only this module changes them.
 """
+# ruff: noqa: SLF001 - the class and the functions of this module own its state together
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar, Token, copy_context
 from dataclasses import dataclass
@@ -387,7 +388,7 @@ class EventContext:
 
         Needs the lock.
         """
-        kept += [envelope for envelope in self._staged if envelope.even_on_failure]
+        kept.extend(envelope for envelope in self._staged if envelope.even_on_failure)
         dropped = [envelope for envelope in self._staged if not envelope.even_on_failure]
         self._staged.clear()
         self._root._load -= len(dropped)
@@ -417,7 +418,7 @@ class EventContext:
                 self._staged.clear()
             else:
                 dropped = self._unstage(left)
-            queue += left
+            queue.extend(left)
         self._drop(dropped, Outcome.DISCARDED)
         return True
 
@@ -528,7 +529,7 @@ class EventContext:
         """Tell the bus's owner of a failure that nobody awaits."""
         try:
             self._core.report_failure(delivery, error)
-        except Exception as broken:
+        except Exception as broken:  # noqa: BLE001 - a reporter is user code
             log(logging.ERROR, "report_failure failed", error=broken, bus=self._core.name)
             log_failure(delivery, error)
 
@@ -692,7 +693,7 @@ def _loop_is_running() -> bool:
     return True
 
 
-def _run(end: Callable[[bool], Awaitable[None]], success: bool) -> None:
+def _run(end: Callable[[bool], Coroutine[object, object, None]], success: bool) -> None:
     """Run the end of a synchronous unit of work: on the loop this thread works for, or a new one.
 
     A worker thread's handlers belong on its own event loop, beside the application's resources.

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 from anyio import (
     CancelScope,
@@ -113,7 +114,7 @@ async def _guard(run: Run, terms: Terms, fatal: list[BaseException], siblings: C
         with watched(terms.observers, run.delivery):
             await _attempt(run)
         outcome = Outcome.HANDLED
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - this is the policy
         outcome = Outcome.FAILED
         event = type_name(type(run.delivery.event))
         note = f"raised by the handler {run.handler.name} ({run.handler.location}) for {event}"
@@ -176,7 +177,7 @@ def _failures_in(error: BaseException) -> BaseException | None:
     if isinstance(error, cancelled):
         return None
     if isinstance(error, BaseExceptionGroup):
-        return error.split(cancelled)[1]
+        return cast("BaseExceptionGroup[BaseException]", error).split(cancelled)[1]
     return error
 
 

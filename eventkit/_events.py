@@ -90,7 +90,7 @@ class Delivery:
 
     def chain(self) -> list[Delivery]:
         """What led here, oldest first, ending with this delivery."""
-        chain = [self]
+        chain: list[Delivery] = [self]
         while (cause := chain[-1].cause) is not None:
             chain.append(cause)
         return chain[::-1]

@@ -127,7 +127,7 @@ def _layers(function: Callable[..., object]) -> Iterator[Callable[..., object]]:
         elif inspect.ismethod(layer):
             layer = layer.__func__
         elif hasattr(layer, "__wrapped__"):
-            layer = layer.__wrapped__
+            layer = getattr(layer, "__wrapped__")  # noqa: B009 - typed as having none
         elif inspect.isroutine(layer):
             return
         else:
@@ -171,7 +171,7 @@ def _check_signature(function: Callable[..., object], place: str) -> None:
             "It needs one positional parameter for the event, and defaults for all others"
         ) from None
     for parameter in signature.parameters.values():
-        marker = type(parameter.default)
+        marker: type[object] = type(parameter.default)
         if parameter.name not in bound.arguments and marker.__module__ == "fastapi.params":
             raise InvalidHandlerError(
                 f"{place} declares {parameter.name}={marker.__name__}(...), which would arrive "

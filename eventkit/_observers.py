@@ -62,7 +62,7 @@ def contained(observer: Observer) -> Generator[None]:
     """Log what the observer raises, and go on."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - an observer is user code
         log(logging.ERROR, "an observer failed", error=error, observer=repr(observer))
 
 

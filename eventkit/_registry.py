@@ -2,6 +2,7 @@
 
 Knows nothing of how handlers are run.
 """
+# ruff: noqa: SLF001 - the classes and functions of this module own its state together
 
 from __future__ import annotations
 
@@ -144,7 +145,7 @@ def check_event_type(event_type: object) -> None:
 
 def _caller() -> str:
     """The nearest line outside eventkit."""
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - what inspect and warnings use
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__package__") == __package__:
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "unknown"
@@ -319,7 +320,7 @@ class Registry:
                 event_type, identity = declaration.event_type, declaration.handler.identity
                 for table in (self._by_type, added):
                     twin = table.get(event_type, {}).get(identity)
-                    declaration.refuse_twin(twin and twin.declaration)
+                    declaration.refuse_twin(twin.declaration if twin else None)
                 subscription = Subscription(declaration, self)
                 added.setdefault(event_type, {})[identity] = subscription
             for event_type, subscriptions in added.items():

@@ -167,6 +167,10 @@ class DispatchError(EventKitError, ExceptionGroup[Exception]):
     An `ExceptionGroup`: use `except*`, or look at `exceptions`.
     """
 
-    def derive(self, excs: Sequence[Exception], /) -> Self:
+    def derive(  # type: ignore[override]
+        self,
+        excs: Sequence[Exception],  # pyright: ignore[reportIncompatibleMethodOverride]
+        /,
+    ) -> Self:
         """Keep the class when `split` and `subgroup` make a smaller group."""
         return type(self)(self.message, excs)

@@ -148,7 +148,7 @@ class EventContextMiddleware:
     def _judge(self, outcome: Outcome) -> bool:
         try:
             return self._deliver_if(outcome)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a predicate is user code
             log(
                 logging.ERROR,
                 "deliver_if failed, so the request's events are discarded",
