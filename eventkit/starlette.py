@@ -5,6 +5,7 @@ Knows nothing of FastAPI and of databases: an app is anything that speaks ASGI.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from eventkit._log import log
 __all__ = ["EventContextMiddleware", "Outcome", "succeeded"]
 
 _SCOPE_KEY = "eventkit"
+
+# The messages that carry a response's body; ASGI's extensions add the last two.
+_BODY = {"http.response.body", "http.response.pathsend", "http.response.zerocopysend"}
 
 _WEBSOCKET = (
     "a websocket has no event context of its own, because it would be open for hours. Open one "
@@ -84,7 +88,7 @@ class EventContextMiddleware:
         shutdown_timeout: Seconds that the delivery of one request's events may take.
 
     Raises:
-        TypeError: `bus` is not an `EventBus`.
+        TypeError: `bus` is not an `EventBus`, or `deliver_if` is not a plain function.
         ValueError: `shutdown_timeout` is not a number of seconds above 0.
     """
 
@@ -101,6 +105,10 @@ class EventContextMiddleware:
                 f"EventContextMiddleware needs an EventBus, not {bus!r}: "
                 "app.add_middleware(EventContextMiddleware, bus=bus)"
             )
+        if inspect.iscoroutinefunction(deliver_if) or not callable(deliver_if):
+            raise TypeError(
+                f"deliver_if takes a plain function from an Outcome to a bool, not {deliver_if!r}"
+            )
         if not is_duration(shutdown_timeout):
             raise ValueError(f"shutdown_timeout takes seconds above 0, not {shutdown_timeout!r}")
         self.app = app
@@ -112,27 +120,26 @@ class EventContextMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one scope, as ASGI defines it."""
         if scope["type"] == "http":
-            self._announce()
             await self._serve_request(scope, receive, send)
         elif scope["type"] == "lifespan":
-            with outside(_LIFESPAN):
-                await self.app(scope, receive, self._announcing(send))
+            await self._serve_lifespan(scope, receive, send)
         else:
             with outside(_WEBSOCKET):
                 await self.app(scope, receive, send)
 
     async def _serve_request(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Joined by this mark alone: context variables of tests and servers leak into requests.
-        contexts: dict[EventBus, EventContext] = scope.get(_SCOPE_KEY, {})
-        around = contexts.get(self.bus)
-        if around is not None and not around.closed:
+        marks: dict[EventBus, EventContext] = scope.get(_SCOPE_KEY, {})
+        around = {bus: context for bus, context in marks.items() if not context.closed}
+        if self.bus in around:
             await self.app(scope, receive, send)
             return
+        self._announce()
         context = self.bus.context()
-        scope[_SCOPE_KEY] = {**contexts, self.bus: context}
+        scope[_SCOPE_KEY] = {**around, self.bus: context}
         response = _Response(scope, send)
         try:
-            with entered(context, next(reversed(contexts.values()), None)):
+            with entered(context, next(reversed(around.values()), None)):
                 await self.app(scope, receive, response.send)
         except BaseException as error:
             await self._end(context, response.outcome(error))
@@ -156,6 +163,14 @@ class EventContextMiddleware:
                 bus=self.bus.name,
             )
             return False
+
+    async def _serve_lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        marks: set[EventBus] = scope.setdefault(_SCOPE_KEY, set())
+        if self.bus not in marks:  # or else an instance outside announces it
+            marks.add(self.bus)
+            send = self._announcing(send)
+        with outside(_LIFESPAN):
+            await self.app(scope, receive, send)
 
     def _announcing(self, send: Send) -> Send:
         async def announce(message: Message) -> None:
@@ -181,42 +196,38 @@ class EventContextMiddleware:
 
 
 class _Response:
-    """What has been sent of one response."""
+    """What has been sent of one response, and whether the client was there to take it."""
 
-    __slots__ = ("_body_complete", "_client_left", "_scope", "_send", "_status")
+    __slots__ = ("_body_complete", "_losses", "_scope", "_send", "_status")
 
     def __init__(self, scope: Scope, send: Send) -> None:
         self._scope = scope
         self._send = send
         self._status: int | None = None
         self._body_complete = False
-        self._client_left = False
+        self._losses: list[OSError] = []
 
     async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]  # also for a client that has just left
         try:
             await self._send(message)
-        except OSError:  # ASGI 2.4: what a server raises when the client has left
-            self._client_left = True
+        except OSError as error:  # ASGI 2.4: what a server raises when the client has left
+            self._losses.append(error)
             raise
-        finally:
-            self._note(message)
-
-    def _note(self, message: Message) -> None:
-        match message["type"]:
-            case "http.response.start":
-                self._status = message["status"]
-            case "http.response.body":
-                self._body_complete = not message.get("more_body", False)
-            case "http.response.pathsend":
-                self._body_complete = True
-            case _:
-                pass
+        if message["type"] in _BODY:
+            self._body_complete = not message.get("more_body", False)
 
     def outcome(self, error: BaseException | None) -> Outcome:
-        left = self._client_left and isinstance(error, ClientDisconnect | OSError)
-        return Outcome(
-            scope=self._scope,
-            status=self._status,
-            body_complete=self._body_complete and not self._client_left,
-            exception=None if left else error,
+        """How it ended, given what the app raised. To be asked once."""
+        if error is not None and self._losses and self._is_loss(error):
+            error = None
+        self._losses.clear()  # their tracebacks lead back here, which would close a ring
+        return Outcome(self._scope, self._status, self._body_complete, error)
+
+    def _is_loss(self, error: BaseException) -> bool:
+        """Whether it says nothing but that the client has left, as Starlette or `send` say it."""
+        _, other = BaseExceptionGroup("", [error]).split(
+            lambda part: isinstance(part, ClientDisconnect) or part in self._losses
         )
+        return other is None
