@@ -444,6 +444,30 @@ async def test_the_end_of_a_unit_waits_for_the_drain_of_another_task(
     assert [report.handled for report in reports] == [3]
 
 
+async def test_the_end_of_a_unit_waits_for_the_last_handler_of_the_drain_of_another_task(
+    bus: EventBus, seen: list[str]
+) -> None:
+    gate = Gate()
+
+    @bus.on(int)
+    async def follow(event: int) -> None:
+        await gate(event)
+        bus.publish("caused")
+
+    async def end() -> None:
+        async with bus.context() as unit:
+            bus.publish(1)
+            tasks.start_soon(unit.drain)
+            await gate.reached.wait()
+        assert seen == ["handled 1", "handled caused"]
+        assert unit.closed
+
+    async with create_task_group() as tasks:
+        tasks.start_soon(end)
+        await wait_all_tasks_blocked()
+        gate.opened.set()
+
+
 async def test_the_end_of_a_unit_delivers_what_a_cancelled_drain_of_another_task_left(
     bus: EventBus, seen: list[str]
 ) -> None:
@@ -851,6 +875,8 @@ async def test_a_task_that_outlives_its_handler_is_told_so_and_opens_its_own_uni
         told.append(str(error.value))
         async with bus.context() as unit:
             bus.publish("its own")
+            [delivery] = unit.pending
+            assert (delivery.cause, delivery.depth) == (None, 0)
             await unit.drain()  # it is not inside a handler any more
             assert unit.pending == ()
 
@@ -881,9 +907,11 @@ async def test_a_unit_that_outlives_the_handler_it_is_in_drains(
 
     async def outlive(opened: anyio.Event) -> None:
         async with bus.context(), bus.context():
-            bus.publish("late")
+            bus.publish("drained late")
             opened.set()
             await go_on.wait()
+            await bus.current_context().drain()
+            bus.publish("late")
 
     async with create_task_group() as tasks, bus.context():
 
@@ -897,7 +925,7 @@ async def test_a_unit_that_outlives_the_handler_it_is_in_drains(
         await bus.current_context().drain()
         go_on.set()
         await wait_all_tasks_blocked()
-        assert seen == ["handled 1", "handled late"]
+        assert seen == ["handled 1", "handled drained late", "handled late"]
 
 
 async def test_a_handler_that_publishes_to_the_unit_around_it_causes_what_it_publishes() -> None:
@@ -916,6 +944,25 @@ async def test_a_handler_that_publishes_to_the_unit_around_it_causes_what_it_pub
 
     assert depths == [0, 1, 2, 3]
     assert (bus.stats.handled, bus.stats.failed) == (3, 1)
+
+
+async def test_a_task_that_outlives_its_handler_is_the_cause_of_nothing(
+    bus: EventBus, seen: list[str]
+) -> None:
+    go_on = anyio.Event()
+
+    async def outlive(unit: EventContext) -> None:
+        await go_on.wait()
+        unit.publish("late")
+        assert [delivery.cause for delivery in unit.pending] == [None]
+
+    async with bus.context() as unit, create_task_group() as tasks:
+        bus.subscribe(int, calling(lambda: tasks.start_soon(outlive, unit)), thread=False)
+        bus.publish(1)
+        await unit.drain()
+        go_on.set()
+
+    assert seen == ["handled 1", "handled late"]
 
 
 # Dispatch is a unit of its own

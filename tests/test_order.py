@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -256,7 +257,10 @@ def test_deliveries_equal_no_other_thing() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_process_repeats_none_of_its_parents_delivery_ids() -> None:
+def test_a_forked_process_repeats_none_of_its_parents_delivery_ids(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(time, "time_ns", lambda: 0)  # both publish in the same nanosecond
     bus = EventBus()
     announced = Announced()
     bus.observe(announced)
