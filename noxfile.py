@@ -41,7 +41,7 @@ def tests(session: nox.Session) -> None:
         session.run("pytest", *session.posargs)
         return
     session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest")
+    session.run("coverage", "run", "-m", "pytest", "-n", "auto")
     session.run("coverage", "combine", "--quiet")
     session.run("coverage", "report")
 
@@ -50,7 +50,7 @@ def tests(session: nox.Session) -> None:
 def matrix(session: nox.Session) -> None:
     """Run the suite on each Python found, and there on each event loop that AnyIO can drive."""
     session.install("-e", ".", *group("matrix"))
-    session.run("pytest", *session.posargs, env={"EVENTKIT_BACKENDS": ",".join(BACKENDS)})
+    session.run("pytest", "-n", "auto", *session.posargs, env={"EVENTKIT_BACKENDS": ",".join(BACKENDS)})
 
 
 @nox.session
@@ -84,7 +84,7 @@ def minimums(session: nox.Session) -> None:
     # Starlette's test client takes httpx where httpx2, which wants a newer AnyIO, is missing.
     tools = [line for line in group("test") if not line.startswith("httpx2")]
     session.install("-e", ".", *oldest, *tools)
-    session.run("pytest", "-W", "default", *session.posargs)
+    session.run("pytest", "-n", "auto", "-W", "default", *session.posargs)
 
 
 @nox.session(reuse_venv=False)

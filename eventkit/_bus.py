@@ -92,7 +92,7 @@ class EventBus(Subscribing):
             handler_timeout=handler_timeout,
             max_events=max_events,
             max_depth=max_depth,
-            resolve=self._registry.resolve,
+            plan_for=self._registry.plan_for,
             tally=Tally(),
             report_failure=log_failure,
         )
@@ -186,7 +186,8 @@ class EventBus(Subscribing):
         A unit of work of its own: what it delivered stays delivered if an outer one fails. Not
         for use inside an open transaction, whose changes the handlers' own sessions cannot see:
         publish there instead. It has no timeout but those given to a subscription; cancelling it,
-        for instance by a timeout around it, cancels the handlers.
+        for instance by a timeout around it, cancels the handlers. With no handler it returns at
+        once, and is no checkpoint.
 
         Raises:
             DispatchError: Handlers failed; the group has every failure.
@@ -199,7 +200,8 @@ class EventBus(Subscribing):
         """A unit of work outside HTTP, for `async with`, or for `with` in synchronous jobs.
 
         A clean exit delivers its events, and returns when their handlers have ended; an exception
-        discards them. Inside another context of this bus it is a savepoint: see `EventContext`.
+        discards them. Cancelling it while they run ends them: they, and what has not started, are
+        undelivered. Inside another context of this bus it is a savepoint: see `EventContext`.
         A synchronous job's handlers run on an event loop of their own (asyncio), or in a worker
         thread on the loop it works for.
         """

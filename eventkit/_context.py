@@ -17,7 +17,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ from anyio.lowlevel import current_token
 
 from eventkit._dispatch import Run, Terms, run_all
 from eventkit._events import Delivery, type_name
+from eventkit._handlers import thread_level
 from eventkit._log import bind, log
 from eventkit._observers import Observer, contained
 from eventkit._registry import Plan
@@ -50,6 +51,10 @@ from eventkit.exceptions import (
 _active: ContextVar[EventContext | None] = ContextVar("eventkit_active", default=None)
 _outside: ContextVar[str | None] = ContextVar("eventkit_outside", default=None)
 _numbers = count()
+try:  # which event loop a task runs on, where AnyIO leaves that to sniffio
+    from sniffio import current_async_library_cvar as _library
+except ImportError:
+    _library = ContextVar[str | None]("eventkit_library", default=None)
 
 
 @dataclass(slots=True, eq=False)
@@ -64,7 +69,7 @@ class Core:
     handler_timeout: float | None
     max_events: int
     max_depth: int
-    resolve: Callable[[type], Plan]
+    plan_for: Callable[[object], Plan]
     tally: Tally
     report_failure: Callable[[Delivery, Exception], None]
     observers: tuple[Observer, ...] = ()
@@ -217,7 +222,7 @@ class EventContext:
         envelopes = [
             _Envelope(
                 event=event,
-                plan=core.resolve(type(event)),
+                plan=core.plan_for(event),
                 variables=variables,
                 cause=cause,
                 depth=depth,
@@ -246,11 +251,11 @@ class EventContext:
     def release(self) -> None:
         """What was published so far will be delivered, whatever follows. Thread-safe.
 
-        For the moment after a commit. Delivery itself happens when the unit ends, or in `drain`.
+        For the moment after a commit. Delivery itself happens when the unit ends, or in `drain`;
+        where a cancellation reaches that, what it ends or leaves is undelivered.
         """
         with self._core.tally.lock:
-            self._released += self._staged
-            self._staged.clear()
+            self._released += self._take_staged()
 
     def discard(self) -> None:
         """Drop what is neither released nor `even_on_failure`. Thread-safe.
@@ -270,7 +275,10 @@ class EventContext:
 
         Raises:
             DrainInProgressError: Called inside a handler, or while another drain of it runs.
+            EventContextClosedError: It has not been opened.
         """
+        if self._state is _State.NEW:
+            raise EventContextClosedError(self._why_not_open())
         if self._inside_handler():
             raise DrainInProgressError(
                 f"a handler of bus {self._core.name!r} cannot drain its own unit of work: what it "
@@ -373,8 +381,11 @@ class EventContext:
         Blocks around a `yield` may overlap, or end in other context variables than they began in:
         who became active in the meantime stays so.
         """
+        before = self._before
         if _active.get() is self:
-            _active.set(self._before)
+            while before is not None and before.closed:
+                before = before._enclosing
+            _active.set(before)
         self._before = None
 
     def _why_not_open(self) -> str:
@@ -394,19 +405,26 @@ class EventContext:
         )
 
     def _inside_handler(self) -> bool:
-        unit: EventContext | None = self
-        while unit is not None and not unit._is_delivery:
-            unit = unit._outer
-        return unit is not None and not unit.closed
+        """Whether it, or who asks, is inside a handler of this bus."""
+        return any(
+            unit._core is self._core and unit._is_delivery and not unit.closed
+            for innermost in (self, _active.get())
+            for unit in _outward(innermost)
+        )
+
+    def _take_staged(self) -> list[_Envelope]:
+        """Empty what is staged. Needs the lock."""
+        staged, self._staged = self._staged, []
+        return staged
 
     def _unstage(self, kept: deque[_Envelope] | list[_Envelope]) -> list[_Envelope]:
         """Empty what is staged: the part to deliver anyway goes to `kept`, the rest is returned.
 
         Needs the lock.
         """
-        kept.extend(envelope for envelope in self._staged if envelope.even_on_failure)
-        dropped = [envelope for envelope in self._staged if not envelope.even_on_failure]
-        self._staged.clear()
+        staged = self._take_staged()
+        kept.extend(envelope for envelope in staged if envelope.even_on_failure)
+        dropped = [envelope for envelope in staged if not envelope.even_on_failure]
         self._load.events -= len(dropped)
         return dropped
 
@@ -433,8 +451,7 @@ class EventContext:
                 for envelope in left:
                     envelope.even_on_failure = True
             if success:
-                left += self._staged
-                self._staged.clear()
+                left += self._take_staged()
             else:
                 dropped = self._unstage(left)
             queue.extend(left)
@@ -512,12 +529,12 @@ class EventContext:
             limit = timeout if handler.timeout is ... else handler.timeout
             unit = self._unit_for(delivery)
             variables = envelope.variables.copy()
-            variables.run(_active.set, unit)
+            variables.run(_enter_delivery, unit, thread_level.get(), _library.get(None))
             bind(variables, event_type=type_name(type(delivery.event)), handler=delivery.handler)
             runs.append(Run(delivery, handler, limit, variables))
             units.append(unit)
-        self._skip(cancelled, Outcome.DISCARDED)
         try:
+            self._skip(cancelled, Outcome.DISCARDED)
             await run_all(runs, terms)
         finally:
             for run, unit in zip(runs, units, strict=True):
@@ -540,9 +557,8 @@ class EventContext:
         """Close it; what is left will not be delivered."""
         with self._core.tally.lock:
             self._state = _State.CLOSED
-            left = [*self._released, *self._staged]
+            left = [*self._released, *self._take_staged()]
             self._released.clear()
-            self._staged.clear()
             self._load.events -= len(left)
         self._drop(left, Outcome.UNDELIVERED)
 
@@ -684,11 +700,25 @@ def _running() -> Delivery | None:
     return None if context is None or context.closed else context._delivery
 
 
+def _enter_delivery(unit: EventContext, level: int, library: str | None) -> None:
+    """Make the captured context variables those of a delivery on the loop that drains it.
+
+    They are the publisher's, who may have been in a thread, or on another kind of event loop.
+    """
+    _active.set(unit)
+    thread_level.set(level)
+    _library.set(library)
+
+
+def _outward(innermost: EventContext | None) -> Iterator[EventContext]:
+    """The unit, the one around it, and so on."""
+    while innermost is not None:
+        yield innermost
+        innermost = innermost._enclosing
+
+
 def _find(innermost: EventContext | None, core: Core) -> EventContext | None:
-    context = innermost
-    while context is not None and context._core is not core:
-        context = context._enclosing
-    return context
+    return next((unit for unit in _outward(innermost) if unit._core is core), None)
 
 
 def _why_none() -> str:
@@ -696,8 +726,10 @@ def _why_none() -> str:
     reason = _outside.get()
     if enclosing is not None:
         return (
-            f"this is a unit of work of bus {enclosing._core.name!r}, and it is not inside one of "
-            "this bus. Open one: `async with bus.context():`"
+            f"this is a unit of work of another bus, {enclosing._core.name!r}, and it is not "
+            "inside one of this bus. Publish to that one, or open a unit of work of this bus: "
+            "`async with bus.context():`; two buses in one application need the middleware each, "
+            "and names: EventBus(name=...)"
         )
     if reason is not None:
         return reason
@@ -705,7 +737,7 @@ def _why_none() -> str:
         return (
             "no request or job surrounds the caller. In a web application install the middleware: "
             "app.add_middleware(EventContextMiddleware, bus=bus). Elsewhere, open a unit of work: "
-            "`async with bus.context():`"
+            "`async with bus.context():`, in a thread `with bus.context():`"
         )
     thread = threading.current_thread()
     if thread is not threading.main_thread():

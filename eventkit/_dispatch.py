@@ -122,24 +122,30 @@ async def _guard(
         await checkpoint_if_cancelled()
         if not terms.sequential:
             _start_next(waiting, terms, fatal, tasks)
-        with watched(terms.observers, run.delivery):
-            await _attempt(run)
-        outcome = Outcome.HANDLED
-    except Exception as error:  # noqa: BLE001 - the policy
-        outcome = Outcome.FAILED
-        _add_note(error, run)
-        terms.report(run.delivery, error)
+        outcome = await _outcome(run, terms)
     except BaseException as error:
         if _failures_in(error) is not None:
             fatal[:] = fatal or [error]  # one can propagate, and the first one does
             tasks.cancel_scope.cancel()
-        elif not _cancel_requests():
+        elif not _cancel_requests() and _in_cancelled_scope():
             raise  # a trio nursery learns from its children that it was cancelled
         # On asyncio the waiting task is told itself. Raised here too, the cancellation of this
         # task alone would reach its siblings, and AnyIO would keep it and the event in a ring.
     finally:
         run.outcome = outcome
         terms.tally.end(outcome)
+
+
+async def _outcome(run: Run, terms: Terms) -> Outcome:
+    """Run one handler under the eyes of the observers, and report its failure."""
+    try:
+        with watched(terms.observers, run.delivery):
+            await _attempt(run)
+    except Exception as error:  # noqa: BLE001 - the policy
+        _add_note(error, run)
+        terms.report(run.delivery, error)
+        return Outcome.FAILED
+    return Outcome.HANDLED
 
 
 async def _attempt(run: Run) -> None:

@@ -9,6 +9,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import CodeType, EllipsisType
@@ -21,7 +22,10 @@ from eventkit.exceptions import InvalidHandlerError
 
 # A limiter of our own: slow handlers must not take the threads that sync endpoints need. One per
 # running event loop, because a limiter belongs to the loop it is used in and a bus does not.
-_limiter: RunVar[CapacityLimiter] = RunVar("eventkit_handler_threads")
+# And one per level of nesting: a thread that waits for other handlers must not hold a token that
+# they need.
+_limiters: RunVar[list[CapacityLimiter]] = RunVar("eventkit_handler_threads")
+thread_level: ContextVar[int] = ContextVar("eventkit_thread_level", default=0)
 _THREADS = 40
 
 # Where a chain of `__wrapped__` and `__call__` is given up, because it may lead back to its start.
@@ -94,6 +98,7 @@ def _boxed(function: Callable[..., object], event: object) -> _Box:
     Trio refuses a coroutine as a result. An exception would be kept alive, and the event with it,
     by those who carry it, because they stand in its traceback.
     """
+    thread_level.set(thread_level.get() + 1)
     try:
         return [(function(event), None)]
     except BaseException as error:  # noqa: BLE001 - raised again where the thread is awaited
@@ -111,12 +116,15 @@ def _unboxed(box: _Box) -> object:
 
 
 def _threads() -> CapacityLimiter:
+    """The limiter of the caller's level of nesting, on the caller's event loop."""
     try:
-        return _limiter.get()
+        limiters = _limiters.get()
     except LookupError:
-        limiter = CapacityLimiter(_THREADS)
-        _limiter.set(limiter)
-        return limiter
+        limiters = list[CapacityLimiter]()
+        _limiters.set(limiters)
+    while len(limiters) <= thread_level.get():
+        limiters.append(CapacityLimiter(_THREADS))
+    return limiters[thread_level.get()]
 
 
 def inspect_handler(
@@ -132,7 +140,10 @@ def inspect_handler(
         InvalidHandlerError: Naming the function, its file and line, and what to change.
     """
     if not callable(function):
-        raise InvalidHandlerError(f"a handler is a callable that takes the event, not {function!r}")
+        hint = ". It was called already: pass the function" if inspect.iscoroutine(function) else ""
+        raise InvalidHandlerError(
+            f"a handler is a callable that takes the event, not {function!r}{hint}"
+        )
     called = name or _name(function)
     if isinstance(function, type):
         raise InvalidHandlerError(
@@ -212,9 +223,11 @@ def _check_signature(function: Callable[..., object], place: str) -> None:
     try:
         bound = signature.bind(object())
     except TypeError:
+        remedy = "It needs one positional parameter for the event, and defaults for all others"
+        if next(iter(signature.parameters), None) == "self":
+            remedy = "It is a method: subscribe that of an instance, once there is one"
         raise InvalidHandlerError(
-            f"{place} cannot be called with just the event: its signature is {signature}. "
-            "It needs one positional parameter for the event, and defaults for all others"
+            f"{place} cannot be called with just the event: its signature is {signature}. {remedy}"
         ) from None
     for parameter in signature.parameters.values():
         marker = type(cast("object", parameter.default))

@@ -7,6 +7,7 @@ always does what the application set up. Payloads of events are never logged.
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Mapping
 from contextvars import Context
 
@@ -33,7 +34,11 @@ def log(
         except Exception as broken:  # noqa: BLE001 - a processor is user code
             facts["structlog_failed"] = repr(broken)
     pairs = " ".join(f"{key}={value}" for key, value in facts.items())
-    _stdlib.log(level, "%s: %s", message, pairs, exc_info=error, extra={"eventkit": facts})
+    try:
+        _stdlib.log(level, "%s: %s", message, pairs, exc_info=error, extra={"eventkit": facts})
+    except Exception:  # noqa: BLE001 - a filter is user code; what is logged must not depend on it
+        if logging.raiseExceptions:
+            traceback.print_exc()
 
 
 def _write(
@@ -43,7 +48,9 @@ def _write(
     logger = structlog.get_logger("eventkit").bind()
     if isinstance(logger, structlog.stdlib.AsyncBoundLogger):
         logger = logger.sync_bl
-    getattr(logger, logging.getLevelName(level).lower())(message, exc_info=error, **facts)
+    if error is not None:
+        facts = {"exc_info": error, **facts}
+    getattr(logger, logging.getLevelName(level).lower())(message, **facts)
 
 
 def bind(variables: Context, **facts: object) -> None:

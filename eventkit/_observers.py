@@ -7,15 +7,17 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import TracebackType
 
-from eventkit._events import Delivery
+from eventkit._events import Delivery, type_name
 from eventkit._log import log
 
 
 class Observer:
     """A no-op base class: override what you want to see, then `bus.observe(observer)`.
 
-    Hooks are called synchronously, `published` in the publisher's thread and the others where
-    the unit of work ends, and should be quick. What a hook raises is logged and changes nothing.
+    Hooks are called synchronously and should be quick; what one raises is logged and changes
+    nothing. `published` is called in the publisher's thread and context variables, `delivery` in
+    the handler's, and the other two wherever a unit of work ends. A publish from another thread
+    may be told after its first delivery has started.
     """
 
     def published(self, event: object, deliveries: Sequence[Delivery]) -> None:
@@ -25,7 +27,10 @@ class Observer:
         """These will not run: their unit of work failed, or their subscription was cancelled."""
 
     def undelivered(self, deliveries: Sequence[Delivery]) -> None:
-        """These were not run, or were ended by a cancellation from outside."""
+        """These were not run, or were ended by a cancellation from outside.
+
+        Of those that were ended, the context manager of `delivery` was told before.
+        """
 
     def delivery(self, delivery: Delivery) -> AbstractContextManager[object]:
         """Surround one run of one handler.
@@ -65,7 +70,7 @@ def contained(observer: Observer) -> Generator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 - an observer is user code
-        log(logging.ERROR, "an observer failed", error=error, observer=repr(observer))
+        log(logging.ERROR, "an observer failed", error=error, observer=type_name(type(observer)))
 
 
 class _Surrounding:
@@ -96,6 +101,8 @@ class _Surrounding:
 
 def watched(observers: tuple[Observer, ...], delivery: Delivery) -> AbstractContextManager[object]:
     """All observers' context managers around one delivery, the first observer outermost."""
+    if not observers:
+        return nullcontext()
     with ExitStack() as stack:
         for observer in observers:
             stack.enter_context(_Surrounding(observer, delivery))

@@ -6,16 +6,19 @@ Knows nothing of how handlers are run.
 
 from __future__ import annotations
 
+import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from threading import Lock
+from threading import RLock
 from types import EllipsisType, FrameType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, overload
 
 from eventkit._events import type_name
 from eventkit._handlers import Handler, inspect_handler
+from eventkit._log import log
 from eventkit.exceptions import (
     DuplicateSubscriptionError,
     InvalidEventTypeError,
@@ -99,7 +102,7 @@ class Subscription:
         return self.target.timeout
 
     def cancel(self) -> None:
-        """End the subscription. Deliveries of it that have not started will be discarded."""
+        """End the subscription. Its deliveries of events that have not started are discarded."""
         self._registry.remove(self)
 
     def __enter__(self) -> Self:
@@ -138,10 +141,30 @@ def declare(
 def check_event_type(event_type: object) -> None:
     """Refuse what no event can be an instance of."""
     alias = hasattr(event_type, "__origin__")
-    if not isinstance(event_type, type) or alias or event_type is Any:
+    if isinstance(event_type, type) and not alias and event_type is not Any:
+        return
+    kind = type(event_type)
+    if inspect.isroutine(event_type):
+        remedy = (
+            "A decorator takes the event type in parentheses: @bus.on(UserCreated); subscribe "
+            "takes it first: subscribe(UserCreated, handler)"
+        )
+    elif alias or event_type is Any or kind.__module__ in {"builtins", "types", "typing"}:
+        remedy = (
+            "For one of several, name them all: on(A, B); for a generic class, name the class "
+            "without its parameters"
+        )
+    else:
+        remedy = f"For its class: {kind.__name__}"
+    raise InvalidEventTypeError(f"an event type is a class, not {event_type!r}. {remedy}")
+
+
+def refuse_non_event(event: object) -> None:
+    """Refuse a class where its instance was meant."""
+    if isinstance(event, type):
         raise InvalidEventTypeError(
-            f"an event type is a class, not {event_type!r}. For one of several, name them all: "
-            "on(A, B); for a generic class, name the class without its parameters"
+            f"an event is an instance, not a class: publish {event.__name__}(...), not "
+            f"{event.__name__}"
         )
 
 
@@ -306,7 +329,7 @@ class Registry:
     __slots__ = ("_by_type", "_lock", "_plans")
 
     def __init__(self) -> None:
-        self._lock = Lock()
+        self._lock = RLock()  # finalizers run anywhere, also while it is held
         self._by_type: dict[type, dict[object, Subscription]] = {}
         self._plans: dict[type, Plan] = {}
 
@@ -341,23 +364,30 @@ class Registry:
                     del self._by_type[subscription.event_type]
                 self._plans = {}
 
+    def plan_for(self, event: object) -> Plan:
+        """The subscriptions that an event reaches, in start order.
+
+        Raises:
+            InvalidEventTypeError: It is a class.
+        """
+        plan = self._plans.get(type(event))
+        if plan is None:
+            refuse_non_event(event)
+            plan = self.resolve(type(event))
+            if not plan:
+                log(logging.INFO, "nobody handles these events", event_type=type_name(type(event)))
+        return plan
+
     def resolve(self, event_type: type) -> Plan:
         """The subscriptions for an event of exactly this type, in start order."""
-        plan = self._plans.get(event_type)
-        return self._resolve(event_type) if plan is None else plan
-
-    def _resolve(self, event_type: type) -> Plan:
-        if issubclass(event_type, type):
-            raise InvalidEventTypeError(
-                "an event is an instance, not a class: publish UserCreated(...), not UserCreated"
-            )
         with self._lock:
+            plans = self._plans  # a change while we look drops it, and what we put there
             found: dict[object, Subscription] = {}
             for base in event_type.__mro__:
-                for identity, subscription in self._by_type.get(base, {}).items():
+                for identity, subscription in [*self._by_type.get(base, {}).items()]:
                     first = found.setdefault(identity, subscription)
                     found[identity] = min(first, subscription, key=_order_of)
-            plan = self._plans[event_type] = tuple(in_order(found.values()))
+            plan = plans[event_type] = tuple(in_order(found.values()))
         return plan
 
     def __iter__(self) -> Iterator[Subscription]:

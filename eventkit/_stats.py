@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from threading import Lock
+from threading import RLock
 
 
 class Outcome(Enum):
@@ -53,7 +53,7 @@ class Tally:
     __slots__ = ("accepted", "ended", "lock", "published", "running")
 
     def __init__(self) -> None:
-        self.lock = Lock()
+        self.lock = RLock()  # finalizers run anywhere, also while it is held
         self.published = 0
         self.accepted = 0
         self.running = 0

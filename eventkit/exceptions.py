@@ -6,7 +6,7 @@ This module knows nothing of the rest of the package.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 __all__ = [
@@ -31,6 +31,19 @@ __all__ = [
 class EventKitError(Exception):
     """Base of every error that eventkit raises on purpose."""
 
+    def __reduce__(self) -> tuple[Callable[..., EventKitError], tuple[object, ...]]:
+        """Pickle it as it is, without going through `__init__` again."""
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(
+    kind: type[EventKitError], args: tuple[object, ...], facts: dict[str, object]
+) -> EventKitError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(facts)
+    return error
+
 
 class InvalidEventTypeError(EventKitError, TypeError):
     """Something that is not an event class was subscribed to, or a class itself was published."""
@@ -50,9 +63,12 @@ class DuplicateSubscriptionError(EventKitError, ValueError):
     """
 
     def __init__(self, handler: str, event_type: str, first: str, second: str) -> None:
+        places = f"first at {first}, again at {second}. Remove one of the two"
+        if first == second:
+            places = f"at {first}, its router was included twice"
         super().__init__(
-            f"{handler} is already subscribed to {event_type}: first at {first}, again at "
-            f"{second}. Remove one of the two; a handler runs once per event in any case."
+            f"{handler} is already subscribed to {event_type}: {places}; a handler runs once per "
+            "event in any case"
         )
         self.handler = handler
         self.first = first

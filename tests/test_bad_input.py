@@ -1,6 +1,8 @@
 """Misuse: each way has a clear error of its own, which names the remedy."""
 
 import asyncio
+import logging
+import pickle
 import re
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -15,6 +17,7 @@ from anyio import create_task_group, to_thread
 
 from eventkit import (
     Delivery,
+    DispatchError,
     DrainInProgressError,
     EventBus,
     EventContextClosedError,
@@ -23,6 +26,7 @@ from eventkit import (
     EventDepthError,
     EventKitError,
     EventRouter,
+    HandlerTimeoutError,
     InvalidEventTypeError,
     InvalidHandlerError,
     NoEventContextError,
@@ -38,7 +42,7 @@ NO_MIDDLEWARE = (
     NOWHERE
     + "no request or job surrounds the caller. In a web application install the middleware: "
     "app.add_middleware(EventContextMiddleware, bus=bus). Elsewhere, open a unit of work: "
-    "`async with bus.context():`"
+    "`async with bus.context():`, in a thread `with bus.context():`"
 )
 OVER = (
     "this event context of bus 'shop' has ended: the request or job it belongs to is over, and its "
@@ -155,8 +159,10 @@ async def test_publishing_in_the_handler_of_another_bus_says_so(bus: EventBus) -
         await other.dispatch(1)
 
     assert told == [
-        NOWHERE + "this is a unit of work of bus 'other', and it is not inside one of this bus. "
-        "Open one: `async with bus.context():`"
+        NOWHERE + "this is a unit of work of another bus, 'other', and it is not inside one of "
+        "this bus. Publish to that one, or open a unit of work of this bus: `async with "
+        "bus.context():`; two buses in one application need the middleware each, and names: "
+        "EventBus(name=...)"
     ]
 
 
@@ -261,13 +267,24 @@ class OfMeta(metaclass=Meta):
 async def test_publishing_a_class_says_that_an_event_is_an_instance(
     bus: EventBus, event: type
 ) -> None:
-    told = "an event is an instance, not a class: publish UserCreated(...), not UserCreated"
+    name = event.__name__
+    told = f"an event is an instance, not a class: publish {name}(...), not {name}"
     async with bus.context():
         assert refusal(InvalidEventTypeError, bus.publish, event) == told
     with pytest.raises(InvalidEventTypeError, match=re.escape(told)):
         await bus.dispatch(event)
 
     assert bus.stats.published == 0
+
+
+async def test_an_event_that_nobody_handles_is_no_error_and_leaves_one_line_per_type(
+    bus: EventBus, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "eventkit")
+    async with bus.context():
+        bus.publish(OfMeta(), OfMeta())
+
+    assert caplog.messages == [f"nobody handles these events: event_type={__name__}.OfMeta"]
 
 
 # Draining
@@ -452,7 +469,6 @@ def ignore(event: object) -> None: ...
         Annotated[int, "positive"],
         NewType("UserId", int),
         1,
-        Target(),
         None,
         T,
         Any,
@@ -475,8 +491,44 @@ def test_a_decorator_without_event_types_is_refused(bus: EventBus) -> None:
     told = "on() needs the event types: on(UserCreated)"
 
     assert refusal(InvalidEventTypeError, on) == told
-    # A decorator without its parentheses is given the function.
-    assert refusal(InvalidEventTypeError, on, ignore) == (
-        f"an event type is a class, not {ignore!r}. For one of several, name them all: "
-        "on(A, B); for a generic class, name the class without its parameters"
+
+
+def test_a_decorator_without_its_parentheses_is_told_of_them(bus: EventBus) -> None:
+    on: Any = bus.on
+    told = (
+        f"an event type is a class, not {ignore!r}. A decorator takes the event type in "
+        "parentheses: @bus.on(UserCreated); subscribe takes it first: "
+        "subscribe(UserCreated, handler)"
     )
+
+    assert refusal(InvalidEventTypeError, on, ignore) == told
+    assert refusal(InvalidEventTypeError, bus.subscribe, ignore, Target) == told
+
+
+def test_an_instance_as_event_type_is_told_its_class(bus: EventBus) -> None:
+    event = Target()
+
+    assert refusal(InvalidEventTypeError, bus.subscribe, event, ignore) == (
+        f"an event type is a class, not {event!r}. For its class: Target"
+    )
+
+
+# Errors travel
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        HandlerTimeoutError("shop:mail", 1.5),
+        EventDepthError("Looped", 16, ["Looped -> again"]),
+        EventContextFullError("shop", 10),
+        DispatchError("handlers failed", [ValueError("no mail")]),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_survive_pickling_with_their_facts(error: EventKitError) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+
+    assert type(copy) is type(error)
+    assert str(copy) == str(error)
+    assert vars(copy) == vars(error)

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import logging
 import re
 import sys
 import threading
@@ -20,6 +21,7 @@ from anyio.lowlevel import checkpoint
 from eventkit import (
     Delivery,
     DispatchError,
+    DrainInProgressError,
     DrainReport,
     EventBus,
     EventContext,
@@ -1752,3 +1754,115 @@ async def test_a_unit_says_what_it_is(bus: EventBus) -> None:
     assert re.fullmatch(
         r"<EventContext of bus 'default' for builtins\.int -> .*handle, open, 0 pending>", told[0]
     )
+
+
+async def test_threads_that_wait_for_handlers_in_threads_hold_no_thread_that_those_need(
+    bus: EventBus,
+) -> None:
+    handled: list[int] = []
+
+    @bus.on(int)
+    def outer(event: int) -> None:
+        from_thread.run(bus.dispatch, str(event))
+
+    @bus.on(str)
+    def inner(event: str) -> None:
+        handled.append(int(event))
+
+    with anyio.fail_after(30):  # as many as there are threads: they would wait for ever
+        async with create_task_group() as tasks:
+            for number in range(40):
+                tasks.start_soon(bus.dispatch, number)
+
+    assert sorted(handled) == list(range(40))
+
+
+async def test_handlers_run_on_the_loop_that_drains_whatever_loop_published(bus: EventBus) -> None:
+    seen: list[str] = []
+
+    @bus.on(str)
+    async def handle(event: str) -> None:
+        await checkpoint()
+        await to_thread.run_sync(seen.append, event)
+
+    async def publish(event: str) -> None:
+        bus.publish(event)
+
+    def elsewhere(backend: str) -> None:
+        anyio.run(publish, f"from {backend}", backend=backend)
+
+    async with bus.context():
+        await to_thread.run_sync(elsewhere, "trio")
+        await to_thread.run_sync(elsewhere, "asyncio")
+
+    assert seen == ["from trio", "from asyncio"]
+
+
+async def test_units_around_yields_that_overlap_leave_the_outer_one_active(bus: EventBus) -> None:
+    async def block() -> AsyncGenerator[None]:
+        async with bus.context():
+            yield
+
+    async with bus.context() as outer:
+        first, second = block(), block()
+        await anext(first)
+        await anext(second)
+        await first.aclose()
+        await second.aclose()
+
+        assert bus.current_context() is outer
+
+
+async def test_a_handler_can_drain_no_unit_of_its_bus(bus: EventBus) -> None:
+    async with bus.context() as outer:
+
+        @bus.on(str)
+        async def handle(event: str) -> None:
+            with pytest.raises(DrainInProgressError):
+                await outer.drain()
+
+        await bus.dispatch("now")
+
+
+async def test_a_unit_that_is_not_open_yet_cannot_be_drained(bus: EventBus) -> None:
+    with pytest.raises(EventContextClosedError, match="not open yet"):
+        await bus.context().drain()
+
+
+async def test_a_log_that_raises_loses_no_delivery(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO, "eventkit")
+    bus = EventBus()
+
+    def broken(record: logging.LogRecord) -> bool:
+        raise RuntimeError("the filter broke")
+
+    cancelled = bus.subscribe(str, nothing)
+
+    @bus.on(str)
+    async def fails(event: str) -> None:
+        raise ValueError
+
+    @bus.on(str)
+    async def works(event: str) -> None:
+        bus.publish(1)
+
+    handled: list[int] = []
+
+    @bus.on(int)
+    async def follows(event: int) -> None:
+        handled.append(event)
+
+    logger = logging.getLogger("eventkit")
+    logger.addFilter(broken)
+    try:
+        async with bus.context():
+            bus.publish("event")
+            cancelled.cancel()
+    finally:
+        logger.removeFilter(broken)
+
+    assert handled == [1]
+    assert_settled(bus)
+    assert "the filter broke" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import Any
+from typing import Any, cast
 from unittest.mock import AsyncMock, MagicMock, Mock, call, create_autospec
 
 import pytest
@@ -220,7 +220,6 @@ def only_keywords(*, event: object) -> None: ...
         (takes_two, "(event: object, other: object) -> None"),
         (needs_a_keyword, "(event: object, *, other: object) -> None"),
         (only_keywords, "(*, event: object) -> None"),
-        (Handlers.plain, "(self, event: object) -> None"),
     ],
 )
 def test_a_signature_that_does_not_take_just_the_event_is_refused(
@@ -231,6 +230,21 @@ def test_a_signature_that_does_not_take_just_the_event_is_refused(
         f"its signature is {signature}. It needs one positional parameter for the event, and "
         "defaults for all others"
     )
+
+
+def test_a_method_without_its_instance_is_told_so() -> None:
+    assert refusal(Handlers.plain).endswith(
+        "its signature is (self, event: object) -> None. It is a method: subscribe that of an "
+        "instance, once there is one"
+    )
+
+
+def test_a_coroutine_instead_of_its_function_is_told_so() -> None:
+    async def handler(event: object) -> None: ...
+
+    called = handler("event")
+    assert refusal(cast("Any", called)).endswith(". It was called already: pass the function")
+    called.close()
 
 
 def test_a_signature_with_defaults_and_stars_is_taken() -> None:
@@ -275,7 +289,7 @@ def test_a_timeout_in_a_thread_is_refused() -> None:
     assert looked_at(plain, timeout=5, thread=False).timeout == 5
 
 
-NO_DURATIONS: list[object] = [0, -1, 0.0, float("nan"), float("-inf"), True, "5", [], object()]
+NO_DURATIONS: list[object] = [0, -1, 0.0, float("nan"), float("-inf"), True, "5", [], object]
 
 
 @pytest.mark.parametrize("timeout", NO_DURATIONS, ids=repr)
@@ -395,11 +409,11 @@ BUILT_IN_LIST: list[object] = []
 BUILT_IN_DICT: dict[object, object] = {}
 
 
-# Python 3.11 does not see that such a mock is async; its result is awaited all the same.
-SPEC_IS_PLAIN = sys.version_info < (3, 12)
-
-
 async def specification(event: object) -> None: ...
+
+
+# Older Pythons do not see that such a mock is async; its result is awaited all the same.
+SPEC_IS_PLAIN = not inspect.iscoroutinefunction(create_autospec(specification))
 
 
 ODD: dict[str, tuple[Callable[..., object], str, bool]] = {

@@ -246,7 +246,7 @@ async def test_a_raising_observer_is_logged_and_never_felt(
     for line in lines:
         assert line.exc_info is not None
         assert isinstance(line.exc_info[1], LookupError)
-        assert "Recorder object at" in line.message
+        assert "test_observers.Recorder" in line.message
 
 
 async def test_an_observer_whose_surrounding_fails_in_the_middle_is_logged(

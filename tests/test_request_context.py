@@ -319,7 +319,7 @@ async def test_a_context_of_another_bus_around_the_client_is_not_seen_in_the_req
     other = EventBus(name="other")
 
     def act(_: Request) -> None:
-        with pytest.raises(NoEventContextError, match="unit of work of bus 'default'"):
+        with pytest.raises(NoEventContextError, match="unit of work of another bus, 'default'"):
             other.publish("ordered")
 
     async with other.context():
@@ -439,7 +439,7 @@ async def test_a_handler_publishes_to_another_bus_of_the_request_in_a_context_of
 
     @other.on(str)
     async def forward(event: str) -> None:
-        with pytest.raises(NoEventContextError, match="unit of work of bus 'other'"):
+        with pytest.raises(NoEventContextError, match="unit of work of another bus, 'other'"):
             bus.publish(event)
         async with bus.context():
             bus.publish(f"forwarded {event}")

@@ -20,7 +20,7 @@ from eventkit import (
     RouterClosedError,
     Subscription,
 )
-from tests.witness import assert_settled, calling, witnessed
+from tests.witness import assert_settled, calling, nothing, witnessed
 
 pytestmark = pytest.mark.anyio
 
@@ -325,7 +325,7 @@ def test_subscribing_the_same_handler_twice_names_both_places(bus: EventBus, not
     name = f"{__name__}:twice"
     assert str(error.value) == (
         f"{name} is already subscribed to {__name__}.Base: first at {HERE}:{first}, again at "
-        f"{HERE}:{again}. Remove one of the two; a handler runs once per event in any case."
+        f"{HERE}:{again}. Remove one of the two; a handler runs once per event in any case"
     )
     assert error.value.handler == name
     assert error.value.first == f"{HERE}:{first}"
@@ -592,3 +592,14 @@ async def test_threads_subscribe_and_cancel_while_others_publish(bus: EventBus) 
     assert bus.handlers_for(Left) == tuple(sorted(kept, key=order_of))
     assert len(kept) == rounds * threads
     assert_settled(bus)
+
+
+def test_a_subscription_may_be_cancelled_by_a_finalizer_at_any_moment(bus: EventBus) -> None:
+    """The garbage collector runs finalizers in the middle of a resolution, in its thread."""
+    held = bus.subscribe(Base, nothing)
+
+    registry = held._registry
+    with registry._lock:
+        held.cancel()  # as if the collector ran here: the same thread, with the lock held
+
+    assert bus.handlers_for(Base) == ()

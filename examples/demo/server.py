@@ -152,6 +152,8 @@ def serve(port: int) -> None:
     resources.bus.observe(Witness())
     listen(Session, "after_commit", tell_commit)
     with socket.create_server(("127.0.0.1", port)) as listener:
+        # Or the last bytes of an answer wait some 40 ms for the client's acknowledgement.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         wiretap = Wiretap(app, resources.bus, listener.getsockname()[1])
         config = uvicorn.Config(wiretap, log_level="warning", access_log=False)
         uvicorn.Server(config).run(sockets=[listener])
