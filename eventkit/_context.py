@@ -53,7 +53,7 @@ _outside: ContextVar[str | None] = ContextVar("eventkit_outside", default=None)
 _numbers = count()
 try:  # which event loop a task runs on, where AnyIO leaves that to sniffio
     from sniffio import current_async_library_cvar as _library
-except ImportError:
+except ImportError:  # pragma: no cover - newer releases of AnyIO do without it
     _library = ContextVar[str | None]("eventkit_library", default=None)
 
 

@@ -497,6 +497,24 @@ async def test_where_structlog_is_configured_it_gets_the_line(
     assert caplog.records == []
 
 
+async def test_a_structured_line_without_an_error_carries_none(
+    failing: EventBus, structured: list[MutableMapping[str, Any]]
+) -> None:
+    with pytest.raises(LookupError):
+        async with failing.context():
+            failing.publish(Secret())
+            raise LookupError
+
+    [line] = structured
+    assert line == {
+        "event": "deliveries discarded",
+        "log_level": "info",
+        "bus": failing.name,
+        "deliveries": 1,
+        "event_types": f"{Secret.__module__}.Secret x1",
+    }
+
+
 async def test_what_a_handler_logs_says_which_event_and_handler_it_was(
     structured: list[MutableMapping[str, Any]],
 ) -> None:
