@@ -644,6 +644,11 @@ async def finish(context: EventContext, *, success: bool) -> None:
     await context._end(success)
 
 
+def abandon(context: EventContext) -> None:
+    """Close it at once; what is left in it is undelivered."""
+    context._abandon()
+
+
 def close_if_idle(context: EventContext, *, success: bool) -> bool:
     """As `finish`, where there is nothing to deliver; False where there is."""
     return context._close_if_idle(success=success)

@@ -108,7 +108,7 @@ async def run_all(runs: Sequence[Run], terms: Terms) -> None:
 
 async def _guard(run: Run, terms: Terms, fatal: list[BaseException], siblings: CancelScope) -> None:
     """Run one handler, so that nothing but a cancellation from outside leaves its task."""
-    terms.tally.start()
+    terms.tally.start(run.delivery)
     outcome = Outcome.UNDELIVERED
     try:
         with watched(terms.observers, run.delivery):
@@ -128,7 +128,7 @@ async def _guard(run: Run, terms: Terms, fatal: list[BaseException], siblings: C
         siblings.cancel()
     finally:
         run.outcome = outcome
-        terms.tally.end(outcome)
+        terms.tally.end(run.delivery, outcome)
 
 
 async def _attempt(run: Run) -> None:
