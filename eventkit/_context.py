@@ -645,7 +645,8 @@ async def finish(context: EventContext, *, success: bool) -> None:
 
 
 def abandon(context: EventContext) -> None:
-    """Close it at once; what is left in it is undelivered."""
+    """Close it at once: what is not released is discarded, and what is released undelivered."""
+    context.discard()
     context._abandon()
 
 

@@ -149,6 +149,14 @@ class Drainer:
         waiting = (delivery for ended in units for delivery in ended.context.pending)
         return self._core.tally.running_by_handler() + Counter(d.handler for d in waiting)
 
-    def _log(self, level: int, message: str, by_handler: Counter[str], **facts: object) -> None:
+    def _log(self, level: int, message: str, by_handler: Counter[str], **counters: int) -> None:
         handlers = ", ".join(f"{name} x{times}" for name, times in by_handler.items())
-        log(level, message, bus=self._core.name, left=by_handler.total(), handlers=handlers, **facts)
+        log(
+            level,
+            message,
+            error=None,
+            bus=self._core.name,
+            left=by_handler.total(),
+            handlers=handlers,
+            **counters,
+        )

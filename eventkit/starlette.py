@@ -5,6 +5,7 @@ Knows nothing of FastAPI and of databases: an app is anything that speaks ASGI.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -19,7 +20,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eventkit._bus import EventBus, core_of
-from eventkit._context import EventContext, close_if_idle, entered, finish, outside
+from eventkit._context import EventContext, abandon, close_if_idle, entered, finish, outside
 from eventkit._drainer import Drainer
 from eventkit._handlers import is_duration
 from eventkit._log import log
@@ -28,6 +29,9 @@ __all__ = ["EventContextMiddleware", "Outcome", "succeeded"]
 
 _SCOPE_KEY = "eventkit"
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})  # RFC 9110, section 9.2.1
+
+# The messages that carry a response's body; ASGI's extensions add the last two.
+_BODY = {"http.response.body", "http.response.pathsend", "http.response.zerocopysend"}
 
 _WEBSOCKET = (
     "a websocket has no event context of its own, because it would be open for hours. Open one "
@@ -105,7 +109,7 @@ class EventContextMiddleware:
             servers by a scope without `asgi.spec_version`.
 
     Raises:
-        TypeError: `bus` is not an `EventBus`.
+        TypeError: `bus` is not an `EventBus`, or `deliver_if` is not a plain function.
         ValueError: A number is out of range.
     """
 
@@ -125,6 +129,10 @@ class EventContextMiddleware:
             raise TypeError(
                 f"EventContextMiddleware needs an EventBus, not {bus!r}: "
                 "app.add_middleware(EventContextMiddleware, bus=bus)"
+            )
+        if inspect.iscoroutinefunction(deliver_if) or not callable(deliver_if):
+            raise TypeError(
+                f"deliver_if takes a plain function from an Outcome to a bool, not {deliver_if!r}"
             )
         for name, seconds in (
             ("overload_timeout", overload_timeout),
@@ -152,33 +160,33 @@ class EventContextMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one scope, as ASGI defines it."""
         if scope["type"] == "http":
-            self._announce()
             await self._serve_request(scope, receive, send)
         elif scope["type"] == "lifespan":
-            with outside(_LIFESPAN):
-                await self._serve_lifespan(scope, receive, send)
+            await self._serve_lifespan(scope, receive, send)
         else:
             with outside(_WEBSOCKET):
                 await self.app(scope, receive, send)
 
     async def _serve_request(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Joined by this mark alone: context variables of tests and servers leak into requests.
-        contexts: dict[EventBus, EventContext] = scope.get(_SCOPE_KEY, {})
-        around = contexts.get(self.bus)
-        if around is not None and not around.closed:
+        marks: dict[EventBus, EventContext] = scope.get(_SCOPE_KEY, {})
+        around = {bus: context for bus, context in marks.items() if not context.closed}
+        if self.bus in around:
             await self.app(scope, receive, send)
             return
-        drainer = self._drainer_for(scope)
-        if drainer is not None and drainer.full and scope["method"] not in _SAFE_METHODS:
-            if not await drainer.wait_for_room(self._overload_timeout):
-                await self._refuse(scope, receive, send)
-                return
+        self._announce()
+        if not await self._has_room(scope):
+            await self._refuse(scope, receive, send)
+            return
         context = self.bus.context()
-        scope[_SCOPE_KEY] = {**contexts, self.bus: context}
+        scope[_SCOPE_KEY] = {**around, self.bus: context}
         response = _Response(scope, send)
         try:
-            with entered(context, next(reversed(contexts.values()), None)):
+            with entered(context, next(reversed(around.values()), None)):
                 await self.app(scope, receive, response.send)
+        except GeneratorExit:  # closed from outside: nothing can be awaited any more
+            abandon(context)
+            raise
         except BaseException as error:
             await self._end(context, response.outcome(error))
             raise
@@ -202,6 +210,13 @@ class EventContextMiddleware:
         else:
             drainer.submit(context, success=success)
 
+    async def _has_room(self, scope: Scope) -> bool:
+        """Hold an unsafe request while too many deliveries wait; False if they still do."""
+        drainer = self._drainer_for(scope)
+        if drainer is None or not drainer.full or scope["method"] in _SAFE_METHODS:
+            return True
+        return await drainer.wait_for_room(self._overload_timeout)
+
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         response = PlainTextResponse(
             "Too many events wait to be delivered. Try again later.",
@@ -212,7 +227,12 @@ class EventContextMiddleware:
 
     async def _serve_lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the app's lifespan, and in it the tasks that deliver in the background."""
-        failure: Exception | None = None
+        marks: set[EventBus] = scope.setdefault(_SCOPE_KEY, set())
+        if self.bus in marks:  # an instance outside has such tasks
+            await self.app(scope, receive, send)
+            return
+        marks.add(self.bus)
+        lifespan = _Lifespan(receive, send)
         async with create_task_group() as tasks:
             drainer = Drainer(
                 core_of(self.bus),
@@ -221,22 +241,17 @@ class EventContextMiddleware:
                 max_pending=self._max_pending,
             )
             self._drainer.set(drainer)
-            lifespan = _Lifespan(
-                receive,
-                send,
-                ready=self._announce,
-                stopping=partial(drainer.close, self._shutdown_timeout),
-            )
             try:
                 with outside(_LIFESPAN):
-                    await lifespan.run(self.app, scope)
-            except Exception as error:  # noqa: BLE001 - the task group would wrap it
-                failure = error
+                    await lifespan.run(
+                        self.app,
+                        scope,
+                        ready=self._announce,
+                        stopping=partial(drainer.close, self._shutdown_timeout),
+                    )
             finally:
                 self._drainer.set(None)
-        await lifespan.say_farewell()
-        if failure is not None:
-            raise failure
+        await lifespan.end()
 
     def _judge(self, outcome: Outcome) -> bool:
         try:
@@ -271,101 +286,104 @@ class _Lifespan:
     An app that does not speak the protocol is spoken for.
     """
 
-    __slots__ = ("_answered", "_begun", "_farewell", "_ready", "_receive", "_send", "_stopping")
+    __slots__ = ("_answered", "_begun", "_failure", "_farewell", "_receive", "_send")
 
-    def __init__(
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._begun = False
+        self._answered = False
+        self._farewell: Message | None = None
+        self._failure: Exception | None = None
+
+    async def run(
         self,
-        receive: Receive,
-        send: Send,
+        app: ASGIApp,
+        scope: Scope,
         *,
         ready: Callable[[], None],
         stopping: Callable[[], Awaitable[None]],
     ) -> None:
-        self._receive = receive
-        self._send = send
-        self._ready = ready
-        self._stopping = stopping
-        self._begun = False
-        self._answered = False
-        self._farewell: Message | None = None
+        """Run the app's lifespan but for its end, which `end` brings about.
 
-    async def run(self, app: ASGIApp, scope: Scope) -> None:
-        try:
-            await app(scope, self.receive, self.send)
-        except Exception as error:
-            if self._answered:
-                raise
-            log(logging.INFO, "the app has no lifespan of its own", reason=repr(error))
-        if self._answered:
-            return
-        if not self._begun:
-            await self.receive()
-        await self.send({"type": "lifespan.startup.complete"})
-        await self.receive()
-        await self.send({"type": "lifespan.shutdown.complete"})
+        `ready` is called when the app has started up, before the server knows; `stopping` is
+        awaited when the server shuts down, before the app knows.
+        """
 
-    async def receive(self) -> Message:
-        message = await self._receive()
-        self._begun = True
-        if message["type"] == "lifespan.shutdown":
-            await self._stopping()
-        return message
+        async def receive() -> Message:
+            message = await self._receive()
+            self._begun = True
+            if message["type"] == "lifespan.shutdown":
+                await stopping()
+            return message
 
-    async def send(self, message: Message) -> None:
-        self._answered = True
-        match message["type"]:
-            case "lifespan.shutdown.complete" | "lifespan.shutdown.failed":
+        async def send(message: Message) -> None:
+            self._answered = True
+            if message["type"] == "lifespan.startup.complete":
+                ready()
+            if message["type"].startswith("lifespan.shutdown."):
                 self._farewell = message
-                return
-            case "lifespan.startup.complete":
-                self._ready()
-            case _:
-                pass
-        await self._send(message)
+            else:
+                await self._send(message)
 
-    async def say_farewell(self) -> None:
-        """Send the last message, after which hypercorn cancels whatever has not returned."""
+        try:
+            await app(scope, receive, send)
+        except Exception as error:  # noqa: BLE001 - a task group around it would wrap it
+            self._failure = error
+            if not self._answered:
+                log(logging.INFO, "the app has no lifespan of its own", reason=repr(error))
+        if not self._answered:
+            self._failure = None
+            if not self._begun:
+                await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+
+    async def end(self) -> None:
+        """Send the app's last message, or raise what it raised.
+
+        After that message hypercorn cancels whatever has not returned, so nothing may follow it.
+        """
         if self._farewell is not None:
             await self._send(self._farewell)
+        if self._failure is not None:
+            raise self._failure
 
 
 class _Response:
-    """What has been sent of one response."""
+    """What has been sent of one response, and whether the client was there to take it."""
 
-    __slots__ = ("_body_complete", "_client_left", "_scope", "_send", "_status")
+    __slots__ = ("_body_complete", "_losses", "_scope", "_send", "_status")
 
     def __init__(self, scope: Scope, send: Send) -> None:
         self._scope = scope
         self._send = send
         self._status: int | None = None
         self._body_complete = False
-        self._client_left = False
+        self._losses: list[OSError] = []
 
     async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]  # also for a client that has just left
         try:
             await self._send(message)
-        except OSError:  # ASGI 2.4: what a server raises when the client has left
-            self._client_left = True
+        except OSError as error:  # ASGI 2.4: what a server raises when the client has left
+            self._losses.append(error)
             raise
-        finally:
-            self._note(message)
-
-    def _note(self, message: Message) -> None:
-        match message["type"]:
-            case "http.response.start":
-                self._status = message["status"]
-            case "http.response.body":
-                self._body_complete = not message.get("more_body", False)
-            case "http.response.pathsend":
-                self._body_complete = True
-            case _:
-                pass
+        if message["type"] in _BODY:
+            self._body_complete = not message.get("more_body", False)
 
     def outcome(self, error: BaseException | None) -> Outcome:
-        left = self._client_left and isinstance(error, ClientDisconnect | OSError)
-        return Outcome(
-            scope=self._scope,
-            status=self._status,
-            body_complete=self._body_complete and not self._client_left,
-            exception=None if left else error,
+        """How it ended, given what the app raised. To be asked once."""
+        if error is not None and self._losses and self._is_loss(error):
+            error = None
+        self._losses.clear()  # their tracebacks lead back here, which would close a ring
+        return Outcome(self._scope, self._status, self._body_complete, error)
+
+    def _is_loss(self, error: BaseException) -> bool:
+        """Whether it says nothing but that the client has left, as Starlette or `send` say it."""
+        _, other = BaseExceptionGroup("", [error]).split(
+            lambda part: isinstance(part, ClientDisconnect) or part in self._losses
         )
+        return other is None

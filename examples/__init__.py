@@ -1,0 +1,1 @@
+"""Programs that use eventkit as its users would."""

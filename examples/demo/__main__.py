@@ -1,0 +1,60 @@
+"""Owns the demo as a program: its options, its terminal, its exit code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from io import TextIOWrapper
+from typing import cast
+
+import anyio
+from rich.console import Console
+
+from examples.demo.play import play
+from examples.demo.process import until_signal
+from examples.demo.serve import serve
+
+_WIDTH = 100
+_AS_TOLD, _NOT_AS_TOLD, _INTERRUPTED = 0, 1, 130
+
+
+def main() -> int:
+    """Run the demo and return its exit code."""
+    options = _options()
+    console = _console()
+    if options.serve:
+        return 0 if anyio.run(partial(serve, console, port=options.port)) else 1
+    return anyio.run(_play, console)
+
+
+async def _play(console: Console) -> int:
+    async with until_signal():
+        return _AS_TOLD if await play(console) else _NOT_AS_TOLD
+    return _INTERRUPTED
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.demo", description="Watch eventkit work in a small shop."
+    )
+    parser.add_argument(
+        "--serve", action="store_true", help="keep the shop running, to try it with curl"
+    )
+    parser.add_argument(
+        "--port", type=int, default=8000, help="where to serve (default: %(default)s; 0: any)"
+    )
+    return parser.parse_args()
+
+
+def _console() -> Console:
+    """A console that draws the same in a terminal and in a CI log."""
+    cast("TextIOWrapper", sys.stdout).reconfigure(encoding="utf-8")
+    console = Console(highlight=False)
+    if not console.is_terminal or console.width > _WIDTH:
+        console.width = _WIDTH
+    return console
+
+
+if __name__ == "__main__":
+    sys.exit(main())

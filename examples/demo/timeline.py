@@ -1,0 +1,209 @@
+"""Owns how a request looks: what happened, drawn on one axis of milliseconds.
+
+Everything is readable without colour. Knows nothing of how the times came about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from examples.demo.cases import Shot
+from examples.demo.trace import Run
+
+_LABEL, _NOTE = 26, 30
+_SENT, _COMMITTED, _MAIL = ("◇", "cyan"), ("◆", "yellow"), ("●", "magenta")
+_OTHER = ("▲", "blue")
+_THIN, _THICK = "╴╶─", "╸╺━"  # left half, right half, whole cell
+_CELLS_PER_TICK = 7
+
+LEGEND = Text.assemble(
+    *(("─", "cyan"), " the client waits   "),
+    *(_SENT, " response sent   "),
+    *(_COMMITTED, " committed   "),
+    *(("━", "green"), " handlers   "),
+    *(_MAIL, " mail received"),
+    style="dim",
+)
+
+
+class _Axis:
+    """Says at which cell a moment is drawn."""
+
+    def __init__(self, start_ns: int, end_ns: int, cells: int) -> None:
+        self.cells = cells
+        self._start_ns = start_ns
+        self._span_ms = max((end_ns - start_ns) / 1e6, 1.0)
+
+    def ms(self, at_ns: int) -> float:
+        """Milliseconds since the start."""
+        return (at_ns - self._start_ns) / 1e6
+
+    def label(self, at_ns: int) -> str:
+        """The same in words; 0 is what has not come."""
+        return f"{self.ms(at_ns):.1f}" if at_ns else "never"
+
+    def position(self, ms: float) -> float:
+        """Cells from the left, between 0 and the last one."""
+        return min(max(ms, 0.0) / self._span_ms, 1.0) * (self.cells - 1)
+
+    def ticks(self) -> Text:
+        """The milliseconds themselves, at round numbers."""
+        line = ""
+        for ms in range(0, int(self._span_ms) + 1, self._step()):
+            cell = round(self.position(ms))
+            if cell + len(str(ms)) <= self.cells:
+                line = f"{line:{cell}}{ms}"
+        return Text(line, style="dim", no_wrap=True)
+
+    def _step(self) -> int:
+        most = max(self.cells // _CELLS_PER_TICK, 1)
+        steps: Iterator[int] = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
+        return next(step for step in steps if self._span_ms / step <= most)
+
+
+class _Track:
+    """One line of the chart, painted bars first and marks on top."""
+
+    def __init__(self, axis: _Axis) -> None:
+        self._axis = axis
+        self._cells = [(" ", "")] * axis.cells
+        self._marked: set[int] = set()
+
+    def bar(self, start_ns: int, end_ns: int, pen: str, style: str) -> None:
+        """Draw from one moment to another, to half a cell."""
+        start, end = (
+            round(self._axis.position(self._axis.ms(at)) * 2) for at in (start_ns, end_ns)
+        )
+        end = max(end, start + 1)
+        for cell in range(start // 2, (end + 1) // 2):
+            left, right = start <= cell * 2, cell * 2 + 1 < end
+            self._cells[cell] = (pen[left + 2 * right - 1], style)
+
+    def mark(self, at_ns: int, mark: tuple[str, str]) -> None:
+        """Put a sign at a moment that has come, beside one that stands there already."""
+        if not at_ns:
+            return
+        cell = int(self._axis.position(self._axis.ms(at_ns)))
+        while cell in self._marked and cell < self._axis.cells - 1:
+            cell += 1
+        self._marked.add(cell)
+        self._cells[cell] = mark
+
+    def text(self) -> Text:
+        return Text.assemble(*self._cells, no_wrap=True)
+
+
+class Timeline:
+    """One request, line by line: the answer, the commit, each handler, the mail.
+
+    `moments` are what else happened meanwhile, each with a name.
+    """
+
+    def __init__(self, shot: Shot, moments: Mapping[str, int] | None = None) -> None:
+        self._shot = shot
+        self._moments = moments or {}
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shot = self._shot
+        end_ns = max([_end_of(shot), *self._moments.values()])
+        axis = _Axis(shot.begun_ns, end_ns, options.max_width - _LABEL - _NOTE - 2)
+        grid = _grid(axis, "  from     to  ms")
+        _add_answer(grid, axis, shot)
+        for event, runs in groupby(shot.story.runs, key=lambda run: run.event):
+            grid.add_row(Text(event, style="bold"))
+            for run in runs:
+                _add_run(grid, axis, run)
+        for mail in shot.mails:
+            _add_moment(grid, axis, "mail received", mail.received_ns, _MAIL)
+        for label, at_ns in self._moments.items():
+            _add_moment(grid, axis, label, at_ns, _OTHER)
+        yield grid
+
+
+class Overview:
+    """Many requests, one line each."""
+
+    def __init__(self, shots: Iterable[Shot]) -> None:
+        self._shots = sorted(shots, key=lambda shot: shot.received_ns)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        axis = _Axis(
+            min(shot.begun_ns for shot in self._shots),
+            max(_end_of(shot) for shot in self._shots),
+            options.max_width - _LABEL - _NOTE - 2,
+        )
+        grid = _grid(axis, "answer   mail  ms")
+        for shot in self._shots:
+            mailed_ns = max((mail.received_ns for mail in shot.mails), default=0)
+            note = _from_to(axis, shot.received_ns, mailed_ns, str(shot.status))
+            grid.add_row(f"{shot.line} {shot.name}", _whole_track(axis, shot), note)
+        yield grid
+
+
+def _grid(axis: _Axis, heading: str) -> Table:
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid.add_column(width=_LABEL, no_wrap=True)
+    grid.add_column(width=axis.cells, no_wrap=True)
+    grid.add_column(width=_NOTE, no_wrap=True)
+    grid.add_row("", axis.ticks(), Text(heading, style="dim"))
+    return grid
+
+
+def _add_answer(grid: Table, axis: _Axis, shot: Shot) -> None:
+    track = _Track(axis)
+    track.bar(shot.begun_ns, shot.received_ns, _THIN, "cyan")
+    note = _from_to(axis, shot.begun_ns, shot.received_ns, str(shot.status))
+    grid.add_row(Text(shot.line, style="bold"), track.text(), note)
+    _add_moment(grid, axis, "response sent", shot.story.sent_ns, _SENT)
+    if shot.story.committed_ns:
+        _add_moment(grid, axis, "committed", shot.story.committed_ns, _COMMITTED)
+    else:
+        grid.add_row("rolled back")
+
+
+def _add_moment(grid: Table, axis: _Axis, label: str, at_ns: int, mark: tuple[str, str]) -> None:
+    track = _Track(axis)
+    track.mark(at_ns, mark)
+    grid.add_row(label, track.text(), f"{axis.label(at_ns):>6}")
+
+
+def _add_run(grid: Table, axis: _Axis, run: Run) -> None:
+    label = f"  {run.handler}"
+    if not run.ended_ns:
+        grid.add_row(Text(label, style="dim"), "", Text(run.outcome or "no end", style="yellow"))
+        return
+    track = _Track(axis)
+    style = "green" if run.outcome == "ok" else "red"
+    track.bar(run.started_ns, run.ended_ns, _THICK, style)
+    if run.committed_ns:
+        track.mark(run.committed_ns, _COMMITTED)
+    note = _from_to(axis, run.started_ns, run.ended_ns, run.error)
+    grid.add_row(label, track.text(), Text(note, style="red" if run.error else ""))
+
+
+def _whole_track(axis: _Axis, shot: Shot) -> Text:
+    track = _Track(axis)
+    track.bar(shot.begun_ns, shot.received_ns, _THIN, "cyan")
+    runs = [run for run in shot.story.runs if run.ended_ns]
+    if runs:
+        start, end = min(run.started_ns for run in runs), max(run.ended_ns for run in runs)
+        track.bar(start, end, _THICK, "green")
+    track.mark(shot.story.sent_ns, _SENT)
+    track.mark(shot.story.committed_ns, _COMMITTED)
+    for mail in shot.mails:
+        track.mark(mail.received_ns, _MAIL)
+    return track.text()
+
+
+def _from_to(axis: _Axis, start_ns: int, end_ns: int, more: str = "") -> str:
+    return f"{axis.label(start_ns):>6}{axis.label(end_ns):>7}  {more}".rstrip()
+
+
+def _end_of(shot: Shot) -> int:
+    ends = [run.ended_ns for run in shot.story.runs]
+    return max([shot.received_ns, *ends, *(mail.received_ns for mail in shot.mails)])

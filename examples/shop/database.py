@@ -1,0 +1,86 @@
+"""Owns the tables and the ways to reach them. Knows nothing of events or HTTP."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import CheckConstraint, create_engine, make_url
+from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+
+
+class Base(DeclarativeBase):
+    """All tables of the shop."""
+
+
+class UserRow(Base):
+    """Somebody who signed up."""
+
+    __tablename__ = "users"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    email: Mapped[str] = mapped_column(unique=True)
+
+
+class ProductRow(Base):
+    """Something on the shelf."""
+
+    __tablename__ = "products"
+    __table_args__ = (CheckConstraint("in_stock >= 0"),)
+
+    sku: Mapped[str] = mapped_column(primary_key=True)
+    price_cents: Mapped[int]
+    in_stock: Mapped[int]
+
+
+class OrderRow(Base):
+    """Something sold."""
+
+    __tablename__ = "orders"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    email: Mapped[str]
+    total_cents: Mapped[int]
+
+
+class AuditRow(Base):
+    """Something that happened. The event's id is the key, so that it is written once."""
+
+    __tablename__ = "audit"
+
+    event_id: Mapped[UUID] = mapped_column(primary_key=True)
+    occurred_at: Mapped[datetime]
+    kind: Mapped[str]
+    payload: Mapped[str]
+
+
+FIRST_STOCK = (
+    {"sku": "tea", "price_cents": 450, "in_stock": 100},
+    {"sku": "teapot", "price_cents": 3900, "in_stock": 1},
+)
+
+
+class Database:
+    """One SQLite file with two doors: `sessions` to await, `sync_sessions` for a plain `def`."""
+
+    def __init__(self, url: str) -> None:
+        self._sync_engine = create_engine(url)
+        self._engine = create_async_engine(make_url(url).set(drivername="sqlite+aiosqlite"))
+        self.sync_sessions = sessionmaker(self._sync_engine)
+        self.sessions = async_sessionmaker(self._engine)
+
+    async def open(self) -> None:
+        """Create what is missing: tables, and something to sell."""
+        async with self._engine.begin() as connection:
+            # Readers and a writer get along; SQLite remembers it in the file.
+            await connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+            await connection.run_sync(Base.metadata.create_all)
+            await connection.execute(insert(ProductRow).on_conflict_do_nothing(), list(FIRST_STOCK))
+
+    async def close(self) -> None:
+        """Give all connections back."""
+        await self._engine.dispose()
+        self._sync_engine.dispose()

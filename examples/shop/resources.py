@@ -1,0 +1,73 @@
+"""Owns what an app holds for its whole life, and how an endpoint gets at it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Annotated
+
+import httpx
+from fastapi import Depends, Request
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from eventkit import EventBus, Publisher
+from examples.shop.database import Database
+from examples.shop.mail import Mailer
+from examples.shop.settings import Settings
+
+
+class Resources:
+    """One of everything, per app: nothing is shared between two apps in one process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.bus = EventBus(name="shop")
+        self.database = Database(settings.database_url)
+        self.mailer = Mailer(settings.smtp_host, settings.smtp_port)
+        self.http = httpx.AsyncClient(timeout=5.0)
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncGenerator[None]:
+        """Open what needs opening, and close everything at the end."""
+        await self.database.open()
+        try:
+            yield
+        finally:
+            await self.http.aclose()
+            await self.database.close()
+
+
+def get_resources(request: Request) -> Resources:
+    """What `create_app` put on the app."""
+    resources: Resources = request.app.state.resources
+    return resources
+
+
+FromApp = Annotated[Resources, Depends(get_resources)]
+
+
+def get_publisher(resources: FromApp) -> Publisher:
+    """Whom a use case tells what happened. It need not know that this is a bus."""
+    return resources.bus
+
+
+async def get_session(resources: FromApp) -> AsyncIterator[AsyncSession]:
+    """A transaction for one request: committed at its end, rolled back if the endpoint raised.
+
+    FastAPI leaves a `yield` dependency after the response was sent, so this commit comes later
+    than the answer; eventkit starts handlers later still.
+    """
+    async with resources.database.sessions.begin() as session:
+        yield session
+
+
+def get_sync_session(resources: FromApp) -> Iterator[Session]:
+    """The same for a plain `def` endpoint, which FastAPI runs in a worker thread."""
+    with resources.database.sync_sessions.begin() as session:
+        yield session
+
+
+Events = Annotated[Publisher, Depends(get_publisher)]
+Transaction = Annotated[AsyncSession, Depends(get_session)]
+SyncTransaction = Annotated[Session, Depends(get_sync_session)]

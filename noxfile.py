@@ -1,0 +1,156 @@
+"""Every check of the project, as sessions: `nox -l` lists them, `nox -s tests` runs one.
+
+Works with plain virtualenv and pip; where uv is installed, nox uses it instead.
+"""
+
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.5.1"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.download_python = "never"
+# Also where CI is set: a missing interpreter is skipped, in a line of its own.
+nox.options.error_on_missing_interpreters = False
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["tests"]
+
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+BACKENDS = ["asyncio", "asyncio-eager", "uvloop", "trio"]
+CHECKED = ["eventkit", "tests", "examples", "noxfile.py"]
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+
+
+def group(name: str) -> tuple[str, ...]:
+    """Return a dependency group as plain requirements, for installers that know no groups."""
+    return nox.project.dependency_groups(PYPROJECT, name)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the suite on asyncio and trio, with the package's branches covered to 100 %.
+
+    Arguments go to pytest; the coverage is then not judged.
+    """
+    session.install("-e", ".", *group("test"))
+    if session.posargs:
+        session.run("pytest", *session.posargs)
+        return
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest")
+    session.run("coverage", "combine", "--quiet")
+    session.run("coverage", "report")
+
+
+@nox.session(python=PYTHONS)
+def matrix(session: nox.Session) -> None:
+    """Run the suite on each Python found, and there on each event loop that AnyIO can drive."""
+    session.install("-e", ".", *group("matrix"))
+    session.run("pytest", *session.posargs, env={"EVENTKIT_BACKENDS": ",".join(BACKENDS)})
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, formatting, and that imports go downwards only."""
+    session.install("-e", ".", *group("lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check all code with mypy and pyright, both strict, and the public API for unknown types."""
+    session.install("-e", ".", *group("types"))
+    session.run("mypy", *CHECKED)
+    session.run("pyright", *CHECKED)
+    session.run("pyright", "--verifytypes", "eventkit", "--ignoreexternal")
+
+
+@nox.session(python="3.11")
+def minimums(session: nox.Session) -> None:
+    """Run the suite on the oldest Python with the oldest releases that pyproject.toml admits.
+
+    Old releases use what newer Pythons and libraries have deprecated since, which is not ours to
+    mend: here a warning is only a warning.
+    """
+    extras = PYPROJECT["project"]["optional-dependencies"].values()
+    bounds = [*PYPROJECT["project"]["dependencies"], *(line for extra in extras for line in extra)]
+    oldest = [bound.replace(">=", "==") for bound in bounds]
+    # Starlette's test client takes httpx where httpx2, which wants a newer AnyIO, is missing.
+    tools = [line for line in group("test") if not line.startswith("httpx2")]
+    session.install("-e", ".", *oldest, *tools)
+    session.run("pytest", "-W", "default", *session.posargs)
+
+
+@nox.session(reuse_venv=False)
+def package(session: nox.Session) -> None:
+    """Build sdist and wheel, look inside, and import the wheel where only the core is installed."""
+    session.install("build")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        session.run("python", "-m", "build", "--outdir", name)
+        (wheel,) = folder.glob("*.whl")
+        (sdist,) = folder.glob("*.tar.gz")
+        if problems := [*wheel_problems(wheel), *sdist_problems(sdist)]:
+            session.error("\n".join(problems))
+        session.run("python", "-m", "venv", f"{name}/venv")
+        session.run(f"{name}/venv/bin/pip", "install", "--quiet", str(wheel), external=True)
+        session.chdir(folder)
+        session.run(f"{name}/venv/bin/python", "-c", IMPORT_ALL, external=True, log=False)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Show the example shop at work; `nox -s demo -- --serve` keeps it open for a browser."""
+    session.install("-e", ".", *group("demo"))
+    session.run("python", "-m", "examples.demo", *session.posargs)
+
+
+def wheel_problems(path: Path) -> list[str]:
+    """Say what the wheel lacks, and what it holds beside the package and its metadata."""
+    with zipfile.ZipFile(path) as archive:
+        names = set(archive.namelist())
+    licence = any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    modules = {str(module) for module in Path("eventkit").rglob("*.py")}
+    return [
+        *(f"the wheel lacks {name}" for name in sorted({"eventkit/py.typed", *modules} - names)),
+        *([] if licence else ["the wheel lacks LICENSE"]),
+        *(
+            f"the wheel holds {name}"
+            for name in sorted(names)
+            if not name.split("/")[0].endswith((".dist-info", "eventkit"))
+        ),
+    ]
+
+
+def sdist_problems(path: Path) -> list[str]:
+    """Say which of the files that a packager needs are missing from the sdist."""
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {"CHANGELOG.md", "LICENSE", "README.md", "eventkit/py.typed", "pyproject.toml"}
+    return [f"the sdist lacks {name}" for name in sorted(needed - names)]
+
+
+# Runs in an environment that has the wheel and the core dependencies, nothing else.
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+import eventkit
+
+optional = {"fastapi", "pydantic", "pytest", "sqlalchemy", "trio"}
+if pulled := optional & sys.modules.keys():
+    sys.exit(f"import eventkit pulls in {sorted(pulled)}")
+for module in pkgutil.iter_modules(eventkit.__path__, "eventkit."):
+    try:
+        importlib.import_module(module.name)
+    except ModuleNotFoundError as error:
+        if error.name not in optional:
+            raise
+        print(f"{module.name} needs {error.name}")
+    else:
+        print(f"{module.name} imports")
+"""

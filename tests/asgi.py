@@ -1,0 +1,176 @@
+"""A server's side of ASGI, by hand: for clients that leave, and for what was sent when."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, cast
+
+import anyio
+from anyio.lowlevel import checkpoint
+from starlette.testclient import TestClient
+from starlette.types import ASGIApp, Message, Scope, Send
+
+from eventkit import Delivery, EventBus, Observer
+
+# What the fixture `anyio_backend` gives.
+Backend = tuple[str, dict[str, Any]]
+
+
+class Exchange:
+    """One HTTP request and its response, for one call of an app.
+
+    Args:
+        path: The request's path.
+        method: The request's method.
+        spec_version: The version of ASGI that the server announces; None for none, as in-process
+            clients do.
+        leaves: The client leaves once it has the first part of the body. Then, as ASGI says, the
+            server's `receive` tells it, and from version 2.4 on `send` raises an `OSError`.
+        trace: Where to note what was sent, and how the app ended.
+    """
+
+    def __init__(
+        self,
+        path: str = "/",
+        *,
+        method: str = "GET",
+        spec_version: str | None = None,
+        leaves: bool = False,
+        trace: list[str] | None = None,
+    ) -> None:
+        asgi = {"version": "3.0", "spec_version": spec_version or "2.0"}
+        self.scope: Scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": method,
+            "path": path,
+            "raw_path": path.encode(),
+            "root_path": "",
+            "scheme": "http",
+            "query_string": b"",
+            "headers": [(b"host", b"testserver")],
+            "client": ("testclient", 50000),
+            "server": ("testserver", 80),
+            **({"asgi": asgi} if spec_version else {}),
+        }
+        self.sent: list[Message] = []
+        self.trace = [] if trace is None else trace
+        self._raises = spec_version is not None and spec_version >= "2.4"
+        self._leaves = leaves
+        self._left = False
+        self._over: anyio.Event | None = None
+        self._asked = False
+
+    @property
+    def status(self) -> int:
+        """The status that was sent."""
+        (start,) = (m for m in self.sent if m["type"] == "http.response.start")
+        status: int = start["status"]
+        return status
+
+    @property
+    def body(self) -> bytes:
+        """All parts of the body that were sent."""
+        return b"".join(m.get("body", b"") for m in self.sent)
+
+    async def run(self, app: ASGIApp) -> None:
+        """Have the app answer; what it raises is raised."""
+        self._over = anyio.Event()
+        self._asked = False
+        try:
+            await app(self.scope, self._receive, self._send)
+        except BaseException as error:
+            self.trace.append(f"raised {type(error).__name__}")
+            raise
+        self.trace.append("returned")
+
+    async def _receive(self) -> Message:
+        assert self._over is not None
+        await checkpoint()
+        if not self._asked:
+            self._asked = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await self._over.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        assert self._over is not None
+        await checkpoint()
+        if self._left:
+            if self._raises:
+                raise OSError("the client has left")
+            return
+        self.sent.append(message)
+        match message["type"]:
+            case "http.response.start":
+                self.trace.append(f"start {message['status']}")
+            case "http.response.body" if message.get("more_body", False):
+                self.trace.append(f"body {bytes(message['body']).decode()}")
+                self._left = self._leaves
+            case "http.response.body" | "http.response.pathsend":
+                self.trace.append("end of body")
+            case other:
+                self.trace.append(other)
+        if self._left or self.trace[-1] == "end of body":
+            self._over.set()
+
+
+async def order_of(app: ASGIApp, trace: list[str], path: str = "/", **options: Any) -> list[str]:
+    """Make a POST request and return what was noted; what the app raises is noted, too.
+
+    Args:
+        app: The app to call.
+        trace: What the app notes itself, and where to note the rest.
+        path: The request's path.
+        options: As `Exchange` takes them.
+    """
+    try:
+        await Exchange(path, method="POST", trace=trace, **options).run(app)
+    except Exception:
+        assert trace[-1].startswith("raised ")
+    return trace
+
+
+class Tracer(Observer):
+    """Notes which events were discarded, and which were not delivered."""
+
+    def __init__(self, trace: list[str]) -> None:
+        self.trace = trace
+
+    def discarded(self, deliveries: Sequence[Delivery]) -> None:
+        self.trace += [f"discarded {delivery.event}" for delivery in deliveries]
+
+    def undelivered(self, deliveries: Sequence[Delivery]) -> None:
+        self.trace += [f"undelivered {delivery.event}" for delivery in deliveries]
+
+
+def traced(bus: EventBus) -> list[str]:
+    """Make a list of what becomes of each string that is published on the bus."""
+    trace: list[str] = []
+
+    @bus.on(str)
+    async def handle(event: str) -> None:
+        trace.append(f"handling {event}")
+        await checkpoint()
+        trace.append(f"handled {event}")
+
+    bus.observe(Tracer(trace))
+    return trace
+
+
+def client_of(app: ASGIApp, backend: Backend, *, raises: bool = True) -> TestClient:
+    """Starlette's client, on the event loop that the fixture `anyio_backend` chose."""
+    name, options = backend
+    return TestClient(
+        app,
+        backend=cast(Literal["asyncio", "trio"], name),
+        backend_options=options,
+        raise_server_exceptions=raises,
+    )
+
+
+async def respond(send: Send, status: int = 200, body: Iterable[bytes] = (b"",)) -> None:
+    """Send a whole response."""
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    parts = list(body)
+    for number, part in enumerate(parts, 1):
+        more = number < len(parts)
+        await send({"type": "http.response.body", "body": part, "more_body": more})

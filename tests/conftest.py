@@ -1,0 +1,79 @@
+"""The event loops that every async test runs on, and the services that a few tests need."""
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+# What AnyIO's plugin takes as a backend: its name and the options of its runner.
+Backend = tuple[str, dict[str, Any]]
+
+SERVICES = {
+    "postgres": (
+        "EVENTKIT_POSTGRES_URL",
+        "postgresql+asyncpg://postgres@127.0.0.1:5432/test",
+    ),
+}
+
+
+def eager_loop() -> asyncio.AbstractEventLoop:
+    """Make a loop that starts each task at once, in the middle of `create_task`."""
+    loop = asyncio.new_event_loop()
+    if sys.version_info >= (3, 12):
+        loop.set_task_factory(asyncio.eager_task_factory)
+    return loop
+
+
+BACKENDS: dict[str, Backend] = {
+    "asyncio": ("asyncio", {"use_uvloop": False}),
+    "asyncio-eager": ("asyncio", {"loop_factory": eager_loop}),
+    "uvloop": ("asyncio", {"use_uvloop": True}),
+    "trio": ("trio", {}),
+}
+CHOSEN = os.environ.get("EVENTKIT_BACKENDS", "asyncio,trio").split(",")
+LEFT_OUT = {"asyncio-eager"} if sys.version_info < (3, 12) else set[str]()
+
+
+def pytest_report_header() -> str:
+    """Name the event loops of this run in pytest's first lines."""
+    running = [name for name in CHOSEN if name not in LEFT_OUT]
+    missing = [f"{name} left out, needs Python 3.12" for name in CHOSEN if name in LEFT_OUT]
+    return "event loops: " + ", ".join([*running, *missing])
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(BACKENDS[name], id=name) for name in CHOSEN if name not in LEFT_OUT],
+)
+def anyio_backend(request: pytest.FixtureRequest) -> Backend:
+    """Run the test once on each event loop that EVENTKIT_BACKENDS names."""
+    backend: Backend = request.param
+    return backend
+
+
+@pytest.fixture(scope="session")
+def service_url() -> Callable[[str], str]:
+    """Give the URL of a service by name; without the service the test is skipped.
+
+    With EVENTKIT_REQUIRE_SERVICES=1 it fails instead, so that CI cannot skip in silence.
+    """
+
+    def find(name: str) -> str:
+        variable, default = SERVICES[name]
+        url = os.environ.get(variable, default)
+        address = urlsplit(url)
+        try:
+            socket.create_connection((address.hostname, address.port), timeout=2).close()
+        except OSError as error:
+            message = f"no {name} at {address.hostname}:{address.port} ({error}); set {variable}"
+            if os.environ.get("EVENTKIT_REQUIRE_SERVICES") == "1":
+                pytest.fail(message)
+            pytest.skip(message)
+        return url
+
+    return find

@@ -1,0 +1,106 @@
+"""A server in a process of its own: started by a command, ready once it accepts, ended by pid."""
+
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+HOST = "127.0.0.1"
+# Far more than any of this takes; only a server that is stuck meets it.
+PATIENCE = 30.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Server:
+    """A running server.
+
+    Attributes:
+        process: Its process; children of it are the server's own business.
+        port: Where on 127.0.0.1 it listens.
+        log: The file that its output goes to.
+    """
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    @property
+    def output(self) -> str:
+        """What it wrote so far, to both streams."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def connect(self) -> HTTPConnection:
+        """A connection that stays open between requests, and fails rather than waits for ever."""
+        return HTTPConnection(HOST, self.port, timeout=PATIENCE)
+
+    def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Ask it to end, and go on."""
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        """Wait until it has ended; returns its exit code, negative where a signal ended it.
+
+        Raises:
+            AssertionError: It is still there; the message has its output.
+        """
+        try:
+            return self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the server did not end:\n{self.output}") from None
+
+
+@contextmanager
+def serving(command: Callable[[int], Sequence[str]]) -> Generator[Server]:
+    """Start a server, wait until it accepts connections, and end it after the block.
+
+    Args:
+        command: Given a free port, the command line; run in the project's root.
+
+    Raises:
+        AssertionError: It ended or did not accept connections; the message has its output.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
+        log = Path(folder, "output")
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command(port), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
+        server = Server(process, port, log)
+        try:
+            wait_until_ready(server)
+            yield server
+            if process.poll() is None:
+                server.signal()
+            server.wait()
+        finally:
+            process.kill()  # does nothing to one that has ended
+            process.wait()
+
+
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def wait_until_ready(server: Server) -> None:
+    """Return as soon as it accepts a connection."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and server.process.poll() is None:
+        try:
+            socket.create_connection((HOST, server.port), timeout=PATIENCE).close()
+        except ConnectionRefusedError:
+            time.sleep(0.02)  # another process, so there is nothing to await
+        else:
+            return
+    raise AssertionError(f"the server did not start:\n{server.output}")

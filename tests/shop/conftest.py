@@ -1,0 +1,66 @@
+"""A shop of its own for each test, with a real mail server, a real warehouse and a real file."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from eventkit import EventBus
+from examples.demo.neighbours import Mail, MailServer, Warehouse
+from examples.shop.app import create_app
+from examples.shop.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    """Run on asyncio alone: aiosqlite knows no other event loop."""
+    return "asyncio"
+
+
+@dataclass(frozen=True, slots=True)
+class Shop:
+    """A running shop and all that is around it."""
+
+    client: TestClient
+    bus: EventBus
+    mails: MailServer
+    warehouse: Warehouse
+    database: Path
+    committed_at_mail: list[int]
+
+    def column(self, query: str) -> list[Any]:  # whatever the column holds
+        """Read one column from the database, as any other process would."""
+        return read_column(self.database, query)
+
+
+def read_column(database: Path, query: str) -> list[Any]:
+    """Read what is committed, in a connection of its own."""
+    with closing(sqlite3.connect(database)) as connection:
+        return [value for (value,) in connection.execute(query)]
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[Shop]:
+    """Give a shop that is open for business."""
+    database = tmp_path / "shop.db"
+    committed_at_mail: list[int] = []
+
+    def look_what_is_committed(_: Mail) -> None:
+        committed_at_mail.extend(read_column(database, "SELECT count(*) FROM users"))
+
+    with MailServer(on_mail=look_what_is_committed) as mails, Warehouse() as warehouse:
+        app = create_app(
+            Settings(
+                database_url=f"sqlite:///{database}",
+                smtp_port=mails.port,
+                warehouse_url=f"{warehouse.url}/stock",
+            )
+        )
+        with TestClient(app) as client:
+            bus: EventBus = app.state.resources.bus
+            yield Shop(client, bus, mails, warehouse, database, committed_at_mail)

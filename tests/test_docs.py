@@ -1,0 +1,76 @@
+"""What the README and the docs say is run: their programs, and the tests they name as proof."""
+
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import anyio
+import pytest
+from starlette.testclient import TestClient
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+FENCED = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PROOF = re.compile(r"`(tests/\S+\.py)::(\w+)`")
+
+
+def run_page(page: Path) -> ModuleType:
+    """Run all Python blocks of a page one after the other, as one module."""
+    module = ModuleType(page.stem)
+    sys.modules[page.stem] = module
+    text = page.read_text()
+    for block in FENCED.finditer(text):
+        line = text.count("\n", 0, block.start(1))
+        code = compile(
+            "\n" * line + block[1], str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+        )
+        if code.co_flags & inspect.CO_COROUTINE:
+            namespace = vars(module)
+
+            async def body(code: object = code, namespace: dict[str, object] = namespace) -> None:
+                await eval(code, namespace)  # type: ignore[arg-type]
+
+            anyio.run(body)
+        else:
+            exec(code, vars(module))
+    return module
+
+
+@pytest.fixture(params=PAGES, ids=[page.name for page in PAGES])
+def page(request: pytest.FixtureRequest) -> Iterator[Path]:
+    path: Path = request.param
+    yield path
+    sys.modules.pop(path.stem, None)
+
+
+def test_every_python_block_of_the_page_runs(page: Path) -> None:
+    run_page(page)
+
+
+def test_every_test_that_the_page_names_as_proof_exists(page: Path) -> None:
+    for file, name in PROOF.findall(page.read_text()):
+        tree = ast.parse((ROOT / file).read_text())
+        functions = ast.FunctionDef | ast.AsyncFunctionDef
+        assert name in {n.name for n in ast.walk(tree) if isinstance(n, functions)}, (
+            f"{page.name} names {file}::{name}, which does not exist"
+        )
+
+
+def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_readmes_program_greets_after_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    module = run_page(ROOT / "README.md")
+    try:
+        with TestClient(module.app) as client:
+            answer = client.post("/users/Ada")
+    finally:
+        del sys.modules["README"]
+    assert answer.json() == "Ada is in"
+    assert capsys.readouterr().out == "Welcome, Ada!\n"

@@ -1,0 +1,67 @@
+"""What the package promises as a whole: its front door, its docstrings, what importing it costs."""
+
+import ast
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import eventkit
+
+MODULES = sorted(Path(eventkit.__file__).parent.rglob("*.py"))
+OPTIONAL = {"aiosqlite", "fastapi", "httpx", "pydantic", "pytest", "sqlalchemy", "trio", "uvicorn"}
+
+
+def test_the_front_door_lists_each_public_name_once_in_order() -> None:
+    public = {
+        name
+        for name, value in vars(eventkit).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+
+    assert eventkit.__all__ == sorted(public)
+
+
+@pytest.mark.parametrize("name", eventkit.__all__)
+def test_each_public_name_and_each_public_method_has_a_docstring(name: str) -> None:
+    public = getattr(eventkit, name)
+    members = vars(public).items() if inspect.isclass(public) else ()
+    described = {
+        name: public,
+        **{
+            f"{name}.{member}": value
+            for member, value in members
+            if not member.startswith("_")
+            and (inspect.isroutine(value) or isinstance(value, property))
+        },
+    }
+
+    # A dataclass without a docstring gets its signature as one.
+    missing = [
+        name
+        for name, value in described.items()
+        if (value.__doc__ or f"{name}(").startswith(f"{name}(")
+    ]
+
+    assert missing == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_each_module_says_in_its_first_line_what_it_owns(path: Path) -> None:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+    assert docstring is not None
+    assert docstring.splitlines()[0].endswith((".", ":"))
+
+
+def test_importing_the_front_door_pulls_in_nothing_optional() -> None:
+    script = "import json, sys, eventkit; print(json.dumps(list(sys.modules)))"
+    imported = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, check=True, text=True
+    )
+
+    assert OPTIONAL & set(json.loads(imported.stdout)) == set()

@@ -1,0 +1,81 @@
+"""What holds on real servers, across a process and a socket."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from http.client import HTTPConnection
+from typing import Any
+
+import pytest
+
+from tests.servers import HOST, Server, serving
+
+Command = Callable[[int], Sequence[str]]
+
+
+def uvicorn(protocol: str) -> Command:
+    """The command line of uvicorn with one of its HTTP implementations."""
+
+    def command(port: int) -> Sequence[str]:
+        options = ["--host", HOST, "--port", str(port), "--http", protocol]
+        return [sys.executable, "-m", "uvicorn", "tests.served:app", *options]
+
+    return command
+
+
+SERVERS = {"uvicorn-h11": uvicorn("h11"), "uvicorn-httptools": uvicorn("httptools")}
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    name: str = request.param
+    if name.endswith("httptools") and importlib.util.find_spec("httptools") is None:
+        pytest.skip("httptools is not installed")
+    with serving(SERVERS[name]) as running:
+        yield running
+
+
+@pytest.fixture
+def connection(server: Server) -> Iterator[HTTPConnection]:
+    connection = server.connect()
+    yield connection
+    connection.close()
+
+
+def ask(connection: HTTPConnection, method: str, path: str) -> Any:
+    """Make a request and return its answer; the connection has to be the same each time."""
+    before = connection.sock
+    connection.request(method, path)
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    assert response.status == 200
+    assert connection.sock is not None, "the server closed the connection"
+    assert before in (None, connection.sock), "the server had closed the connection"
+    return answer
+
+
+def test_a_slow_handler_delays_neither_the_response_nor_the_next_request_on_the_connection(
+    connection: HTTPConnection,
+) -> None:
+    assert ask(connection, "POST", "/publish/slow") == "published"
+    assert ask(connection, "POST", "/got-it/slow") == "told"
+
+    assert ask(connection, "GET", "/story/slow") == [
+        "handler waits for the client",
+        "client has the response",
+        "handler ends",
+    ]
+
+
+def test_a_failing_handler_leaves_the_connection_usable(
+    server: Server, connection: HTTPConnection
+) -> None:
+    assert ask(connection, "POST", "/publish/failing") == "published"
+
+    assert ask(connection, "GET", "/story/failing") == ["handler fails"]
+    assert ask(connection, "GET", "/story/failing") == ["handler fails"]
+    failure = "event handler failed: event_type=tests.served.Published handler=tests.served:handle"
+    assert failure in server.output
+    assert "RuntimeError: no mail today" in server.output
+    assert "Exception in ASGI application" not in server.output

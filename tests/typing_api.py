@@ -1,0 +1,304 @@
+"""The public API as type checkers see it: never run, only checked, by mypy and pyright strict.
+
+A line with an ignore is a mistake that has to be found: once a checker accepts it, the ignore
+is unused, which is an error.
+"""
+# One ignore serves both: mypy finds unused ones in strict mode, pyright where it is told to.
+# pyright: reportUnnecessaryTypeIgnoreComment=true
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import assert_type
+from uuid import UUID
+
+from starlette.applications import Starlette
+
+from eventkit import (
+    Delivery,
+    DispatchError,
+    DomainEvent,
+    DrainReport,
+    EventBus,
+    EventContext,
+    EventRouter,
+    Observation,
+    Observer,
+    Publisher,
+    Stats,
+    Subscription,
+    Wiring,
+    current_delivery,
+)
+from eventkit.starlette import EventContextMiddleware, Outcome, succeeded
+
+
+@dataclass(frozen=True, slots=True)
+class UserEvent(DomainEvent):
+    user_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class UserCreated(UserEvent):
+    email: str
+
+
+class OrderPaid:
+    pass
+
+
+class OrderSent:
+    pass
+
+
+class OrderLost:
+    pass
+
+
+bus = EventBus()
+router = EventRouter()
+
+
+# Events.
+
+created = UserCreated(1, "ada@example.org")
+assert_type(created.user_id, int)
+assert_type(created.event_id, UUID)
+assert_type(created.occurred_at, datetime)
+UserCreated(1, "ada@example.org", occurred_at=datetime.now())  # noqa: DTZ005 - only its type counts
+UserCreated(1)  # type: ignore[call-arg]
+UserCreated("1", "")  # type: ignore[arg-type]
+created.user_id = 2  # type: ignore[misc]
+
+
+# `on` returns the function itself, with its signature.
+
+
+@bus.on(UserCreated)
+async def greet(event: UserCreated, salutation: str = "Hello") -> str:
+    return f"{salutation} {event.email}"
+
+
+@router.on(UserCreated, name="audit", thread=True, timeout=None)
+def audit(event: UserEvent) -> None: ...
+
+
+async def call_handlers() -> None:
+    assert_type(await greet(created), str)
+    await greet(created, "Good morning")
+    await greet(created, salutation="Good morning")
+    # The event goes by position: `Concatenate` cannot say its name.
+    await greet(event=created)  # type: ignore[call-arg]
+    await greet(created, 1)  # type: ignore[arg-type]
+    await greet()  # type: ignore[call-arg]
+    audit(created)
+    audit(OrderPaid())  # type: ignore[arg-type]
+
+
+# A handler takes the event type, or a base of it.
+
+
+@bus.on(UserCreated)
+async def of_a_base(event: UserEvent) -> None: ...
+
+
+@bus.on(UserCreated)
+async def of_anything(event: object) -> None: ...
+
+
+@bus.on(UserEvent)  # type: ignore[arg-type]
+async def of_a_subclass(event: UserCreated) -> None: ...
+
+
+@bus.on(UserCreated)  # type: ignore[arg-type]
+async def of_something_else(event: OrderPaid) -> None: ...
+
+
+@router.on(UserCreated)  # type: ignore[arg-type]
+async def of_something_else_on_a_router(event: OrderPaid) -> None: ...
+
+
+@bus.on(UserCreated)  # type: ignore[arg-type]
+async def of_nothing() -> None: ...
+
+
+@bus.on(object)
+async def of_every_event(event: object) -> None: ...
+
+
+# With several types it takes each of them.
+
+
+@bus.on(OrderPaid, OrderSent)
+async def of_both(event: OrderPaid | OrderSent) -> None: ...
+
+
+@bus.on(OrderPaid, OrderSent)  # type: ignore[arg-type]
+async def of_the_first(event: OrderPaid) -> None: ...
+
+
+@bus.on(OrderPaid, OrderSent)  # type: ignore[arg-type]
+async def of_the_second(event: OrderSent) -> None: ...
+
+
+@router.on(OrderPaid, OrderSent, OrderLost)
+async def of_three(event: OrderPaid | OrderSent | OrderLost) -> None: ...
+
+
+@router.on(OrderPaid, OrderSent, OrderLost)  # type: ignore[arg-type]
+async def of_two_of_three(event: OrderPaid | OrderSent) -> None: ...
+
+
+@bus.on(OrderPaid, OrderSent, OrderLost, UserCreated)
+async def of_four(event: OrderPaid | OrderSent | OrderLost | UserCreated) -> None: ...
+
+
+@bus.on(OrderPaid, OrderSent, OrderLost, UserCreated)  # type: ignore[arg-type]
+async def of_three_of_four(event: OrderPaid | OrderSent | OrderLost) -> None: ...
+
+
+@bus.on()  # type: ignore[call-overload, untyped-decorator]
+async def of_no_type(event: object) -> None: ...
+
+
+class Mailer:
+    async def send(self, event: OrderPaid) -> None: ...
+
+
+# `subscribe` checks alike.
+
+subscription = bus.subscribe(OrderPaid, Mailer().send, name="mail", timeout=5)
+assert_type(subscription, Subscription)
+with subscription as entered_subscription:
+    assert_type(entered_subscription, Subscription)
+bus.subscribe(UserCreated, of_a_base)
+bus.subscribe(UserCreated, Mailer().send)  # type: ignore[arg-type]
+bus.subscribe(UserCreated, 1)  # type: ignore[arg-type]
+bus.subscribe(created, of_a_base)  # type: ignore[arg-type]
+bus.include(router)
+bus.include(bus)  # type: ignore[arg-type]
+assert_type(bus.handlers_for(UserCreated), tuple[Subscription, ...])
+assert_type(bus.describe(), list[Wiring])
+assert_type(bus.stats, Stats)
+
+
+# Publishers.
+
+bus.publish()
+bus.publish(created, OrderPaid(), even_on_failure=True)
+bus.publish(created, True, eve_on_failure=True)  # type: ignore[call-arg]
+
+
+class FakePublisher:
+    def __init__(self) -> None:
+        self.events: list[object] = []
+
+    def publish(self, *events: object, even_on_failure: bool = False) -> None:
+        self.events += events
+
+
+class OneEventOnly:
+    def publish(self, event: object) -> None: ...
+
+
+class CreateUser:
+    def __init__(self, events: Publisher) -> None:
+        self._events = events
+
+    def execute(self) -> None:
+        self._events.publish(created)
+
+
+CreateUser(bus)
+CreateUser(bus.context())
+CreateUser(bus.current_context())
+CreateUser(FakePublisher())
+CreateUser(OneEventOnly())  # type: ignore[arg-type]
+CreateUser(router)  # type: ignore[arg-type]
+
+
+# Units of work.
+
+
+async def work() -> None:
+    async with bus.context() as context:
+        assert_type(context, EventContext)
+        assert_type(context.pending, tuple[Delivery, ...])
+        assert_type(await context.drain(), DrainReport)
+        context.drain()  # type: ignore[unused-coroutine]
+    bus.dispatch(created)  # type: ignore[unused-coroutine]
+    try:
+        await bus.dispatch(created)
+    except DispatchError as failures:
+        for error in failures.exceptions:
+            assert_type(error, Exception | ExceptionGroup[Exception])
+
+
+def job() -> None:
+    with bus.context() as context:
+        assert_type(context, EventContext)
+        context.publish(created)
+    delivery = current_delivery()
+    assert_type(delivery.event, object)
+    delivery.attempt = 2  # type: ignore[misc]
+
+
+async def always_ends() -> int:
+    async with bus.context():
+        return 1
+
+
+# Observers.
+
+
+class Watching(Observer):
+    def published(self, event: object, deliveries: Sequence[Delivery]) -> None: ...
+
+    @contextmanager
+    def delivery(self, delivery: Delivery) -> Generator[None]:
+        yield
+
+
+class Counting(Observer):
+    def delivery(self, delivery: Delivery) -> AbstractContextManager[int]:
+        raise NotImplementedError
+
+
+class Mistaken(Observer):
+    def discarded(self, deliveries: Delivery) -> None: ...  # type: ignore[override]
+
+
+assert_type(bus.observe(Watching()), Observation)
+with bus.observe(Counting()) as observation:
+    assert_type(observation, Observation)
+bus.observe(Watching)  # type: ignore[arg-type]
+
+
+def count_failure(delivery: Delivery, error: Exception) -> None: ...
+
+
+bus.report_failure = count_failure
+bus.report_failure = greet  # type: ignore[assignment]
+
+
+# The middleware.
+
+
+def lenient(outcome: Outcome) -> bool:
+    assert_type(outcome.status, int | None)
+    assert_type(outcome.exception, BaseException | None)
+    return succeeded(outcome) or outcome.status == 409
+
+
+async def asking(outcome: Outcome) -> bool:
+    return True
+
+
+app = Starlette()
+app.add_middleware(EventContextMiddleware, bus=bus)
+app.add_middleware(EventContextMiddleware, bus=bus, deliver_if=lenient, shutdown_timeout=5)
+app.add_middleware(EventContextMiddleware)  # type: ignore[call-arg]
+app.add_middleware(EventContextMiddleware, bus=EventBus)  # type: ignore[arg-type]
+EventContextMiddleware(app, bus, deliver_if=asking)  # type: ignore[arg-type]
+check: Callable[[Outcome], bool] = succeeded
