@@ -10,11 +10,12 @@ import logging
 from collections import Counter, deque
 from contextvars import copy_context
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from anyio import CancelScope, Event, get_cancelled_exc_class, move_on_after
 from anyio.abc import TaskGroup
 
-from eventkit._context import Core, EventContext, abandon, finish
+from eventkit._context import Core, EventContext, abandon, close_if_idle, finish
 from eventkit._log import log
 
 # How long the clean-up of handlers that were cancelled at the end may hold up the shutdown.
@@ -28,13 +29,13 @@ class _Ended:
     context: EventContext
     success: bool
     deliveries: int
-    scope: CancelScope
 
 
 class Drainer:
     """Delivers units of work in the order in which they ended, each in a task of its own.
 
-    Belongs to the event loop of its task group. No handler, observer or reporter can end it.
+    Belongs to the event loop of its task group, which has to wait for `close`. No handler,
+    observer or reporter can end it.
 
     Args:
         core: The bus whose units they are.
@@ -48,27 +49,54 @@ class Drainer:
         self, core: Core, tasks: TaskGroup, *, concurrency: int, max_pending: int | None
     ) -> None:
         self._core = core
-        self._tasks = tasks
+        self._start_soon = partial(tasks.start_soon, name=f"eventkit drains {core.name!r}")
         self._concurrency = concurrency
         self._max_pending = max_pending
         self._variables = copy_context()
+        self._open: set[EventContext] = set()
         self._waiting: deque[_Ended] = deque()
         self._waiting_deliveries = 0
-        self._draining: set[_Ended] = set()
-        self._changed: Event | None = None  # there while somebody waits for a unit to end
+        self._draining: dict[_Ended, CancelScope] = {}
+        self._closed = False
+        self._room: Event | None = None  # there while somebody waits for room
+        self._change: Event | None = None  # there while `close` waits for a unit to end
 
     @property
     def full(self) -> bool:
         """Whether as many deliveries wait as may."""
         return self._max_pending is not None and self._waiting_deliveries >= self._max_pending
 
+    @property
+    def stuck(self) -> bool:
+        """Whether, once closed, handlers go on that could not be ended."""
+        return self._closed and bool(self._draining)
+
+    def expect(self, context: EventContext) -> None:
+        """Count on a unit that has begun: once it has something pending, `close` waits for it."""
+        self._open.add(context)
+
+    def forget(self, context: EventContext) -> None:
+        """Count on it no longer."""
+        self._open.discard(context)
+        self._changed()
+
     def submit(self, context: EventContext, *, success: bool) -> None:
-        """Deliver and close the unit when its turn comes. Never blocks, no checkpoint."""
-        ended = _Ended(context, success, len(context.pending), CancelScope())
-        self._waiting_deliveries += ended.deliveries
-        self._waiting.append(ended)
-        self._core.tally.shift("units_waiting", 1)
-        self._start()
+        """End a unit: release or discard what nobody has decided, deliver when its turn comes.
+
+        Never blocks, no checkpoint, so whatever becomes of the caller's task does not matter.
+        After `close` what is left to deliver is undelivered.
+        """
+        if close_if_idle(context, success=success):
+            pass
+        elif self._closed:
+            self._abandon(context)
+        else:
+            ended = _Ended(context, success, len(context.pending))
+            self._waiting_deliveries += ended.deliveries
+            self._waiting.append(ended)
+            self._core.tally.shift("units_waiting", 1)
+            self._start()
+        self.forget(context)
 
     async def wait_for_room(self, timeout: float) -> bool:
         """Wait for at most `timeout` seconds until it is not full, and say whether it is so."""
@@ -77,7 +105,9 @@ class Drainer:
         try:
             with move_on_after(timeout):
                 while self.full:
-                    await self._change()
+                    if self._room is None:
+                        self._room = Event()
+                    await self._room.wait()
         finally:
             tally.shift("held", -1)
         tally.shift("refused", int(self.full))
@@ -86,77 +116,110 @@ class Drainer:
     async def close(self, timeout: float) -> None:
         """Deliver what is left within `timeout` seconds; what remains then is undelivered.
 
-        Logs at its start what is pending, by handler, and at its end what was left. Handlers that
-        are cancelled have a moment for their clean-up. A plain `def` in a thread cannot be
-        cancelled: it is named in the log and left to itself.
+        Waits also for units that are expected and have something pending. Logs at its start what
+        is pending, by handler, and at its end what was left. Handlers that are cancelled have a
+        moment for their clean-up. What cannot be cancelled, a plain `def` in a thread for one, is
+        named in the log and left to itself. If the caller is cancelled, the time is over.
         """
+        if self._closed:
+            return
         pending = self._by_handler()
         if pending:
             self._log(logging.INFO, "delivering before shutdown", pending)
-        with move_on_after(timeout):
-            await self._until_idle()
-        left = self._by_handler()
-        for ended in self._draining:
-            ended.scope.cancel()
+        try:
+            with move_on_after(timeout):
+                while self._waiting or self._draining or any(c.pending for c in self._open):
+                    await self._next_change()
+        finally:
+            left = self._by_handler()
+            self._stop()
+            with move_on_after(_GRACE_SECONDS, shield=True):
+                while self._draining:
+                    await self._next_change()
+            self._log(
+                logging.ERROR if left else logging.INFO,
+                "eventkit has stopped",
+                left,
+                still_running=_listed(self._core.tally.running_by_handler()),
+                **asdict(self._core.tally.snapshot()),
+            )
+
+    def _stop(self) -> None:
+        """Cancel the drains, and close what waits or has not even ended."""
+        self._closed = True
+        for scope in self._draining.values():
+            scope.cancel()
         for ended in self._waiting:
-            abandon(ended.context)
+            self._abandon(ended.context)
+        for context in self._open:
+            self._abandon(context)
         self._core.tally.shift("units_waiting", -len(self._waiting))
         self._waiting.clear()
         self._waiting_deliveries = 0
-        with move_on_after(_GRACE_SECONDS):
-            await self._until_idle()
-        level = logging.ERROR if left else logging.INFO
-        self._log(level, "eventkit has stopped", left, **asdict(self._core.tally.snapshot()))
+        self._make_room()
+
+    def _abandon(self, context: EventContext) -> None:
+        try:
+            abandon(context)
+        except BaseException as error:  # noqa: BLE001 - it would keep others from being closed
+            log(logging.CRITICAL, "an observer failed", error=error, bus=self._core.name)
 
     def _start(self) -> None:
         """Start as many of the waiting units as may run at once."""
         while self._waiting and len(self._draining) < self._concurrency:
             ended = self._waiting.popleft()
             self._waiting_deliveries -= ended.deliveries
-            self._draining.add(ended)
+            self._draining[ended] = CancelScope()
             self._core.tally.shift("units_waiting", -1)
             self._core.tally.shift("units_draining", 1)
-            self._variables.run(self._tasks.start_soon, self._drain, ended)
+            self._variables.run(self._start_soon, self._drain, ended)
+        self._make_room()
 
     async def _drain(self, ended: _Ended) -> None:
         try:
-            with ended.scope:
+            with self._draining[ended]:
                 await finish(ended.context, success=ended.success)
         except get_cancelled_exc_class():
             raise
         except BaseException as error:  # noqa: BLE001 - it would end the deliveries of everybody
             log(logging.CRITICAL, "a drain was ended", error=error, bus=self._core.name)
         finally:
-            self._draining.remove(ended)
+            del self._draining[ended]
             self._core.tally.shift("units_draining", -1)
             self._start()
-            if self._changed is not None:
-                self._changed.set()
-                self._changed = None
+            self._changed()
 
-    async def _until_idle(self) -> None:
-        while self._waiting or self._draining:
-            await self._change()
+    def _make_room(self) -> None:
+        if self._room is not None and not self.full:
+            self._room.set()
+            self._room = None
 
-    async def _change(self) -> None:
-        if self._changed is None:
-            self._changed = Event()
-        await self._changed.wait()
+    def _changed(self) -> None:
+        if self._change is not None:
+            self._change.set()
+            self._change = None
+
+    async def _next_change(self) -> None:
+        self._change = Event()
+        await self._change.wait()
 
     def _by_handler(self) -> Counter[str]:
-        """How many deliveries each handler has waiting or running here."""
-        units = [*self._draining, *self._waiting]
-        waiting = (delivery for ended in units for delivery in ended.context.pending)
+        """How many deliveries each handler has waiting here, or running anywhere."""
+        ended = (unit.context for unit in [*self._draining, *self._waiting])
+        waiting = (delivery for context in [*ended, *self._open] for delivery in context.pending)
         return self._core.tally.running_by_handler() + Counter(d.handler for d in waiting)
 
-    def _log(self, level: int, message: str, by_handler: Counter[str], **counters: int) -> None:
-        handlers = ", ".join(f"{name} x{times}" for name, times in by_handler.items())
+    def _log(self, level: int, message: str, by_handler: Counter[str], **facts: object) -> None:
         log(
             level,
             message,
             error=None,
             bus=self._core.name,
             left=by_handler.total(),
-            handlers=handlers,
-            **counters,
+            handlers=_listed(by_handler),
+            **facts,
         )
+
+
+def _listed(by_handler: Counter[str]) -> str:
+    return ", ".join(f"{name} x{times}" for name, times in by_handler.items())

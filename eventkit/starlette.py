@@ -11,6 +11,7 @@ import math
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 from anyio import create_task_group, move_on_after
@@ -28,6 +29,7 @@ from eventkit._log import log
 __all__ = ["EventContextMiddleware", "Outcome", "succeeded"]
 
 _SCOPE_KEY = "eventkit"
+_numbers = count()
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})  # RFC 9110, section 9.2.1
 
 # The messages that carry a response's body; ASGI's extensions add the last two.
@@ -154,8 +156,9 @@ class EventContextMiddleware:
         self._shutdown_timeout = shutdown_timeout
         self._background = background
         self._announced = False
-        # One per running event loop: a module-level app may be served by several.
-        self._drainer: RunVar[Drainer | None] = RunVar("eventkit_drainer", None)
+        # One per running event loop: a module-level app may be served by several. Numbered,
+        # because older versions of AnyIO tell variables apart by their names.
+        self._drainer: RunVar[Drainer | None] = RunVar(f"eventkit_drainer_{next(_numbers)}", None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one scope, as ASGI defines it."""
@@ -175,22 +178,27 @@ class EventContextMiddleware:
             await self.app(scope, receive, send)
             return
         self._announce()
-        if not await self._has_room(scope):
+        drainer = self._drainer_for(scope)
+        if drainer is not None and not await self._has_room(drainer, scope):
             await self._refuse(scope, receive, send)
             return
         context = self.bus.context()
         scope[_SCOPE_KEY] = {**around, self.bus: context}
         response = _Response(scope, send)
+        if drainer is not None:
+            drainer.expect(context)
         try:
             with entered(context, next(reversed(around.values()), None)):
                 await self.app(scope, receive, response.send)
         except GeneratorExit:  # closed from outside: nothing can be awaited any more
             abandon(context)
+            if drainer is not None:
+                drainer.forget(context)
             raise
         except BaseException as error:
-            await self._end(context, response.outcome(error))
+            await self._end(context, response.outcome(error), drainer)
             raise
-        await self._end(context, response.outcome(None))
+        await self._end(context, response.outcome(None), drainer)
 
     def _drainer_for(self, scope: Scope) -> Drainer | None:
         """Who delivers the request's events; None where the request does so itself."""
@@ -199,21 +207,17 @@ class EventContextMiddleware:
             background = "spec_version" in scope.get("asgi", {})
         return self._drainer.get() if background else None
 
-    async def _end(self, context: EventContext, outcome: Outcome) -> None:
+    async def _end(self, context: EventContext, outcome: Outcome, drainer: Drainer | None) -> None:
         success = self._judge(outcome)
-        if close_if_idle(context, success=success):
-            return
-        drainer = self._drainer_for(outcome.scope)
-        if drainer is None:
+        if drainer is not None:
+            drainer.submit(context, success=success)
+        elif not close_if_idle(context, success=success):
             with move_on_after(self._shutdown_timeout, shield=True):
                 await finish(context, success=success)
-        else:
-            drainer.submit(context, success=success)
 
-    async def _has_room(self, scope: Scope) -> bool:
+    async def _has_room(self, drainer: Drainer, scope: Scope) -> bool:
         """Hold an unsafe request while too many deliveries wait; False if they still do."""
-        drainer = self._drainer_for(scope)
-        if drainer is None or not drainer.full or scope["method"] in _SAFE_METHODS:
+        if not drainer.full or scope["method"] in _SAFE_METHODS:
             return True
         return await drainer.wait_for_room(self._overload_timeout)
 
@@ -240,17 +244,16 @@ class EventContextMiddleware:
                 concurrency=self._concurrency,
                 max_pending=self._max_pending,
             )
-            self._drainer.set(drainer)
+            close = partial(drainer.close, self._shutdown_timeout)
+            token = self._drainer.set(drainer)
             try:
                 with outside(_LIFESPAN):
-                    await lifespan.run(
-                        self.app,
-                        scope,
-                        ready=self._announce,
-                        stopping=partial(drainer.close, self._shutdown_timeout),
-                    )
+                    await lifespan.run(self.app, scope, ready=self._announce, stopping=close)
             finally:
-                self._drainer.set(None)
+                self._drainer.reset(token)
+                await close()  # where no shutdown came: the app has ended, or was cancelled
+            if drainer.stuck:  # the group waits for these handlers, and the server need not
+                await lifespan.bid_farewell()
         await lifespan.end()
 
     def _judge(self, outcome: Outcome) -> bool:
@@ -283,18 +286,19 @@ class EventContextMiddleware:
 class _Lifespan:
     """One run of the lifespan protocol, with something to do before the app's own steps.
 
-    An app that does not speak the protocol is spoken for.
+    An app that does not speak the protocol, or leaves early, is spoken for.
     """
 
-    __slots__ = ("_answered", "_begun", "_failure", "_farewell", "_receive", "_send")
+    __slots__ = ("_answered", "_failure", "_farewell", "_heard", "_ready", "_receive", "_send")
 
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive = receive
         self._send = send
-        self._begun = False
+        self._heard: set[str] = set()  # what the server has said
         self._answered = False
+        self._ready = False
         self._farewell: Message | None = None
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
 
     async def run(
         self,
@@ -312,7 +316,7 @@ class _Lifespan:
 
         async def receive() -> Message:
             message = await self._receive()
-            self._begun = True
+            self._heard.add(message["type"])
             if message["type"] == "lifespan.shutdown":
                 await stopping()
             return message
@@ -321,6 +325,7 @@ class _Lifespan:
             self._answered = True
             if message["type"] == "lifespan.startup.complete":
                 ready()
+                self._ready = True
             if message["type"].startswith("lifespan.shutdown."):
                 self._farewell = message
             else:
@@ -328,25 +333,32 @@ class _Lifespan:
 
         try:
             await app(scope, receive, send)
-        except Exception as error:  # noqa: BLE001 - a task group around it would wrap it
-            self._failure = error
-            if not self._answered:
-                log(logging.INFO, "the app has no lifespan of its own", reason=repr(error))
+        except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001
+            # Kept for `end`, which raises it: the task group around it would wrap it.
+            if self._answered or not isinstance(error, Exception):
+                self._failure = error
+                return
+            log(logging.INFO, "the app has no lifespan of its own", reason=repr(error))
         if not self._answered:
-            self._failure = None
-            if not self._begun:
+            if not self._heard:
                 await receive()
             await send({"type": "lifespan.startup.complete"})
+        if self._ready and "lifespan.shutdown" not in self._heard:
             await receive()
             await send({"type": "lifespan.shutdown.complete"})
 
-    async def end(self) -> None:
-        """Send the app's last message, or raise what it raised.
+    async def bid_farewell(self) -> None:
+        """Send the app's last message, once.
 
-        After that message hypercorn cancels whatever has not returned, so nothing may follow it.
+        After it hypercorn cancels whatever has not returned.
         """
-        if self._farewell is not None:
-            await self._send(self._farewell)
+        farewell, self._farewell = self._farewell, None
+        if farewell is not None:
+            await self._send(farewell)
+
+    async def end(self) -> None:
+        """Send the app's last message, and raise what it raised."""
+        await self.bid_farewell()
         if self._failure is not None:
             raise self._failure
 
