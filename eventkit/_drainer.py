@@ -123,12 +123,11 @@ class Drainer:
         """
         if self._closed:
             return
-        pending = self._by_handler()
-        if pending:
-            self._log(logging.INFO, "delivering before shutdown", pending)
+        if self._busy():
+            self._log(logging.INFO, "delivering before shutdown", self._by_handler())
         try:
             with move_on_after(timeout):
-                while self._waiting or self._draining or any(c.pending for c in self._open):
+                while self._busy():
                     await self._next_change()
         finally:
             left = self._by_handler()
@@ -143,6 +142,9 @@ class Drainer:
                 still_running=_listed(self._core.tally.running_by_handler()),
                 **asdict(self._core.tally.snapshot()),
             )
+
+    def _busy(self) -> bool:
+        return bool(self._waiting or self._draining or any(c.pending for c in self._open))
 
     def _stop(self) -> None:
         """Cancel the drains, and close what waits or has not even ended."""
@@ -204,7 +206,10 @@ class Drainer:
         await self._change.wait()
 
     def _by_handler(self) -> Counter[str]:
-        """How many deliveries each handler has waiting here, or running anywhere."""
+        """How many deliveries each handler has waiting here, or running anywhere.
+
+        One that is taken from its queue and comes to its first step next, is neither.
+        """
         ended = (unit.context for unit in [*self._draining, *self._waiting])
         waiting = (delivery for context in [*ended, *self._open] for delivery in context.pending)
         return self._core.tally.running_by_handler() + Counter(d.handler for d in waiting)

@@ -409,8 +409,7 @@ async def test_handlers_that_are_cancelled_at_the_deadline_have_a_moment_for_the
                 await sleep(event)
                 cleaned_up.append(event)
 
-    async with create_task_group() as tasks:
-        drainer = Drainer(core_of(bus), tasks, concurrency=4, max_pending=None)
+    async with draining(bus) as drainer:
         for seconds in (0.25, 3.0):
             drainer.submit(unit(bus, seconds), success=True)
         begun = anyio.current_time()
@@ -440,8 +439,7 @@ async def test_a_handler_that_swallows_its_cancellation_does_not_hold_the_close(
                 with CancelScope(shield=True):
                     await released.wait()
 
-    async with create_task_group() as tasks:
-        drainer = Drainer(core_of(bus), tasks, concurrency=4, max_pending=None)
+    async with draining(bus) as drainer:
         drainer.submit(unit(bus, "event"), success=True)
         await drainer.close(1)
         assert drainer.stuck
@@ -466,8 +464,7 @@ async def test_a_plain_def_that_hangs_is_named_in_the_log_and_left_to_itself(
         anyio.from_thread.run_sync(begun.set)
         release.wait()
 
-    async with create_task_group() as tasks:
-        drainer = Drainer(core_of(bus), tasks, concurrency=1, max_pending=None)
+    async with draining(bus, concurrency=1) as drainer:
         drainer.submit(unit(bus, "event"), success=True)
         drainer.submit(unit(bus, "waiting"), success=True)
         await begun.wait()
