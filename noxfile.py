@@ -54,6 +54,13 @@ def matrix(session: nox.Session) -> None:
 
 
 @nox.session
+def servers(session: nox.Session) -> None:
+    """Serve on uvicorn, gunicorn, hypercorn and granian, and end them with work in flight."""
+    session.install("-e", ".", *group("servers"))
+    session.run("pytest", *(session.posargs or ["tests/server_matrix"]))
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style, formatting, and that imports go downwards only."""
     session.install("-e", ".", *group("lint"))
