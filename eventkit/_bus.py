@@ -19,8 +19,8 @@ from eventkit._registry import (
     Subscribing,
     Subscription,
     check_event_type,
-    close_router,
     declare,
+    include_into,
 )
 from eventkit._stats import Stats, Tally
 
@@ -154,7 +154,7 @@ class EventBus(Subscribing):
         Raises:
             DuplicateSubscriptionError: One of them is subscribed already.
         """
-        self._add(close_router(router))
+        include_into(self, router)
 
     def _add(self, declarations: Sequence[Declaration]) -> None:
         self._registry.add(declarations)
@@ -224,7 +224,7 @@ class EventBus(Subscribing):
 
     def describe(self) -> list[Wiring]:
         """The whole wiring as plain data, in start order."""
-        default = self._core.handler_timeout
+        defaults = {False: self._core.handler_timeout, True: None}  # a thread cannot be stopped
         return [
             Wiring(
                 event_type=type_name(subscription.event_type),
@@ -232,7 +232,9 @@ class EventBus(Subscribing):
                 location=subscription.location,
                 subscribed_at=subscription.declaration.declared_at,
                 thread=subscription.thread,
-                timeout=default if subscription.timeout is ... else subscription.timeout,
+                timeout=defaults[subscription.thread]
+                if subscription.timeout is ...
+                else subscription.timeout,
             )
             for subscription in self._registry
         ]
@@ -256,7 +258,8 @@ class EventBus(Subscribing):
     def _detach(self, observer: Observer) -> None:
         core = self._core
         with core.tally.lock:
-            core.observers = tuple(o for o in core.observers if o is not observer)
+            at = [*map(id, core.observers)].index(id(observer))
+            core.observers = core.observers[:at] + core.observers[at + 1 :]
 
     def __repr__(self) -> str:
         handlers = len(self.describe())

@@ -13,12 +13,13 @@ All queues of a bus are guarded by the one lock of its `Tally`, and only this mo
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Generator, Sequence
-from contextlib import contextmanager, suppress
-from contextvars import Context, ContextVar, Token, copy_context
+from contextlib import contextmanager
+from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
 from enum import Enum
 from itertools import count
@@ -97,6 +98,13 @@ class _Envelope:
         ]
 
 
+@dataclass(slots=True, eq=False)
+class _Load:
+    """How many events wait in an outermost unit and all inside it, which share this object."""
+
+    events: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """A delivery that failed, and what it raised."""
@@ -157,6 +165,7 @@ class EventContext:
     """
 
     __slots__ = (
+        "_before",
         "_core",
         "_delivery",
         "_drained",
@@ -165,10 +174,8 @@ class EventContext:
         "_load",
         "_outer",
         "_released",
-        "_root",
         "_staged",
         "_state",
-        "_token",
     )
 
     def __init__(self, core: Core) -> None:
@@ -178,12 +185,11 @@ class EventContext:
         self._released: deque[_Envelope] = deque()
         self._outer: EventContext | None = None  # the unit of this bus that this one hands to
         self._enclosing: EventContext | None = None  # the unit around it, of whichever bus
-        self._root = self
-        self._load = 0  # events waiting in this unit and all inside it, kept by the root alone
+        self._load = _Load()
         self._delivery: Delivery | None = None  # the delivery that it is, or that it is inside
         self._is_delivery = False
         self._drained: anyio.Event | None = None  # there while a drain is running
-        self._token: Token[EventContext | None] | None = None
+        self._before: EventContext | None = None  # what was active when it became so
 
     @property
     def closed(self) -> bool:
@@ -200,7 +206,7 @@ class EventContext:
     def publish(self, *events: object, even_on_failure: bool = False) -> None:
         """Say that something happened in this unit of work. See `EventBus.publish`."""
         core = self._core
-        cause = self._delivery
+        cause = _running() or self._delivery
         depth = 0 if cause is None else cause.depth + 1
         if cause is not None and depth > core.max_depth and events:
             raise EventDepthError(
@@ -222,13 +228,13 @@ class EventContext:
             for event in events
         ]
         waiting = [envelope for envelope in envelopes if envelope.plan]
-        root, tally = self._root, core.tally
+        load, tally = self._load, core.tally
         with tally.lock:
             if self._state is not _State.OPEN:
                 raise EventContextClosedError(self._why_not_open())
-            if root._load + len(waiting) > core.max_events:
+            if load.events + len(waiting) > core.max_events:
                 raise EventContextFullError(core.name, core.max_events)
-            root._load += len(waiting)
+            load.events += len(waiting)
             self._staged += waiting
             tally.published += len(envelopes)
             tally.accepted += sum(len(envelope.plan) for envelope in waiting)
@@ -306,7 +312,10 @@ class EventContext:
         self._leave()
         success = exc is None
         if not self._hand_over(success=success) and not self._close_if_idle(success=success):
-            _run(self._end, success)
+            try:
+                _run(self._end, success)
+            finally:
+                self._abandon()  # there may have been no loop to run it
 
     async def __aenter__(self) -> Self:
         self._enter()
@@ -347,19 +356,26 @@ class EventContext:
         if nested:
             self._outer = _find(enclosing, self._core)
         if self._outer is not None:
-            self._root = self._outer._root
+            self._load = self._outer._load
 
     def _enter(self) -> None:
         """Open it, and make it the active one."""
         self._open(_active.get())
-        self._token = _active.set(self)
+        self._activate()
+
+    def _activate(self) -> None:
+        self._before = _active.get()
+        _active.set(self)
 
     def _leave(self) -> None:
-        """Make the one before it the active one again."""
-        if self._token is not None:
-            with suppress(ValueError):  # opened in a copy of these variables: nothing to undo
-                _active.reset(self._token)
-            self._token = None
+        """Make the one before it the active one again.
+
+        Blocks around a `yield` may overlap, or end in other context variables than they began in:
+        who became active in the meantime stays so.
+        """
+        if _active.get() is self:
+            _active.set(self._before)
+        self._before = None
 
     def _why_not_open(self) -> str:
         bus = self._core.name
@@ -391,21 +407,24 @@ class EventContext:
         kept.extend(envelope for envelope in self._staged if envelope.even_on_failure)
         dropped = [envelope for envelope in self._staged if not envelope.even_on_failure]
         self._staged.clear()
-        self._root._load -= len(dropped)
+        self._load.events -= len(dropped)
         return dropped
 
     def _hand_over(self, *, success: bool) -> bool:
         """Close it, and give what is left to the outer unit; False where there is none open.
 
-        What was released here stays decided, also if the outer unit fails.
+        What was released here stays decided, also if the outer unit fails. A drain that another
+        task runs goes on with it.
         """
-        outer = self._outer
         with self._core.tally.lock:
-            if outer is None or outer.closed:
+            outer = self._heir()
+            if outer is None:
                 return False
             self._state = _State.CLOSED
-            left = [*self._released]
-            self._released.clear()
+            left: list[_Envelope] = []
+            if self._drained is None:
+                left.extend(self._released)
+                self._released.clear()
             dropped: list[_Envelope] = []
             if self._is_delivery:
                 queue: list[_Envelope] | deque[_Envelope] = outer._released
@@ -421,6 +440,15 @@ class EventContext:
             queue.extend(left)
         self._drop(dropped, Outcome.DISCARDED)
         return True
+
+    def _heir(self) -> EventContext | None:
+        """Who gets what is left: the nearest open unit around it; of a delivery, who drains it."""
+        outer = self._outer
+        if self._is_delivery:
+            return outer
+        while outer is not None and outer.closed:
+            outer = None if outer._is_delivery else outer._outer
+        return outer
 
     def _close_if_idle(self, *, success: bool) -> bool:
         """Decide what is staged; close it if then nothing is left to deliver."""
@@ -460,13 +488,15 @@ class EventContext:
         finally:
             self._drained.set()
             self._drained = None
+            if self.closed and not self._hand_over(success=False):  # left in the meantime
+                self._abandon()
         return handled
 
     def _next(self) -> _Envelope | None:
         with self._core.tally.lock:
             if not self._released:
                 return None
-            self._root._load -= 1
+            self._load.events -= 1
             return self._released.popleft()
 
     async def _deliver_one(self, envelope: _Envelope, terms: Terms, timeout: float | None) -> int:
@@ -491,8 +521,7 @@ class EventContext:
             await run_all(runs, terms)
         finally:
             for run, unit in zip(runs, units, strict=True):
-                if not unit._hand_over(success=run.outcome is Outcome.HANDLED):
-                    unit._abandon()
+                unit._hand_over(success=run.outcome is Outcome.HANDLED)
             ended = [run.delivery for run in runs if run.outcome is Outcome.UNDELIVERED]
             _announce(self._core, ended, Outcome.UNDELIVERED)
         return sum(run.outcome is Outcome.HANDLED for run in runs)
@@ -502,7 +531,7 @@ class EventContext:
         unit = EventContext(self._core)
         unit._state = _State.OPEN
         unit._outer = self
-        unit._root = self._root
+        unit._load = self._load
         unit._delivery = delivery
         unit._is_delivery = True
         return unit
@@ -514,7 +543,7 @@ class EventContext:
             left = [*self._released, *self._staged]
             self._released.clear()
             self._staged.clear()
-            self._root._load -= len(left)
+            self._load.events -= len(left)
         self._drop(left, Outcome.UNDELIVERED)
 
     def _drop(self, envelopes: Sequence[_Envelope], outcome: Outcome) -> None:
@@ -621,7 +650,7 @@ def entered(context: EventContext, enclosing: EventContext | None) -> Generator[
     For those who end a unit of work elsewhere than where it was begun, with `finish`.
     """
     context._open(enclosing)
-    context._token = _active.set(context)
+    context._activate()
     try:
         yield
     finally:
@@ -655,6 +684,12 @@ def close_if_idle(context: EventContext, *, success: bool) -> bool:
     return context._close_if_idle(success=success)
 
 
+def _running() -> Delivery | None:
+    """The delivery that the caller is part of, whichever unit of work it publishes to."""
+    context = _active.get()
+    return None if context is None or context.closed else context._delivery
+
+
 def _find(innermost: EventContext | None, core: Core) -> EventContext | None:
     context = innermost
     while context is not None and context._core is not core:
@@ -672,7 +707,7 @@ def _why_none() -> str:
         )
     if reason is not None:
         return reason
-    if _loop_is_running():
+    if _loop_is_running() or _in_worker_thread():
         return (
             "no request or job surrounds the caller. In a web application install the middleware: "
             "app.add_middleware(EventContextMiddleware, bus=bus). Elsewhere, open a unit of work: "
@@ -699,14 +734,34 @@ def _loop_is_running() -> bool:
     return True
 
 
+def _in_worker_thread() -> bool:
+    """Whether AnyIO runs this thread, on behalf of a task of an event loop."""
+    try:
+        from_thread.check_cancelled()
+    except RuntimeError:
+        return False
+    except BaseException:  # noqa: BLE001 - cancelled, and outside a loop nobody says what that is
+        return True
+    return True
+
+
 def _run(end: Callable[[bool], Coroutine[object, object, None]], success: bool) -> None:
     """Run the end of a synchronous unit of work: on the loop this thread works for, or a new one.
 
     A worker thread's handlers belong on its own event loop, beside the application's resources.
     """
-    try:
-        from_thread.run_sync(int)
-    except RuntimeError:
-        anyio.run(end, success)
+    if _in_worker_thread():
+        from_thread.run(_unless_cancelled, end, success)
     else:
-        from_thread.run(end, success)
+        anyio.run(end, success)
+
+
+async def _unless_cancelled(
+    end: Callable[[bool], Coroutine[object, object, None]], success: bool
+) -> None:
+    """Run it, unless the worker thread was cancelled before.
+
+    On asyncio AnyIO cancels no task that begins in a cancelled scope: it could wait for ever.
+    """
+    if anyio.current_effective_deadline() > -math.inf:
+        await end(success)

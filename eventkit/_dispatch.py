@@ -12,19 +12,22 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
 from anyio import (
-    CancelScope,
     create_task_group,
     current_effective_deadline,
     get_cancelled_exc_class,
     move_on_after,
 )
+from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint_if_cancelled
 
 from eventkit._events import Delivery, type_name
 from eventkit._handlers import Handler
@@ -72,8 +75,8 @@ class Terms:
 async def run_all(runs: Sequence[Run], terms: Terms) -> None:
     """Run the handlers of one event, and wait until every one of them has ended.
 
-    Each runs in a task of its own and in its own copy of its context variables. Afterwards every
-    run has an outcome, whatever way this was left.
+    Each runs in a task of its own and in its own copy of its context variables. They start in the
+    given order. Afterwards every run has an outcome, whatever way this was left.
 
     Cancelling it cancels the handlers; those that have not started then are undelivered.
 
@@ -81,22 +84,12 @@ async def run_all(runs: Sequence[Run], terms: Terms) -> None:
         BaseException: What a handler raised that is neither an `Exception` nor a cancellation,
             after its siblings have been cancelled.
     """
+    waiting = deque(runs)
     fatal: list[BaseException] = []
-    batches: Iterable[Sequence[Run]] = ([run] for run in runs) if terms.sequential else [runs]
     try:
-        for batch in batches:
+        while waiting and not fatal:
             async with create_task_group() as tasks:
-                for run in batch:
-                    run.variables.run(
-                        partial(tasks.start_soon, name=run.handler.name),
-                        _guard,
-                        run,
-                        terms,
-                        fatal,
-                        tasks.cancel_scope,
-                    )
-            if fatal:
-                break
+                _start_next(waiting, terms, fatal, tasks)
     finally:
         for run in runs:
             if run.outcome is None:  # it never came to its first step
@@ -106,26 +99,44 @@ async def run_all(runs: Sequence[Run], terms: Terms) -> None:
             raise fatal.pop()
 
 
-async def _guard(run: Run, terms: Terms, fatal: list[BaseException], siblings: CancelScope) -> None:
-    """Run one handler, so that nothing but a cancellation from outside leaves its task."""
+def _start_next(
+    waiting: deque[Run], terms: Terms, fatal: list[BaseException], tasks: TaskGroup
+) -> None:
+    """Start the task of the next run; unless sequential, it starts the one after it, and so on.
+
+    Tasks that are spawned together start in any order on trio; one by one they keep theirs.
+    """
+    if waiting:
+        run = waiting.popleft()
+        start = partial(tasks.start_soon, name=run.handler.name)
+        run.variables.run(start, _guard, run, waiting, terms, fatal, tasks)
+
+
+async def _guard(
+    run: Run, waiting: deque[Run], terms: Terms, fatal: list[BaseException], tasks: TaskGroup
+) -> None:
+    """Run one handler, so that nothing but the cancellation of the dispatch leaves its task."""
     terms.tally.start(run.delivery)
     outcome = Outcome.UNDELIVERED
     try:
+        await checkpoint_if_cancelled()
+        if not terms.sequential:
+            _start_next(waiting, terms, fatal, tasks)
         with watched(terms.observers, run.delivery):
             await _attempt(run)
         outcome = Outcome.HANDLED
-    except Exception as error:  # noqa: BLE001 - this is the policy
+    except Exception as error:  # noqa: BLE001 - the policy
         outcome = Outcome.FAILED
-        event = type_name(type(run.delivery.event))
-        note = f"raised by the handler {run.handler.name} ({run.handler.location}) for {event}"
-        if note not in getattr(error, "__notes__", ()):  # one instance may be raised twice
-            error.add_note(note)
+        _add_note(error, run)
         terms.report(run.delivery, error)
     except BaseException as error:
-        if _failures_in(error) is None:
-            raise
-        fatal.append(error)
-        siblings.cancel()
+        if _failures_in(error) is not None:
+            fatal[:] = fatal or [error]  # one can propagate, and the first one does
+            tasks.cancel_scope.cancel()
+        elif not _cancel_requests():
+            raise  # a trio nursery learns from its children that it was cancelled
+        # On asyncio the waiting task is told itself. Raised here too, the cancellation of this
+        # task alone would reach its siblings, and AnyIO would keep it and the event in a ring.
     finally:
         run.outcome = outcome
         terms.tally.end(run.delivery, outcome)
@@ -140,13 +151,16 @@ async def _attempt(run: Run) -> None:
             await _await_in_time(awaitable, run)
     except Exception:
         raise
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - the policy
         failures = _failures_in(error)
-        if failures is None and (_in_cancelled_scope() or _cancel_requests() > requests):
-            raise
-        if failures is None:
-            raise HandlerCancelledError(run.handler.name) from error
-        raise failures from failures.__cause__
+        try:
+            if failures is None and not _was_cancelled_since(requests):
+                raise HandlerCancelledError(run.handler.name) from error
+            if failures is None or failures is error:
+                raise
+            raise failures from failures.__cause__
+        finally:
+            del failures  # or this frame and its traceback keep each other alive
 
 
 async def _await_in_time(awaitable: Awaitable[object], run: Run) -> None:
@@ -154,17 +168,26 @@ async def _await_in_time(awaitable: Awaitable[object], run: Run) -> None:
         await awaitable
         return
     waiting: BaseException | None = None
-    with move_on_after(run.timeout) as scope:
-        try:
-            await awaitable
-        except get_cancelled_exc_class() as error:
-            waiting = error
-            raise
-    if scope.cancelled_caught:
-        try:
+    try:
+        with move_on_after(run.timeout) as scope:
+            try:
+                await awaitable
+            except BaseException as error:
+                waiting = error
+                raise
+        if scope.cancelled_caught:
             raise HandlerTimeoutError(run.handler.name, run.timeout) from waiting
-        finally:
-            del waiting  # or this frame and its traceback keep each other alive
+    finally:
+        del waiting  # or this frame and its traceback keep each other alive
+
+
+def _add_note(error: Exception, run: Run) -> None:
+    """Say in its traceback which handler it came from; left out where it takes no notes."""
+    event = type_name(type(run.delivery.event))
+    note = f"raised by the handler {run.handler.name} ({run.handler.location}) for {event}"
+    with suppress(Exception):  # a frozen dataclass has none, and `add_note` may be anybody's
+        if note not in getattr(error, "__notes__", ()):  # one instance may be raised twice
+            error.add_note(note)
 
 
 def _failures_in(error: BaseException) -> BaseException | None:
@@ -183,6 +206,10 @@ def _failures_in(error: BaseException) -> BaseException | None:
 
 def _in_cancelled_scope() -> bool:
     return current_effective_deadline() == -math.inf
+
+
+def _was_cancelled_since(requests: int) -> bool:
+    return _in_cancelled_scope() or _cancel_requests() > requests
 
 
 def _cancel_requests() -> int:

@@ -42,16 +42,7 @@ class Publisher(Protocol):
         ...
 
 
-_process = uuid4()
-
-
-def _new_process() -> None:
-    global _process
-    _process = uuid4()
-
-
-if hasattr(os, "register_at_fork"):  # a forked worker must not repeat its parent's delivery ids
-    os.register_at_fork(after_in_child=_new_process)
+_run_of_this_program = uuid4()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +72,9 @@ class Delivery:
         Fit for an idempotency key. Computed when asked, because random ids would be the most
         expensive part of a publish.
         """
-        return uuid5(_process, f"{self._published_ns}:{self._number}")
+        # A forked worker goes on with its parent's numbers, so the process is part of it.
+        name = f"{os.getpid()}:{self._published_ns}:{self._number}"
+        return uuid5(_run_of_this_program, name)
 
     @property
     def published_at(self) -> datetime:

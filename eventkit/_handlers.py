@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from types import EllipsisType
+from importlib import import_module
+from types import CodeType, EllipsisType
+from typing import Any, cast
 
 from anyio import CapacityLimiter, to_thread
 from anyio.lowlevel import RunVar
@@ -21,6 +23,16 @@ from eventkit.exceptions import InvalidHandlerError
 # running event loop, because a limiter belongs to the loop it is used in and a bus does not.
 _limiter: RunVar[CapacityLimiter] = RunVar("eventkit_handler_threads")
 _THREADS = 40
+
+# Where a chain of `__wrapped__` and `__call__` is given up, because it may lead back to its start.
+_MAX_LAYERS = 100
+
+# Since 3.14 annotations are evaluated when looked at, and a name under TYPE_CHECKING cannot be.
+_UNEVALUATED: dict[str, Any] = (  # Any: an option that earlier versions do not have
+    {"annotation_format": import_module("annotationlib").Format.FORWARDREF}
+    if sys.version_info >= (3, 14)
+    else {}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +59,8 @@ class Handler:
         function = self.function
         if inspect.ismethod(function):
             return (id(function.__self__), id(function.__func__))
+        if inspect.isbuiltin(function):  # bound too, and it compares by what it is bound to
+            return function
         return id(function)
 
     async def start(self, event: object) -> Awaitable[object] | None:
@@ -56,8 +70,8 @@ class Handler:
             InvalidHandlerError: It returned a generator, whose body nobody would run.
         """
         if self.in_thread:
-            # Boxed, because trio refuses a coroutine as the result of a worker thread.
-            result = (await to_thread.run_sync(_boxed, self.function, event, limiter=_threads()))[0]
+            box = await to_thread.run_sync(_boxed, self.function, event, limiter=_threads())
+            result = _unboxed(box)
         else:
             result = self.function(event)
         if result is None or inspect.isawaitable(result):
@@ -70,8 +84,30 @@ class Handler:
         return None
 
 
-def _boxed(function: Callable[..., object], event: object) -> tuple[object]:
-    return (function(event),)
+# What a call in a worker thread returned, or what it raised; a list, so that it can be emptied.
+_Box = list[tuple[object, BaseException | None]]
+
+
+def _boxed(function: Callable[..., object], event: object) -> _Box:
+    """Call it, and let nothing out of the thread but a box.
+
+    Trio refuses a coroutine as a result. An exception would be kept alive, and the event with it,
+    by those who carry it, because they stand in its traceback.
+    """
+    try:
+        return [(function(event), None)]
+    except BaseException as error:  # noqa: BLE001 - raised again where the thread is awaited
+        return [(None, error)]
+
+
+def _unboxed(box: _Box) -> object:
+    result, error = box.pop()
+    try:
+        if error is not None:
+            raise error
+        return result
+    finally:
+        del error  # or this frame and its traceback keep each other alive
 
 
 def _threads() -> CapacityLimiter:
@@ -97,18 +133,18 @@ def inspect_handler(
     """
     if not callable(function):
         raise InvalidHandlerError(f"a handler is a callable that takes the event, not {function!r}")
-    location = _location(function)
     called = name or _name(function)
-    place = f"{called} ({location})"
     if isinstance(function, type):
         raise InvalidHandlerError(
-            f"{place} is a class: every event would make an instance and nothing else. "
+            f"{called} is a class: every event would make an instance and nothing else. "
             "Subscribe an instance with __call__, or one of its methods"
         )
+    location = _location(function)
+    place = f"{called} ({location})"
     _refuse_generators(function, place)
     _check_signature(function, place)
     is_async = any(map(inspect.iscoroutinefunction, _layers(function)))
-    if thread and is_async:
+    if thread and any(map(inspect.iscoroutinefunction, _layers(function, wrapped=False))):
         raise InvalidHandlerError(
             f"{place} is async and runs on the event loop: remove thread=True"
         )
@@ -117,16 +153,23 @@ def inspect_handler(
     return Handler(function, called, location, in_thread, timeout)
 
 
-def _layers(function: Callable[..., object]) -> Iterator[Callable[..., object]]:
-    """The callable and all that it wraps: partials, `functools.wraps`, methods, `__call__`."""
+def _layers(
+    function: Callable[..., object], *, wrapped: bool = True
+) -> Iterator[Callable[..., object]]:
+    """The callable and what calling it calls: of partials, methods, objects with `__call__`.
+
+    With `wrapped` also what `functools.wraps` names, which is usually called too.
+    """
     layer: object = function
-    while callable(layer):
+    for _ in range(_MAX_LAYERS):
+        if not callable(layer):
+            return
         yield layer
         if isinstance(layer, functools.partial):
             layer = layer.func
         elif inspect.ismethod(layer):
             layer = layer.__func__
-        elif hasattr(layer, "__wrapped__"):
+        elif wrapped and inspect.getattr_static(layer, "__wrapped__", None) is not None:
             layer = getattr(layer, "__wrapped__")  # noqa: B009 - typed as having none
         elif inspect.isroutine(layer):
             return
@@ -137,14 +180,17 @@ def _layers(function: Callable[..., object]) -> Iterator[Callable[..., object]]:
 def _name(function: Callable[..., object]) -> str:
     while isinstance(function, functools.partial):
         function = function.func
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}:{named.__qualname__}"
+    named: object = function
+    if not isinstance(getattr(function, "__qualname__", None), str):
+        named = type(function)
+    module = getattr(named, "__module__", None) or "builtins"  # methods of built-ins have none
+    return f"{module}:{getattr(named, '__qualname__')}"  # noqa: B009 - typed as having none
 
 
 def _location(function: Callable[..., object]) -> str:
     for layer in reversed(list(_layers(function))):
         code = getattr(layer, "__code__", None)
-        if code is not None:
+        if type(code) is CodeType:  # a mock's is only said to be one
             return f"{code.co_filename}:{code.co_firstlineno}"
     return "built in"
 
@@ -160,8 +206,8 @@ def _refuse_generators(function: Callable[..., object], place: str) -> None:
 
 def _check_signature(function: Callable[..., object], place: str) -> None:
     try:
-        signature = inspect.signature(function)
-    except ValueError:  # some built-ins have none; the call will tell
+        signature = inspect.signature(function, **_UNEVALUATED)
+    except (TypeError, ValueError):  # built-ins may have none, others nonsense; the call will tell
         return
     try:
         bound = signature.bind(object())
@@ -171,7 +217,7 @@ def _check_signature(function: Callable[..., object], place: str) -> None:
             "It needs one positional parameter for the event, and defaults for all others"
         ) from None
     for parameter in signature.parameters.values():
-        marker: type[object] = type(parameter.default)
+        marker = type(cast("object", parameter.default))
         if parameter.name not in bound.arguments and marker.__module__ == "fastapi.params":
             raise InvalidHandlerError(
                 f"{place} declares {parameter.name}={marker.__name__}(...), which would arrive "
@@ -194,9 +240,4 @@ def _check_timeout(timeout: float | None | EllipsisType, place: str, *, in_threa
 
 def is_duration(seconds: object) -> bool:
     """Whether it is a number of seconds that something can take: above 0, and not NaN."""
-    return (
-        isinstance(seconds, int | float)
-        and not isinstance(seconds, bool)
-        and not math.isnan(seconds)
-        and seconds > 0
-    )
+    return isinstance(seconds, int | float) and not isinstance(seconds, bool) and seconds > 0

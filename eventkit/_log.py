@@ -7,6 +7,7 @@ always does what the application set up. Payloads of events are never logged.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextvars import Context
 
 import structlog
@@ -26,11 +27,23 @@ def log(
         facts: What it happened to.
     """
     if structlog.is_configured():
-        logger = structlog.stdlib.get_logger("eventkit")
-        logger.log(level, message, exc_info=error, **facts)
-        return
+        try:
+            _write(level, message, error, facts)
+            return
+        except Exception as broken:  # noqa: BLE001 - a processor is user code
+            facts["structlog_failed"] = repr(broken)
     pairs = " ".join(f"{key}={value}" for key, value in facts.items())
     _stdlib.log(level, "%s: %s", message, pairs, exc_info=error, extra={"eventkit": facts})
+
+
+def _write(
+    level: int, message: str, error: BaseException | None, facts: Mapping[str, object]
+) -> None:
+    """Write it with structlog, by the one method that all its kinds of loggers share."""
+    logger = structlog.get_logger("eventkit").bind()
+    if isinstance(logger, structlog.stdlib.AsyncBoundLogger):
+        logger = logger.sync_bl
+    getattr(logger, logging.getLevelName(level).lower())(message, exc_info=error, **facts)
 
 
 def bind(variables: Context, **facts: object) -> None:

@@ -44,11 +44,13 @@ class Observation:
     __slots__ = ("_detach",)
 
     def __init__(self, detach: Callable[[], None]) -> None:
-        self._detach = detach
+        self._detach: Callable[[], None] | None = detach
 
     def detach(self) -> None:
         """Stop telling the observer. Deliveries that are running still tell it their end."""
-        self._detach()
+        if self._detach is not None:
+            self._detach()
+            self._detach = None
 
     def __enter__(self) -> Observation:
         return self

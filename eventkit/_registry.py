@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import count
 from threading import Lock
 from types import EllipsisType, FrameType
-from typing import Concatenate, ParamSpec, Self, TypeVar, overload
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, overload
 
 from eventkit._events import type_name
 from eventkit._handlers import Handler, inspect_handler
@@ -44,8 +44,9 @@ class Declaration:
     def refuse_twin(self, twin: Declaration | None) -> None:
         """Raise if the same handler is there for the same event type already."""
         if twin is not None:
+            again = _caller() if twin is self else self.declared_at  # a router included twice
             raise DuplicateSubscriptionError(
-                self.handler.name, type_name(self.event_type), twin.declared_at, self.declared_at
+                self.handler.name, type_name(self.event_type), twin.declared_at, again
             )
 
 
@@ -136,7 +137,8 @@ def declare(
 
 def check_event_type(event_type: object) -> None:
     """Refuse what no event can be an instance of."""
-    if not isinstance(event_type, type) or hasattr(event_type, "__origin__"):
+    alias = hasattr(event_type, "__origin__")
+    if not isinstance(event_type, type) or alias or event_type is Any:
         raise InvalidEventTypeError(
             f"an event type is a class, not {event_type!r}. For one of several, name them all: "
             "on(A, B); for a generic class, name the class without its parameters"
@@ -157,7 +159,7 @@ class Subscribing:
     __slots__ = ()
 
     def _add(self, declarations: Sequence[Declaration]) -> object:
-        raise NotImplementedError
+        """Take all of them, or raise and take none."""
 
     @overload
     def on(
@@ -267,7 +269,7 @@ class EventRouter(Subscribing):
         """
         if router is self:
             raise InvalidHandlerError("a router cannot be included into itself")
-        self._add(close_router(router))
+        include_into(self, router)
 
     def _add(self, declarations: Sequence[Declaration]) -> None:
         if self._included:
@@ -287,12 +289,12 @@ class EventRouter(Subscribing):
         return f"<EventRouter with {len(self._declarations)} declarations>"
 
 
-def close_router(router: EventRouter) -> list[Declaration]:
-    """All that was declared on it; nothing more may be."""
+def include_into(target: Subscribing, router: EventRouter) -> None:
+    """Give the target all that was declared on the router; then nothing more may be."""
     if not isinstance(router, EventRouter):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidHandlerError(f"include() takes an EventRouter, not {router!r}")
+    target._add(list(router._declarations.values()))
     router._included = True
-    return list(router._declarations.values())
 
 
 class Registry:

@@ -53,9 +53,8 @@ def test_every_python_block_of_the_page_runs(page: Path) -> None:
 
 def test_every_test_that_the_page_names_as_proof_exists(page: Path) -> None:
     for file, name in PROOF.findall(page.read_text()):
-        tree = ast.parse((ROOT / file).read_text())
-        functions = ast.FunctionDef | ast.AsyncFunctionDef
-        assert name in {n.name for n in ast.walk(tree) if isinstance(n, functions)}, (
+        source = (ROOT / file).read_text()
+        assert re.search(rf"^\s*(async )?def {name}\(", source, re.MULTILINE), (
             f"{page.name} names {file}::{name}, which does not exist"
         )
 

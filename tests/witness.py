@@ -1,6 +1,6 @@
 """An observer that notes what becomes of each delivery, and the law that every bus obeys."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
 from eventkit import Delivery, EventBus, Observer
@@ -40,3 +40,20 @@ def assert_settled(bus: EventBus) -> None:
     stats = bus.stats
     ended = stats.handled + stats.failed + stats.discarded + stats.undelivered
     assert (stats.pending, stats.running, ended) == (0, 0, stats.accepted)
+
+
+def nothing(event: object) -> None:
+    """Handle any event by doing nothing."""
+
+
+def calling(call: Callable[[], object]) -> Callable[[object], None]:
+    """Make a handler that calls this, and awaits nothing."""
+
+    def handle(event: object) -> None:
+        call()
+
+    return handle
+
+
+def ignore(delivery: Delivery, error: Exception) -> None:
+    """Report a failure to nobody."""

@@ -1,0 +1,482 @@
+"""Misuse: each way has a clear error of its own, which names the remedy."""
+
+import asyncio
+import re
+import threading
+from collections.abc import AsyncGenerator, Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Annotated, Any, NewType, Optional, TypeVar, Union
+
+import anyio
+import pytest
+from anyio import create_task_group, to_thread
+
+from eventkit import (
+    Delivery,
+    DrainInProgressError,
+    EventBus,
+    EventContextClosedError,
+    EventContextFullError,
+    EventContextUsageError,
+    EventDepthError,
+    EventKitError,
+    EventRouter,
+    InvalidEventTypeError,
+    InvalidHandlerError,
+    NoEventContextError,
+)
+from tests.witness import assert_settled, nothing, witnessed
+
+pytestmark = pytest.mark.anyio
+
+T = TypeVar("T")
+
+NOWHERE = "no event context of bus 'shop' is active here: "
+NO_MIDDLEWARE = (
+    NOWHERE
+    + "no request or job surrounds the caller. In a web application install the middleware: "
+    "app.add_middleware(EventContextMiddleware, bus=bus). Elsewhere, open a unit of work: "
+    "`async with bus.context():`"
+)
+OVER = (
+    "this event context of bus 'shop' has ended: the request or job it belongs to is over, and its "
+    "events were delivered. A task or thread that outlives it needs a unit of its own: "
+    "`async with bus.context():`"
+)
+
+
+@pytest.fixture
+def bus() -> EventBus:
+    """A bus with a handler of integers that does nothing."""
+    bus = EventBus(name="shop", max_events=2, max_depth=2)
+    bus.subscribe(int, nothing, thread=False)
+    return bus
+
+
+def refusal(error: type[EventKitError], call: Callable[..., object], *args: object) -> str:
+    """The whole text of the error that the call raises."""
+    with pytest.raises(error) as raised:
+        call(*args)
+    assert type(raised.value) is error
+    return str(raised.value)
+
+
+def raw_thread(call: Callable[[], str], name: str) -> str:
+    """Call it in a thread that knows nothing of us."""
+    results: list[str] = []
+    thread = threading.Thread(target=lambda: results.append(call()), name=name)
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+# Publishing where there is no unit of work
+
+
+async def test_publishing_without_a_unit_names_the_middleware(bus: EventBus) -> None:
+    assert refusal(NoEventContextError, bus.publish, 1) == NO_MIDDLEWARE
+    assert refusal(NoEventContextError, bus.current_context) == NO_MIDDLEWARE
+    assert bus.stats.published == 0
+
+
+async def test_publishing_without_a_unit_in_a_worker_thread_names_the_middleware(
+    bus: EventBus,
+) -> None:
+    # What a synchronous endpoint does; its thread lacks nothing.
+    told = await to_thread.run_sync(refusal, NoEventContextError, bus.publish, 1)
+
+    assert told == NO_MIDDLEWARE
+
+
+async def test_publishing_without_a_unit_in_a_cancelled_worker_thread_names_the_middleware(
+    bus: EventBus,
+) -> None:
+    entered, go_on, told = anyio.Event(), threading.Event(), list[str]()
+
+    def work() -> None:
+        anyio.from_thread.run_sync(entered.set)
+        go_on.wait()
+        told.append(refusal(NoEventContextError, bus.publish, 1))
+
+    async with create_task_group() as tasks:
+        tasks.start_soon(to_thread.run_sync, work)
+        await entered.wait()
+        tasks.cancel_scope.cancel()
+        go_on.set()
+
+    assert told == [NO_MIDDLEWARE]
+
+
+def test_publishing_in_a_raw_thread_names_the_thread_and_the_remedy(bus: EventBus) -> None:
+    with bus.context():
+        told = raw_thread(partial(refusal, NoEventContextError, bus.publish, 1), "mailer")
+
+    assert told == (
+        NOWHERE + "the thread 'mailer' was started without its creator's context variables. Use "
+        "anyio.to_thread.run_sync() or asyncio.to_thread(), which pass them on, or open a unit of "
+        "work of its own: `with bus.context():`"
+    )
+
+
+def test_publishing_in_an_executor_names_the_thread_and_the_remedy(bus: EventBus) -> None:
+    async def main() -> str:
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(thread_name_prefix="pool") as pool:
+            async with bus.context():
+                return await loop.run_in_executor(
+                    pool, refusal, NoEventContextError, bus.publish, 1
+                )
+
+    assert asyncio.run(main()) == (
+        NOWHERE + "the thread 'pool_0' was started without its creator's context variables. Use "
+        "anyio.to_thread.run_sync() or asyncio.to_thread(), which pass them on, or open a unit of "
+        "work of its own: `with bus.context():`"
+    )
+
+
+def test_publishing_in_start_up_code_without_a_loop_says_so(bus: EventBus) -> None:
+    assert refusal(NoEventContextError, bus.publish, 1) == (
+        NOWHERE + "this is start-up code, a script or a synchronous test. Open a unit of work: "
+        "`with bus.context():`"
+    )
+
+
+async def test_publishing_in_the_handler_of_another_bus_says_so(bus: EventBus) -> None:
+    other = EventBus(name="other")
+    told: list[str] = []
+
+    @other.on(int)
+    async def handle(event: int) -> None:
+        told.append(refusal(NoEventContextError, bus.publish, event))
+
+    async with bus.context():
+        await other.dispatch(1)
+
+    assert told == [
+        NOWHERE + "this is a unit of work of bus 'other', and it is not inside one of this bus. "
+        "Open one: `async with bus.context():`"
+    ]
+
+
+async def test_the_error_keeps_the_name_of_the_bus(bus: EventBus) -> None:
+    with pytest.raises(NoEventContextError) as error:
+        bus.publish(1)
+
+    assert error.value.bus == "shop"
+
+
+# Publishing to a unit that takes nothing
+
+
+async def test_publishing_to_a_unit_that_has_ended_says_so(bus: EventBus) -> None:
+    go_on, told = anyio.Event(), list[str]()
+
+    async def outlive() -> None:
+        await go_on.wait()
+        told.append(refusal(EventContextClosedError, bus.publish, 1))
+
+    async with create_task_group() as tasks:
+        async with bus.context() as unit:
+            tasks.start_soon(outlive)
+            await anyio.wait_all_tasks_blocked()
+        told.append(refusal(EventContextClosedError, unit.publish, 1))
+        go_on.set()
+
+    assert told == [OVER, OVER]
+
+
+def test_publishing_to_a_unit_that_is_not_open_yet_says_so(bus: EventBus) -> None:
+    assert refusal(EventContextClosedError, bus.context().publish, 1) == (
+        "this event context of bus 'shop' is not open yet: use `async with`"
+    )
+
+
+async def test_publishing_to_a_full_unit_names_the_limit_and_ways_out(bus: EventBus) -> None:
+    async with bus.context() as unit:
+        bus.publish(1, 2)
+        with pytest.raises(EventContextFullError) as error:
+            bus.publish(3)
+        unit.discard()
+
+    assert error.value.limit == 2
+    assert str(error.value) == (
+        "an event context of bus 'shop' may have 2 events waiting (max_events). Deliver in between "
+        "with `await bus.current_context().drain()`, publish one event for the whole batch, or "
+        "raise EventBus(max_events=...)"
+    )
+
+
+async def test_publishing_past_the_depth_limit_shows_the_chain(bus: EventBus) -> None:
+    errors: list[EventDepthError] = []
+
+    @bus.on(str, name="again")
+    async def again(event: str) -> None:
+        try:
+            bus.publish(event)
+        except EventDepthError as error:
+            errors.append(error)
+
+    async with bus.context():
+        bus.publish("a")
+
+    [error] = errors
+    step = "builtins.str -> again"
+    assert error.limit == 2
+    assert error.chain == (step, step, step)
+    assert str(error) == (
+        "builtins.str would be more than 2 events deep (max_depth), which is usually a loop. It "
+        f"was caused by:\n  {step}\n  {step}\n  {step}\n"
+        "Break the loop, or raise EventBus(max_depth=...)"
+    )
+    assert_settled(bus)
+
+
+async def test_dispatching_past_the_depth_limit_raises_the_same(bus: EventBus) -> None:
+    depths: list[int] = []
+
+    @bus.on(str)
+    async def again(event: str) -> None:
+        depths.append(len(event))
+        await bus.dispatch(event + "a")
+
+    with pytest.raises(ExceptionGroup) as raised:
+        await bus.dispatch("a")
+
+    assert depths == [1, 2, 3]
+    assert raised.group_contains(EventDepthError)
+    assert_settled(bus)
+
+
+class Meta(type):
+    """A class of classes."""
+
+
+class OfMeta(metaclass=Meta):
+    """An event class that is not directly an instance of `type`."""
+
+
+@pytest.mark.parametrize("event", [int, OfMeta, Meta, Delivery])
+async def test_publishing_a_class_says_that_an_event_is_an_instance(
+    bus: EventBus, event: type
+) -> None:
+    told = "an event is an instance, not a class: publish UserCreated(...), not UserCreated"
+    async with bus.context():
+        assert refusal(InvalidEventTypeError, bus.publish, event) == told
+    with pytest.raises(InvalidEventTypeError, match=re.escape(told)):
+        await bus.dispatch(event)
+
+    assert bus.stats.published == 0
+
+
+# Draining
+
+
+async def test_draining_twice_at_once_says_who_is_at_it(bus: EventBus) -> None:
+    seen = witnessed(bus)
+    go_on, entered = anyio.Event(), anyio.Event()
+
+    @bus.on(str)
+    async def wait(event: str) -> None:
+        entered.set()
+        await go_on.wait()
+
+    async with bus.context() as unit, create_task_group() as tasks:
+        bus.publish("a")
+        tasks.start_soon(unit.drain)
+        await entered.wait()
+        bus.publish("b")
+        with pytest.raises(DrainInProgressError) as error:
+            await unit.drain()
+        assert str(error.value) == (
+            "this event context of bus 'shop' is being drained by another task"
+        )
+        unit.discard()
+        go_on.set()
+
+    assert seen == ["discarded b", "handled a"]  # the refused drain had released nothing
+
+
+@pytest.mark.parametrize("nested", [False, True])
+async def test_draining_inside_a_handler_says_what_to_do_instead(
+    bus: EventBus, nested: bool
+) -> None:
+    told: list[str] = []
+
+    @bus.on(str)
+    async def handle(event: str) -> None:
+        async with AsyncExitStack() as stack:
+            if nested:
+                await stack.enter_async_context(bus.context())
+            with pytest.raises(DrainInProgressError) as error:
+                await bus.current_context().drain()
+        told.append(str(error.value))
+
+    async with bus.context():
+        bus.publish("a")
+
+    assert told == [
+        "a handler of bus 'shop' cannot drain its own unit of work: what it publishes is delivered "
+        "when the handlers of its event have ended. To wait for handlers, use "
+        "`await bus.dispatch(event)`"
+    ]
+
+
+# Opening
+
+
+async def test_a_synchronous_unit_inside_a_running_loop_says_how_to_open_it(
+    bus: EventBus,
+) -> None:
+    told = refusal(EventContextUsageError, bus.context().__enter__)
+
+    assert told == (
+        "`with bus.context()` would block the running event loop while it drains: use "
+        "`async with bus.context()`"
+    )
+    refusal(NoEventContextError, bus.current_context)
+
+
+async def test_a_unit_that_is_opened_twice_says_so(bus: EventBus) -> None:
+    told = "an event context is opened once: call bus.context() for each unit of work"
+    async with bus.context() as unit:
+        with pytest.raises(EventContextUsageError) as error:
+            async with unit:
+                pass
+        assert str(error.value) == told
+        assert bus.current_context() is unit
+        bus.publish(1)
+    with pytest.raises(EventContextUsageError, match=re.escape(told)):
+        async with unit:
+            pass
+
+    assert bus.stats.handled == 1
+
+
+# Subscribing
+
+
+async def generate(event: object) -> AsyncGenerator[None]:
+    yield
+
+
+def generate_in_thread(event: object) -> Generator[None]:
+    yield
+
+
+async def takes_two(event: object, other: object) -> None: ...
+
+
+async def takes_none() -> None: ...
+
+
+async def takes_keywords(*, event: object) -> None: ...
+
+
+def place(function: Callable[..., object]) -> str:
+    """How a message names the function."""
+    code = function.__code__
+    return f"{__name__}:{function.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
+
+
+class Target:
+    """A class, which is no handler."""
+
+
+NO_SIGNATURE = "It needs one positional parameter for the event, and defaults for all others"
+
+
+@pytest.mark.parametrize(
+    ("handler", "told"),
+    [
+        ("mail", "a handler is a callable that takes the event, not 'mail'"),
+        (None, "a handler is a callable that takes the event, not None"),
+        (
+            takes_two,
+            f"{place(takes_two)} cannot be called with just the event: its signature is "
+            f"(event: object, other: object) -> None. {NO_SIGNATURE}",
+        ),
+        (
+            takes_none,
+            f"{place(takes_none)} cannot be called with just the event: its signature is "
+            f"() -> None. {NO_SIGNATURE}",
+        ),
+        (
+            takes_keywords,
+            f"{place(takes_keywords)} cannot be called with just the event: its signature is "
+            f"(*, event: object) -> None. {NO_SIGNATURE}",
+        ),
+        (
+            generate,
+            f"{place(generate)} is a generator function: calling it runs none of its body. "
+            "Remove the yield",
+        ),
+        (
+            generate_in_thread,
+            f"{place(generate_in_thread)} is a generator function: calling it runs none of its "
+            "body. Remove the yield",
+        ),
+        (
+            Target,
+            f"{__name__}:Target is a class: every event would make an instance and nothing else. "
+            "Subscribe an instance with __call__, or one of its methods",
+        ),
+    ],
+)
+@pytest.mark.parametrize("how", ["subscribe", "on", "router"])
+def test_what_cannot_handle_an_event_is_refused_when_subscribing(
+    bus: EventBus, handler: Any, told: str, how: str
+) -> None:
+    ways: dict[str, Callable[[], object]] = {
+        "subscribe": lambda: bus.subscribe(str, handler),
+        "on": lambda: bus.on(str)(handler),
+        "router": lambda: EventRouter().on(str)(handler),
+    }
+
+    assert refusal(InvalidHandlerError, ways[how]) == told
+    assert len(bus.describe()) == 1
+
+
+def ignore(event: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "event_type",
+    [
+        int | str,
+        Union[int, str],  # noqa: UP007 - the old spelling is refused too
+        Optional[int],  # noqa: UP045
+        "UserCreated",
+        list[int],
+        Annotated[int, "positive"],
+        NewType("UserId", int),
+        1,
+        Target(),
+        None,
+        T,
+        Any,
+    ],
+)
+def test_what_is_no_class_is_refused_as_an_event_type(bus: EventBus, event_type: Any) -> None:
+    told = (
+        f"an event type is a class, not {event_type!r}. For one of several, name them all: "
+        "on(A, B); for a generic class, name the class without its parameters"
+    )
+
+    assert refusal(InvalidEventTypeError, bus.subscribe, event_type, ignore) == told
+    assert refusal(InvalidEventTypeError, bus.on, int, event_type) == told
+    assert refusal(InvalidEventTypeError, EventRouter().on, event_type) == told
+    assert refusal(InvalidEventTypeError, bus.handlers_for, event_type) == told
+
+
+def test_a_decorator_without_event_types_is_refused(bus: EventBus) -> None:
+    on: Any = bus.on
+    told = "on() needs the event types: on(UserCreated)"
+
+    assert refusal(InvalidEventTypeError, on) == told
+    # A decorator without its parentheses is given the function.
+    assert refusal(InvalidEventTypeError, on, ignore) == (
+        f"an event type is a class, not {ignore!r}. For one of several, name them all: "
+        "on(A, B); for a generic class, name the class without its parameters"
+    )
