@@ -193,7 +193,7 @@ def row(cells: Sequence[str]) -> str:
 def spread(values: Sequence[float], form: str) -> str:
     """The median, and the range where there is one."""
     median, low, high = (form.format(f(values)) for f in (statistics.median, min, max))
-    return median if low == high else f"{median} ({low}–{high})"
+    return median if low == high else f"{median} ({low} to {high})"
 
 
 COLOURS = {"eventkit": "#2563eb", "BackgroundTasks": "#9ca3af", "fastapi-events": "#d97706"}

@@ -68,6 +68,7 @@ async def burst(engine: AsyncEngine, concurrency: int, options: argparse.Namespa
 
     app = EventContextMiddleware(publish, bus, concurrency=concurrency)
     clients = Clients()
+    took = 0.0
     async with serving(app), anyio.create_task_group() as tasks:
         for _ in range(options.clients):
             tasks.start_soon(partial(ask, engine, clients, seconds=options.query))
@@ -75,7 +76,7 @@ async def burst(engine: AsyncEngine, concurrency: int, options: argparse.Namespa
         begun = time.perf_counter()
         for _ in range(options.units):
             await app(request(), nothing, forget)
-        while bus.stats.units_waiting or bus.stats.units_draining:
+        while bus.stats.units_waiting or bus.stats.units_draining:  # noqa: ASYNC110 - as a user can
             await anyio.sleep(0.01)
         took = time.perf_counter() - begun
         tasks.cancel_scope.cancel()
@@ -133,8 +134,11 @@ async def serving(app: ASGIApp) -> AsyncGenerator[None]:
     async def send(_: Message) -> None:
         begun.set()
 
+    async def run() -> None:
+        await app({"type": "lifespan"}, receive, send)
+
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(app, {"type": "lifespan"}, receive, send)
+        tasks.start_soon(run)
         await begun.wait()
         yield
         over.set()

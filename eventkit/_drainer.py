@@ -151,19 +151,16 @@ class Drainer:
         self._closed = True
         for scope in self._draining.values():
             scope.cancel()
-        for ended in self._waiting:
-            self._abandon(ended.context)
-        for context in self._open:
-            self._abandon(context)
+        self._abandon(*(ended.context for ended in self._waiting), *self._open)
         self._core.tally.shift("units_waiting", -len(self._waiting))
         self._waiting.clear()
         self._waiting_deliveries = 0
         self._make_room()
 
-    def _abandon(self, context: EventContext) -> None:
+    def _abandon(self, *contexts: EventContext) -> None:
         try:
-            abandon(context)
-        except BaseException as error:  # noqa: BLE001 - it would keep others from being closed
+            abandon(*contexts)
+        except BaseException as error:  # noqa: BLE001 - an observer's, which the server would get
             log(logging.CRITICAL, "an observer failed", error=error, bus=self._core.name)
 
     def _start(self) -> None:
