@@ -26,7 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parent.parent
-CONTENDERS = ("eventkit", "BackgroundTasks", "fastapi-events")
+CONTENDERS = ("eventkit", "eventkit, concurrency=1000", "BackgroundTasks", "fastapi-events")
 PACKAGES = ("fastapi", "starlette", "uvicorn", "anyio", "fastapi-events")
 REQUEST = b"POST /orders HTTP/1.1\r\nHost: load\r\nContent-Length: 0\r\n\r\n"
 # A server that has not ended by then is killed, and that is its result.
@@ -196,7 +196,7 @@ def spread(values: Sequence[float], form: str) -> str:
     return median if low == high else f"{median} ({low} to {high})"
 
 
-COLOURS = {"eventkit": "#2563eb", "BackgroundTasks": "#9ca3af", "fastapi-events": "#d97706"}
+COLOURS = dict(zip(CONTENDERS, ("#2563eb", "#60a5fa", "#9ca3af", "#d97706"), strict=True))
 PANELS = ("responses/s", "p99 ms", "memory growth MB", "SIGTERM to exit s")
 
 
@@ -205,11 +205,11 @@ def plot(results: Sequence[Result]) -> str:
     values = {title: value for title, _, value in COLUMNS}
     delays = sorted({result.delay_ms for result in results})
     shapes = [
-        f'<text x="{20 + 180 * number}" y="20" fill="{colour}" font-weight="bold">{name}</text>'
+        f'<text x="{20 + 200 * number}" y="20" fill="{colour}" font-weight="bold">{name}</text>'
         for number, (name, colour) in enumerate(COLOURS.items())
     ]
     for panel, title in enumerate(PANELS):
-        left, top = 20 + panel % 2 * 400, 50 + panel // 2 * 250
+        left, top = 20 + panel % 2 * 400, 50 + panel // 2 * 310
         medians = {
             (delay, contender): statistics.median(
                 [
@@ -228,7 +228,7 @@ def plot(results: Sequence[Result]) -> str:
             y = top + 12 + number * 20 + number // len(COLOURS) * 10
             width = round(median / most * 220, 1)
             if number % len(COLOURS) == 0:
-                shapes.append(f'<text x="{left}" y="{y + 32}">{delay} ms</text>')
+                shapes.append(f'<text x="{left}" y="{y + 42}">{delay} ms</text>')
             shapes.append(
                 f'<rect x="{left + 70}" y="{y}" width="{width}" height="16" '
                 f'fill="{COLOURS[contender]}"/>'
@@ -236,8 +236,8 @@ def plot(results: Sequence[Result]) -> str:
             )
     body = "\n".join(shapes)
     return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 560" font-family="sans-serif" '
-        f'font-size="13" fill="#374151">\n<rect width="800" height="560" fill="white"/>\n{body}\n'
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 670" font-family="sans-serif" '
+        f'font-size="13" fill="#374151">\n<rect width="800" height="670" fill="white"/>\n{body}\n'
         "</svg>\n"
     )
 
@@ -256,7 +256,7 @@ def machine() -> dict[str, str]:
 def main() -> None:
     """Measure, and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=6, help="of load, per run")
+    parser.add_argument("--seconds", type=float, default=5, help="of load, per run")
     parser.add_argument("--slow-seconds", type=float, default=30, help="the same, from 1 s up")
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--runs", type=int, default=5)

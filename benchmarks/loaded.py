@@ -54,13 +54,14 @@ def take() -> Ordered:
 app = FastAPI(lifespan=lifespan)
 
 match os.environ["LOAD_CONTENDER"]:
-    case "eventkit":
+    case "eventkit" | "eventkit, concurrency=1000" as name:
         from eventkit import EventBus
         from eventkit.starlette import EventContextMiddleware
 
         bus = EventBus()
         bus.subscribe(Ordered, handle)
-        app.add_middleware(EventContextMiddleware, bus=bus)
+        options: dict[str, Any] = {"concurrency": 1000} if "1000" in name else {}
+        app.add_middleware(EventContextMiddleware, bus=bus, **options)
         logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 
         @app.post("/orders")
