@@ -196,7 +196,9 @@ def spread(values: Sequence[float], form: str) -> str:
     return median if low == high else f"{median} ({low} to {high})"
 
 
-COLOURS = dict(zip(CONTENDERS, ("#2563eb", "#60a5fa", "#9ca3af", "#d97706"), strict=True))
+COLOURS: dict[str, str] = dict(
+    zip(CONTENDERS, ("#2563eb", "#60a5fa", "#9ca3af", "#d97706"), strict=True)
+)
 PANELS = ("responses/s", "p99 ms", "memory growth MB", "SIGTERM to exit s")
 
 

@@ -159,16 +159,16 @@ class Lifespan:
 
     async def stop(self) -> None:
         """Have the app shut down, and wait until it has answered or ended."""
-        if not self._stopped.is_set():
-            await self._say("lifespan.shutdown")
-            await self._stopped.wait()
+        await self._say("lifespan.shutdown")
+        await self._stopped.wait()
 
     async def ended(self) -> None:
         """Wait until the app has ended by itself."""
         await self._stopped.wait()
 
     async def _say(self, kind: str) -> None:
-        await self._to_app.send({"type": kind})
+        if not self._stopped.is_set():
+            await self._to_app.send({"type": kind})
 
     async def _send(self, message: Message) -> None:
         await checkpoint()
