@@ -135,7 +135,7 @@ class Lifespan:
         self.trace = [] if trace is None else trace
         self.error: BaseException | None = None
         self._app = app
-        self._to_app, self._from_server = anyio.create_memory_object_stream[Message](1)
+        self._to_app, self._from_server = anyio.create_memory_object_stream[Message](2)
         self._started = anyio.Event()
         self._stopped = anyio.Event()
 
@@ -152,23 +152,23 @@ class Lifespan:
 
     async def start(self) -> None:
         """Have the app start up, and wait until it has done so or ended."""
-        await self._say("lifespan.startup")
+        self._say("lifespan.startup")
         await self._started.wait()
         if "startup.failed" in self.trace:
             await self.ended()
 
     async def stop(self) -> None:
         """Have the app shut down, and wait until it has answered or ended."""
-        await self._say("lifespan.shutdown")
+        self._say("lifespan.shutdown")
         await self._stopped.wait()
 
     async def ended(self) -> None:
         """Wait until the app has ended by itself."""
         await self._stopped.wait()
 
-    async def _say(self, kind: str) -> None:
+    def _say(self, kind: str) -> None:
         if not self._stopped.is_set():
-            await self._to_app.send({"type": kind})
+            self._to_app.send_nowait({"type": kind})
 
     async def _send(self, message: Message) -> None:
         await checkpoint()
