@@ -20,7 +20,7 @@ nox.options.sessions = ["tests"]
 
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 BACKENDS = ["asyncio", "asyncio-eager", "uvloop", "trio"]
-CHECKED = ["eventkit", "tests", "examples", "noxfile.py"]
+CHECKED = ["eventkit", "tests", "examples", "benchmarks", "noxfile.py"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 
@@ -50,7 +50,27 @@ def tests(session: nox.Session) -> None:
 def matrix(session: nox.Session) -> None:
     """Run the suite on each Python found, and there on each event loop that AnyIO can drive."""
     session.install("-e", ".", *group("matrix"))
-    session.run("pytest", "-n", "auto", *session.posargs, env={"EVENTKIT_BACKENDS": ",".join(BACKENDS)})
+    session.run(
+        "pytest", "-n", "auto", *session.posargs, env={"EVENTKIT_BACKENDS": ",".join(BACKENDS)}
+    )
+
+
+@nox.session
+def servers(session: nox.Session) -> None:
+    """Serve on uvicorn, gunicorn, hypercorn and granian, and end them with work in flight."""
+    session.install("-e", ".", *group("servers"))
+    session.run("pytest", *(session.posargs or ["tests/server_matrix"]))
+
+
+@nox.session
+def load(session: nox.Session) -> None:
+    """Compare eventkit, BackgroundTasks and fastapi-events under load; a quarter of an hour.
+
+    Arguments go to the benchmark: `--runs 1 --seconds 2 --slow-seconds 5` is a quick look, and
+    `--out docs/load` keeps what was measured.
+    """
+    session.install("-e", ".", *group("load"))
+    session.run("python", "-m", "benchmarks.load", *session.posargs)
 
 
 @nox.session

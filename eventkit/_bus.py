@@ -266,3 +266,8 @@ class EventBus(Subscribing):
     def __repr__(self) -> str:
         handlers = len(self.describe())
         return f"<EventBus {self.name!r}, {handlers} subscriptions, {self.stats.pending} pending>"
+
+
+def core_of(bus: EventBus) -> Core:
+    """What the bus's units of work share, for the modules above."""
+    return bus._core  # noqa: SLF001 - the one door to it

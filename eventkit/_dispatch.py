@@ -116,7 +116,7 @@ async def _guard(
     run: Run, waiting: deque[Run], terms: Terms, fatal: list[BaseException], tasks: TaskGroup
 ) -> None:
     """Run one handler, so that nothing but the cancellation of the dispatch leaves its task."""
-    terms.tally.start()
+    terms.tally.start(run.delivery)
     outcome = Outcome.UNDELIVERED
     try:
         await checkpoint_if_cancelled()
@@ -133,7 +133,7 @@ async def _guard(
         # task alone would reach its siblings, and AnyIO would keep it and the event in a ring.
     finally:
         run.outcome = outcome
-        terms.tally.end(outcome)
+        terms.tally.end(run.delivery, outcome)
 
 
 async def _outcome(run: Run, terms: Terms) -> Outcome:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 from threading import RLock
+from typing import Literal
+
+from eventkit._events import Delivery
 
 
 class Outcome(Enum):
@@ -14,6 +18,9 @@ class Outcome(Enum):
     FAILED = "failed"
     DISCARDED = "discarded"
     UNDELIVERED = "undelivered"
+
+
+Background = Literal["units_waiting", "units_draining", "held", "refused"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +38,10 @@ class Stats:
         undelivered: Not run, or ended by a cancellation from outside.
         pending: Waiting to be delivered or discarded.
         running: The handler is running now.
+        units_waiting: Units of work that have ended and wait for their drain.
+        units_draining: Units of work that are being drained in the background.
+        held: Requests held back now, because too many deliveries wait.
+        refused: Requests refused for that reason.
     """
 
     published: int
@@ -41,6 +52,10 @@ class Stats:
     undelivered: int
     pending: int
     running: int
+    units_waiting: int
+    units_draining: int
+    held: int
+    refused: int
 
 
 class Tally:
@@ -50,24 +65,25 @@ class Tally:
     guards the queues of the bus's units of work, so that a publish from a thread is one step.
     """
 
-    __slots__ = ("accepted", "ended", "lock", "published", "running")
+    __slots__ = ("accepted", "background", "ended", "lock", "published", "running")
 
     def __init__(self) -> None:
         self.lock = RLock()  # finalizers run anywhere, also while it is held
         self.published = 0
         self.accepted = 0
-        self.running = 0
+        self.running: set[Delivery] = set()
         self.ended = dict.fromkeys(Outcome, 0)
+        self.background: Counter[Background] = Counter()
 
-    def start(self) -> None:
+    def start(self, delivery: Delivery) -> None:
         """Count one delivery as running."""
         with self.lock:
-            self.running += 1
+            self.running.add(delivery)
 
-    def end(self, outcome: Outcome) -> None:
+    def end(self, delivery: Delivery, outcome: Outcome) -> None:
         """Count one running delivery as ended."""
         with self.lock:
-            self.running -= 1
+            self.running.remove(delivery)
             self.ended[outcome] += 1
 
     def skip(self, outcome: Outcome, deliveries: int) -> None:
@@ -75,13 +91,27 @@ class Tally:
         with self.lock:
             self.ended[outcome] += deliveries
 
+    def shift(self, count: Background, by: int) -> None:
+        """Change one of the counters of background delivery."""
+        with self.lock:
+            self.background[count] += by
+
+    def running_by_handler(self) -> Counter[str]:
+        """How many deliveries each handler is running."""
+        with self.lock:
+            return Counter(delivery.handler for delivery in self.running)
+
     def snapshot(self) -> Stats:
         """All counters at one moment."""
         with self.lock:
             return Stats(
                 published=self.published,
                 accepted=self.accepted,
-                pending=self.accepted - self.running - sum(self.ended.values()),
-                running=self.running,
+                pending=self.accepted - len(self.running) - sum(self.ended.values()),
+                running=len(self.running),
+                units_waiting=self.background["units_waiting"],
+                units_draining=self.background["units_draining"],
+                held=self.background["held"],
+                refused=self.background["refused"],
                 **{outcome.value: count for outcome, count in self.ended.items()},
             )

@@ -7,22 +7,30 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, MutableMapping
+import math
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import Any
 
-from anyio import move_on_after
+from anyio import create_task_group, move_on_after
+from anyio.lowlevel import RunVar
 from starlette.requests import ClientDisconnect
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from eventkit._bus import EventBus
-from eventkit._context import EventContext, close_if_idle, entered, finish, outside
+from eventkit._bus import EventBus, core_of
+from eventkit._context import EventContext, abandon, close_if_idle, entered, finish, outside
+from eventkit._drainer import Drainer
 from eventkit._handlers import is_duration
 from eventkit._log import log
 
 __all__ = ["EventContextMiddleware", "Outcome", "succeeded"]
 
 _SCOPE_KEY = "eventkit"
+_numbers = count()
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})  # RFC 9110, section 9.2.1
 
 # The messages that carry a response's body; ASGI's extensions add the last two.
 _BODY = {"http.response.body", "http.response.pathsend", "http.response.zerocopysend"}
@@ -71,11 +79,15 @@ class EventContextMiddleware:
     When the inner app has returned, so after the last part of the body, after `BackgroundTasks`
     and after the exit of request-scoped `yield` dependencies, what was published is delivered if
     the request succeeded, and discarded if not. Events that were released before, or published
-    `even_on_failure`, are delivered in any case.
+    `even_on_failure`, are delivered in any case. No handler's failure reaches the server.
 
-    Delivery happens before the ASGI call returns, shielded from cancellation scopes, for at most
-    `shutdown_timeout` seconds; what has not been delivered then is counted, logged and told to
-    observers as undelivered. No handler's failure reaches the server.
+    Delivery happens in tasks that belong to the application's lifespan, which the middleware
+    joins by itself: no request waits for handlers, and at shutdown the lifespan is held until
+    they are done or `shutdown_timeout` is over, before the application closes its resources.
+    Where no lifespan is running (a bare `TestClient(app)`, httpx's `ASGITransport`, a mounted
+    app), and for in-process clients in any case, the request delivers its events itself before
+    its ASGI call returns, shielded from cancellation scopes, for at most `shutdown_timeout`.
+    What a deadline ends is counted, logged and told to observers as undelivered.
 
     A request inside another one of the same bus (a mounted app with the same middleware) shares
     its context. Websockets have none: open one per message with `async with bus.context():`.
@@ -85,11 +97,22 @@ class EventContextMiddleware:
         bus: The bus whose events belong to requests. For several, add the middleware for each.
         deliver_if: Judges the outcome of a request whose events nobody has released or discarded
             before. One that raises counts as False, and is logged.
-        shutdown_timeout: Seconds that the delivery of one request's events may take.
+        concurrency: How many requests' events are delivered at once in the background. Handlers
+            that each hold a database connection need `concurrency` x handlers per event of them,
+            beside those of the requests themselves.
+        max_pending: When this many deliveries wait for the background, new requests with unsafe
+            methods are held before the app sees them; None for no limit.
+        overload_timeout: Seconds that they are held for, before they are answered 503 with
+            `Retry-After`.
+        shutdown_timeout: Seconds that deliveries may go on at shutdown, and that a request may
+            take to deliver its events itself.
+        background: Whether requests leave delivery to the lifespan's tasks: True and False say
+            so for all; None leaves it to them but for in-process clients, which are told from
+            servers by a scope without `asgi.spec_version`.
 
     Raises:
         TypeError: `bus` is not an `EventBus`, or `deliver_if` is not a plain function.
-        ValueError: `shutdown_timeout` is not a number of seconds above 0.
+        ValueError: A number is out of range.
     """
 
     def __init__(
@@ -98,7 +121,11 @@ class EventContextMiddleware:
         bus: EventBus,
         *,
         deliver_if: Callable[[Outcome], bool] = succeeded,
+        concurrency: int = 4,
+        max_pending: int | None = 10_000,
+        overload_timeout: float = 5.0,
         shutdown_timeout: float = 20.0,
+        background: bool | None = None,
     ) -> None:
         if not isinstance(bus, EventBus):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
@@ -109,13 +136,29 @@ class EventContextMiddleware:
             raise TypeError(
                 f"deliver_if takes a plain function from an Outcome to a bool, not {deliver_if!r}"
             )
-        if not is_duration(shutdown_timeout):
-            raise ValueError(f"shutdown_timeout takes seconds above 0, not {shutdown_timeout!r}")
+        for name, seconds in (
+            ("overload_timeout", overload_timeout),
+            ("shutdown_timeout", shutdown_timeout),
+        ):
+            if not is_duration(seconds):
+                raise ValueError(f"{name} takes seconds above 0, not {seconds!r}")
+        if concurrency < 1 or (max_pending is not None and max_pending < 1):
+            raise ValueError(
+                "concurrency and max_pending are at least 1, not "
+                f"{concurrency!r} and {max_pending!r}"
+            )
         self.app = app
         self.bus = bus
         self._deliver_if = deliver_if
+        self._concurrency = concurrency
+        self._max_pending = max_pending
+        self._overload_timeout = overload_timeout
         self._shutdown_timeout = shutdown_timeout
+        self._background = background
         self._announced = False
+        # One per running event loop: a module-level app may be served by several. Numbered,
+        # because older versions of AnyIO tell variables apart by their names.
+        self._drainer: RunVar[Drainer | None] = RunVar(f"eventkit_drainer_{next(_numbers)}", None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one scope, as ASGI defines it."""
@@ -135,22 +178,83 @@ class EventContextMiddleware:
             await self.app(scope, receive, send)
             return
         self._announce()
+        drainer = self._drainer_for(scope)
+        if drainer is not None and not await self._has_room(drainer, scope):
+            await self._refuse(scope, receive, send)
+            return
         context = self.bus.context()
         scope[_SCOPE_KEY] = {**around, self.bus: context}
         response = _Response(scope, send)
+        if drainer is not None:
+            drainer.expect(context)
         try:
             with entered(context, next(reversed(around.values()), None)):
                 await self.app(scope, receive, response.send)
-        except BaseException as error:
-            await self._end(context, response.outcome(error))
+        except GeneratorExit:  # closed from outside: nothing can be awaited any more
+            abandon(context)
+            if drainer is not None:
+                drainer.forget(context)
             raise
-        await self._end(context, response.outcome(None))
+        except BaseException as error:
+            await self._end(context, response.outcome(error), drainer)
+            raise
+        await self._end(context, response.outcome(None), drainer)
 
-    async def _end(self, context: EventContext, outcome: Outcome) -> None:
+    def _drainer_for(self, scope: Scope) -> Drainer | None:
+        """Who delivers the request's events; None where the request does so itself."""
+        background = self._background
+        if background is None:
+            background = "spec_version" in scope.get("asgi", {})
+        return self._drainer.get() if background else None
+
+    async def _end(self, context: EventContext, outcome: Outcome, drainer: Drainer | None) -> None:
         success = self._judge(outcome)
-        if not close_if_idle(context, success=success):
+        if drainer is not None:
+            drainer.submit(context, success=success)
+        elif not close_if_idle(context, success=success):
             with move_on_after(self._shutdown_timeout, shield=True):
                 await finish(context, success=success)
+
+    async def _has_room(self, drainer: Drainer, scope: Scope) -> bool:
+        """Hold an unsafe request while too many deliveries wait; False if they still do."""
+        if not drainer.full or scope["method"] in _SAFE_METHODS:
+            return True
+        return await drainer.wait_for_room(self._overload_timeout)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = PlainTextResponse(
+            "Too many events wait to be delivered. Try again later.",
+            status_code=503,
+            headers={"Retry-After": str(math.ceil(self._overload_timeout))},
+        )
+        await response(scope, receive, send)
+
+    async def _serve_lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the app's lifespan, and in it the tasks that deliver in the background."""
+        marks: set[EventBus] = scope.setdefault(_SCOPE_KEY, set())
+        if self.bus in marks:  # an instance outside has such tasks
+            await self.app(scope, receive, send)
+            return
+        marks.add(self.bus)
+        lifespan = _Lifespan(receive, send)
+        async with create_task_group() as tasks:
+            drainer = Drainer(
+                core_of(self.bus),
+                tasks,
+                concurrency=self._concurrency,
+                max_pending=self._max_pending,
+            )
+            close = partial(drainer.close, self._shutdown_timeout)
+            token = self._drainer.set(drainer)
+            try:
+                with outside(_LIFESPAN):
+                    await lifespan.run(self.app, scope, ready=self._announce, stopping=close)
+            finally:
+                self._drainer.reset(token)
+                await close()  # where no shutdown came: the app has ended, or was cancelled
+            if drainer.stuck:  # the group waits for these handlers, and the server need not
+                await lifespan.bid_farewell()
+        await lifespan.end()
 
     def _judge(self, outcome: Outcome) -> bool:
         try:
@@ -163,22 +267,6 @@ class EventContextMiddleware:
                 bus=self.bus.name,
             )
             return False
-
-    async def _serve_lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        marks: set[EventBus] = scope.setdefault(_SCOPE_KEY, set())
-        if self.bus not in marks:  # or else an instance outside announces it
-            marks.add(self.bus)
-            send = self._announcing(send)
-        with outside(_LIFESPAN):
-            await self.app(scope, receive, send)
-
-    def _announcing(self, send: Send) -> Send:
-        async def announce(message: Message) -> None:
-            if message["type"] == "lifespan.startup.complete":
-                self._announce()
-            await send(message)
-
-        return announce
 
     def _announce(self) -> None:
         """Log the wiring once, when the application is ready or the first request comes."""
@@ -193,6 +281,86 @@ class EventContextMiddleware:
             event_types=", ".join(sorted({entry["event_type"] for entry in wiring})),
             handlers=len(wiring),
         )
+
+
+class _Lifespan:
+    """One run of the lifespan protocol, with something to do before the app's own steps.
+
+    An app that does not speak the protocol, or leaves early, is spoken for.
+    """
+
+    __slots__ = ("_answered", "_failure", "_farewell", "_heard", "_ready", "_receive", "_send")
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._heard: set[str] = set()  # what the server has said
+        self._answered = False
+        self._ready = False
+        self._farewell: Message | None = None
+        self._failure: BaseException | None = None
+
+    async def run(
+        self,
+        app: ASGIApp,
+        scope: Scope,
+        *,
+        ready: Callable[[], None],
+        stopping: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Run the app's lifespan but for its end, which `end` brings about.
+
+        `ready` is called when the app has started up, before the server knows; `stopping` is
+        awaited when the server shuts down, before the app knows.
+        """
+
+        async def receive() -> Message:
+            message = await self._receive()
+            self._heard.add(message["type"])
+            if message["type"] == "lifespan.shutdown":
+                await stopping()
+            return message
+
+        async def send(message: Message) -> None:
+            self._answered = True
+            if message["type"] == "lifespan.startup.complete":
+                ready()
+                self._ready = True
+            if message["type"].startswith("lifespan.shutdown."):
+                self._farewell = message
+            else:
+                await self._send(message)
+
+        try:
+            await app(scope, receive, send)
+        except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001
+            # Kept for `end`, which raises it: the task group around it would wrap it.
+            if self._answered or not isinstance(error, Exception):
+                self._failure = error
+                return
+            log(logging.INFO, "the app has no lifespan of its own", reason=repr(error))
+        if not self._answered:
+            if not self._heard:
+                await receive()
+            await send({"type": "lifespan.startup.complete"})
+        if self._ready and "lifespan.shutdown" not in self._heard:
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+
+    async def bid_farewell(self) -> None:
+        """Send the app's last message, once.
+
+        After it hypercorn cancels whatever has not returned.
+        """
+        farewell, self._farewell = self._farewell, None
+        if farewell is not None:
+            await self._send(farewell)
+
+    async def end(self) -> None:
+        """Send the app's last message, and raise what it raised."""
+        await self.bid_farewell()
+        if self._failure is not None:
+            raise self._failure
 
 
 class _Response:

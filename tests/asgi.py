@@ -1,6 +1,7 @@
 """A server's side of ASGI, by hand: for clients that leave, and for what was sent when."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Literal, cast
 
 import anyio
@@ -111,6 +112,80 @@ class Exchange:
                 self.trace.append(other)
         if self._left or self.trace[-1] == "end of body":
             self._over.set()
+
+
+class Lifespan:
+    """One run of an app's lifespan, as a server does it.
+
+    Args:
+        app: The app to call.
+        trace: Where to note what the app sent, and how it ended.
+
+    Attributes:
+        scope: The scope that the app is called with.
+        error: What the app raised.
+    """
+
+    def __init__(self, app: ASGIApp, trace: list[str] | None = None) -> None:
+        self.scope: Scope = {
+            "type": "lifespan",
+            "asgi": {"version": "3.0", "spec_version": "2.0"},
+            "state": {},
+        }
+        self.trace = [] if trace is None else trace
+        self.error: BaseException | None = None
+        self._app = app
+        self._to_app, self._from_server = anyio.create_memory_object_stream[Message](2)
+        self._started = anyio.Event()
+        self._stopped = anyio.Event()
+
+    async def run(self) -> None:
+        """Call the app, and keep what it raises; only a cancellation passes."""
+        with self._to_app, self._from_server:
+            try:
+                await self._app(self.scope, self._from_server.receive, self._send)
+            except (Exception, SystemExit) as error:
+                self.error = error
+            finally:
+                self._started.set()
+                self._stopped.set()
+
+    async def start(self) -> None:
+        """Have the app start up, and wait until it has done so or ended."""
+        self._say("lifespan.startup")
+        await self._started.wait()
+        if "startup.failed" in self.trace:
+            await self.ended()
+
+    async def stop(self) -> None:
+        """Have the app shut down, and wait until it has answered or ended."""
+        self._say("lifespan.shutdown")
+        await self._stopped.wait()
+
+    async def ended(self) -> None:
+        """Wait until the app has ended by itself."""
+        await self._stopped.wait()
+
+    def _say(self, kind: str) -> None:
+        if not self._stopped.is_set():
+            self._to_app.send_nowait({"type": kind})
+
+    async def _send(self, message: Message) -> None:
+        await checkpoint()
+        kind = message["type"].removeprefix("lifespan.")
+        self.trace.append(kind)
+        (self._started if kind.startswith("startup") else self._stopped).set()
+
+
+@asynccontextmanager
+async def lifespan_of(app: ASGIApp, trace: list[str] | None = None) -> AsyncGenerator[Lifespan]:
+    """Keep the app's lifespan running during the block."""
+    lifespan = Lifespan(app, trace)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lifespan.run)
+        await lifespan.start()
+        yield lifespan
+        await lifespan.stop()
 
 
 async def order_of(app: ASGIApp, trace: list[str], path: str = "/", **options: Any) -> list[str]:

@@ -1,12 +1,13 @@
 """A server in a process of its own: started by a command, ready once it accepts, ended by pid."""
 
+import os
 import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
@@ -36,6 +37,17 @@ class Server:
         """What it wrote so far, to both streams."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
+    def wait_for(self, text: str) -> None:
+        """Wait until it has written this.
+
+        Raises:
+            AssertionError: It has not, in much time; the message has its output.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while text not in self.output:
+            assert time.monotonic() < deadline, f"no {text!r} in:\n{self.output}"
+            time.sleep(0.01)  # another process, so there is nothing to await
+
     def connect(self) -> HTTPConnection:
         """A connection that stays open between requests, and fails rather than waits for ever."""
         return HTTPConnection(HOST, self.port, timeout=PATIENCE)
@@ -57,11 +69,14 @@ class Server:
 
 
 @contextmanager
-def serving(command: Callable[[int], Sequence[str]]) -> Generator[Server]:
+def serving(
+    command: Callable[[int], Sequence[str]], *, env: Mapping[str, str] | None = None
+) -> Generator[Server]:
     """Start a server, wait until it accepts connections, and end it after the block.
 
     Args:
         command: Given a free port, the command line; run in the project's root.
+        env: Its environment variables; None for ours.
 
     Raises:
         AssertionError: It ended or did not accept connections; the message has its output.
@@ -71,7 +86,13 @@ def serving(command: Callable[[int], Sequence[str]]) -> Generator[Server]:
         log = Path(folder, "output")
         with log.open("wb") as output:
             process = subprocess.Popen(
-                command(port), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                command(port),
+                cwd=ROOT,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
         server = Server(process, port, log)
         try:
@@ -81,7 +102,8 @@ def serving(command: Callable[[int], Sequence[str]]) -> Generator[Server]:
                 server.signal()
             server.wait()
         finally:
-            process.kill()  # does nothing to one that has ended
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # workers that a supervisor has left
             process.wait()
 
 

@@ -144,8 +144,9 @@ def test_stats_count_every_delivery_once() -> None:
 def stats(published: int, accepted: int, **others: int) -> Stats:
     """Counters that are 0 unless given."""
     names = ("handled", "failed", "discarded", "undelivered", "pending", "running")
+    background = ("units_waiting", "units_draining", "held", "refused")
     return Stats(
         published=published,
         accepted=accepted,
-        **{**dict.fromkeys(names, 0), **others},
+        **{**dict.fromkeys(names + background, 0), **others},
     )

@@ -12,6 +12,8 @@ import anyio
 import pytest
 from starlette.testclient import TestClient
 
+from eventkit._context import abandon, entered
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 FENCED = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -73,3 +75,20 @@ def test_the_readmes_program_greets_after_the_answer(capsys: pytest.CaptureFixtu
         del sys.modules["README"]
     assert answer.json() == "Ada is in"
     assert capsys.readouterr().out == "Welcome, Ada!\n"
+
+
+def test_the_rescue_of_the_shutdown_page_writes_to_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = run_page(ROOT / "docs" / "shutdown.md")
+    context = module.bus.context()
+    with entered(context, None):
+        module.bus.publish(module.OrderPlaced(1))
+        context.release()
+    abandon(context)
+    del sys.modules["shutdown"]
+
+    assert (tmp_path / "undelivered.jsonl").read_text() == (
+        '["shutdown:send_confirmation", "OrderPlaced(number=1)"]\n'
+    )

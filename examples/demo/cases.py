@@ -229,8 +229,13 @@ async def _ten_at_once(stage: Stage) -> Played:
 
 def last_words(shot: Shot) -> list[Check]:
     """What must be true of a sign-up on whose heels the shop was told to end."""
+    starts = [run.started_ns for run in shot.story.runs]
     return [
         _in_order(shot),
+        Check(
+            "no request waited for them, so it was the application's shutdown that did",
+            bool(starts) and 0 < shot.story.returned_ns < min(starts),
+        ),
         _all_ended_well(shot, "users.send_welcome_mail", "audit.write_row"),
         Check("the mail that was on its way has arrived", len(shot.mails) == 1),
     ]

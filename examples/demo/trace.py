@@ -102,13 +102,13 @@ class Story:
 
     sent_ns: int = 0
     committed_ns: int = 0
-    returned: bool = False
+    returned_ns: int = 0
     runs: list[Run] = field(default_factory=list[Run])
 
     @property
     def finished(self) -> bool:
         """The request is over, and so is everything that follows from it."""
-        return self.returned and all(run.outcome for run in self.runs)
+        return self.returned_ns > 0 and all(run.outcome for run in self.runs)
 
     def add(self, record: Record) -> None:
         """Take in one more record of this request."""
@@ -118,7 +118,7 @@ class Story:
             case "committed":
                 self.committed_ns = record.at_ns
             case "returned":
-                self.returned = True
+                self.returned_ns = record.at_ns
             case _:
                 pass
 

@@ -1,0 +1,227 @@
+"""Owns the units of work that have ended and wait to be delivered: a bounded crew of tasks.
+
+Whoever has a task group that outlives requests makes a `Drainer` in it and submits what has ended.
+Knows nothing of HTTP and of servers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from contextvars import copy_context
+from dataclasses import asdict, dataclass
+from functools import partial
+
+from anyio import CancelScope, Event, get_cancelled_exc_class, move_on_after
+from anyio.abc import TaskGroup
+
+from eventkit._context import Core, EventContext, abandon, close_if_idle, finish
+from eventkit._log import log
+
+# How long the clean-up of handlers that were cancelled at the end may hold up the shutdown.
+_GRACE_SECONDS = 0.5
+
+
+@dataclass(slots=True, eq=False)
+class _Ended:
+    """A unit of work that waits for its drain, or is being drained."""
+
+    context: EventContext
+    success: bool
+    deliveries: int
+
+
+class Drainer:
+    """Delivers units of work in the order in which they ended, each in a task of its own.
+
+    Belongs to the event loop of its task group, which has to wait for `close`. No handler,
+    observer or reporter can end it.
+
+    Args:
+        core: The bus whose units they are.
+        tasks: The group that owns the tasks. They start in the context variables of this moment.
+        concurrency: How many units are drained at once.
+        max_pending: How many deliveries may wait before it calls itself full; None for no limit.
+            What is submitted is always taken: holding back new work is for the submitter.
+    """
+
+    def __init__(
+        self, core: Core, tasks: TaskGroup, *, concurrency: int, max_pending: int | None
+    ) -> None:
+        self._core = core
+        self._start_soon = partial(tasks.start_soon, name=f"eventkit drains {core.name!r}")
+        self._concurrency = concurrency
+        self._max_pending = max_pending
+        self._variables = copy_context()
+        self._open: set[EventContext] = set()
+        self._waiting: deque[_Ended] = deque()
+        self._waiting_deliveries = 0
+        self._draining: dict[_Ended, CancelScope] = {}
+        self._closed = False
+        self._room: Event | None = None  # there while somebody waits for room
+        self._change: Event | None = None  # there while `close` waits for a unit to end
+
+    @property
+    def full(self) -> bool:
+        """Whether as many deliveries wait as may."""
+        return self._max_pending is not None and self._waiting_deliveries >= self._max_pending
+
+    @property
+    def stuck(self) -> bool:
+        """Whether, once closed, handlers go on that could not be ended."""
+        return self._closed and bool(self._draining)
+
+    def expect(self, context: EventContext) -> None:
+        """Count on a unit that has begun: once it has something pending, `close` waits for it."""
+        self._open.add(context)
+
+    def forget(self, context: EventContext) -> None:
+        """Count on it no longer."""
+        self._open.discard(context)
+        self._changed()
+
+    def submit(self, context: EventContext, *, success: bool) -> None:
+        """End a unit: release or discard what nobody has decided, deliver when its turn comes.
+
+        Never blocks, no checkpoint, so whatever becomes of the caller's task does not matter.
+        After `close` what is left to deliver is undelivered.
+        """
+        if close_if_idle(context, success=success):
+            pass
+        elif self._closed:
+            self._abandon(context)
+        else:
+            ended = _Ended(context, success, len(context.pending))
+            self._waiting_deliveries += ended.deliveries
+            self._waiting.append(ended)
+            self._core.tally.shift("units_waiting", 1)
+            self._start()
+        self.forget(context)
+
+    async def wait_for_room(self, timeout: float) -> bool:
+        """Wait for at most `timeout` seconds until it is not full, and say whether it is so."""
+        tally = self._core.tally
+        tally.shift("held", 1)
+        try:
+            with move_on_after(timeout):
+                while self.full:
+                    if self._room is None:
+                        self._room = Event()
+                    await self._room.wait()
+        finally:
+            tally.shift("held", -1)
+        tally.shift("refused", int(self.full))
+        return not self.full
+
+    async def close(self, timeout: float) -> None:
+        """Deliver what is left within `timeout` seconds; what remains then is undelivered.
+
+        Waits also for units that are expected and have something pending. Logs at its start what
+        is pending, by handler, and at its end what was left. Handlers that are cancelled have a
+        moment for their clean-up. What cannot be cancelled, a plain `def` in a thread for one, is
+        named in the log and left to itself. If the caller is cancelled, the time is over.
+        """
+        if self._closed:
+            return
+        if self._busy():
+            self._log(logging.INFO, "delivering before shutdown", self._by_handler())
+        try:
+            with move_on_after(timeout):
+                while self._busy():
+                    await self._next_change()
+        finally:
+            left = self._by_handler()
+            self._stop()
+            with move_on_after(_GRACE_SECONDS, shield=True):
+                while self._draining:
+                    await self._next_change()
+            self._log(
+                logging.ERROR if left else logging.INFO,
+                "eventkit has stopped",
+                left,
+                still_running=_listed(self._core.tally.running_by_handler()),
+                **asdict(self._core.tally.snapshot()),
+            )
+
+    def _busy(self) -> bool:
+        return bool(self._waiting or self._draining or any(c.pending for c in self._open))
+
+    def _stop(self) -> None:
+        """Cancel the drains, and close what waits or has not even ended."""
+        self._closed = True
+        for scope in self._draining.values():
+            scope.cancel()
+        self._abandon(*(ended.context for ended in self._waiting), *self._open)
+        self._core.tally.shift("units_waiting", -len(self._waiting))
+        self._waiting.clear()
+        self._waiting_deliveries = 0
+        self._make_room()
+
+    def _abandon(self, *contexts: EventContext) -> None:
+        try:
+            abandon(*contexts)
+        except BaseException as error:  # noqa: BLE001 - an observer's, which the server would get
+            log(logging.CRITICAL, "an observer failed", error=error, bus=self._core.name)
+
+    def _start(self) -> None:
+        """Start as many of the waiting units as may run at once."""
+        while self._waiting and len(self._draining) < self._concurrency:
+            ended = self._waiting.popleft()
+            self._waiting_deliveries -= ended.deliveries
+            self._draining[ended] = CancelScope()
+            self._core.tally.shift("units_waiting", -1)
+            self._core.tally.shift("units_draining", 1)
+            self._variables.run(self._start_soon, self._drain, ended)
+        self._make_room()
+
+    async def _drain(self, ended: _Ended) -> None:
+        try:
+            with self._draining[ended]:
+                await finish(ended.context, success=ended.success)
+        except get_cancelled_exc_class():
+            raise
+        except BaseException as error:  # noqa: BLE001 - it would end the deliveries of everybody
+            log(logging.CRITICAL, "a drain was ended", error=error, bus=self._core.name)
+        finally:
+            del self._draining[ended]
+            self._core.tally.shift("units_draining", -1)
+            self._start()
+            self._changed()
+
+    def _make_room(self) -> None:
+        if self._room is not None and not self.full:
+            self._room.set()
+            self._room = None
+
+    def _changed(self) -> None:
+        if self._change is not None:
+            self._change.set()
+            self._change = None
+
+    async def _next_change(self) -> None:
+        self._change = Event()
+        await self._change.wait()
+
+    def _by_handler(self) -> Counter[str]:
+        """How many deliveries each handler has waiting here, or running anywhere.
+
+        One that is taken from its queue and comes to its first step next, is neither.
+        """
+        ended = (unit.context for unit in [*self._draining, *self._waiting])
+        waiting = (delivery for context in [*ended, *self._open] for delivery in context.pending)
+        return self._core.tally.running_by_handler() + Counter(d.handler for d in waiting)
+
+    def _log(self, level: int, message: str, by_handler: Counter[str], **facts: object) -> None:
+        log(
+            level,
+            message,
+            error=None,
+            bus=self._core.name,
+            left=by_handler.total(),
+            handlers=_listed(by_handler),
+            **facts,
+        )
+
+
+def _listed(by_handler: Counter[str]) -> str:
+    return ", ".join(f"{name} x{times}" for name, times in by_handler.items())

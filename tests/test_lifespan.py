@@ -1,0 +1,936 @@
+"""Delivery in the background: tasks of the application's lifespan, in process."""
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+from anyio import (
+    CancelScope,
+    Event,
+    create_task_group,
+    sleep,
+    sleep_forever,
+    wait_all_tasks_blocked,
+)
+from anyio.lowlevel import checkpoint
+from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+from trio.testing import MockClock
+
+from eventkit import EventBus
+from eventkit.starlette import EventContextMiddleware
+from tests.asgi import Backend, Exchange, Lifespan, client_of, lifespan_of, respond, traced
+from tests.witness import assert_settled, witnessed
+
+pytestmark = pytest.mark.anyio
+
+Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+# Trio's clock, which jumps to the next deadline as soon as everything waits.
+virtual_time = pytest.mark.parametrize(
+    "anyio_backend",
+    [pytest.param(("trio", {"clock": MockClock(autojump_threshold=0)}), id="trio-virtual-time")],
+)
+
+
+@pytest.fixture
+def bus() -> EventBus:
+    return EventBus()
+
+
+@pytest.fixture
+def trace(bus: EventBus) -> list[str]:
+    return traced(bus)
+
+
+def publishing(
+    *buses: EventBus, status: int = 200, error: Exception | None = None, **publish: Any
+) -> Asgi:
+    """An app without a lifespan that publishes one event on each bus, then responds or raises."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http"
+        for bus in buses:
+            bus.publish(scope["path"], **publish)
+        if error is not None:
+            raise error
+        await respond(send, status)
+
+    return app
+
+
+def wrapped(app: ASGIApp, *buses: EventBus, **options: Any) -> ASGIApp:
+    """The app with a middleware for each bus, the first outermost."""
+    for bus in reversed(buses):
+        app = EventContextMiddleware(app, bus, **options)
+    return app
+
+
+class Gate:
+    """A handler of strings that lets nothing go on before it is open."""
+
+    def __init__(self, bus: EventBus, trace: list[str] | None = None) -> None:
+        self.trace: list[str] = [] if trace is None else trace
+        self.begun = Event()
+        self.open = Event()
+        bus.subscribe(str, self.handle, name="gate")
+
+    async def handle(self, event: str) -> None:
+        self.begun.set()
+        await self.open.wait()
+        self.trace.append(f"handled {event}")
+
+
+async def request(
+    app: ASGIApp, path: str = "/", *, method: str = "POST", trace: list[str] | None = None
+) -> Exchange:
+    """Make a request as a server does, so that delivery is left to the background."""
+    exchange = Exchange(path, method=method, spec_version="2.3", trace=trace)
+    await exchange.run(app)
+    return exchange
+
+
+# A lifespan runs, and a server asks.
+
+
+async def test_the_call_returns_before_the_handlers_have_ended(bus: EventBus) -> None:
+    trace: list[str] = []
+    gate = Gate(bus, trace)
+    app = wrapped(publishing(bus), bus)
+
+    async with lifespan_of(app, trace):
+        await request(app, "/1", trace=trace)
+        await request(app, "/2", trace=trace)
+        await gate.begun.wait()
+        assert bus.stats.units_draining == 2
+        gate.open.set()
+
+    assert trace[:7] == ["startup.complete", *["start 200", "end of body", "returned"] * 2]
+    assert sorted(trace[7:9]) == ["handled /1", "handled /2"]
+    assert trace[9:] == ["shutdown.complete"]
+
+
+def starlette_app(lifespan: Any, bus: EventBus) -> ASGIApp:
+    async def endpoint(request: Request) -> Response:
+        bus.publish(f"{request.state.database}")
+        return PlainTextResponse()
+
+    app = Starlette(routes=[Route("/", endpoint, methods=["POST"])], lifespan=lifespan)
+    app.add_middleware(EventContextMiddleware, bus=bus)
+    return app
+
+
+def fastapi_app(lifespan: Any, bus: EventBus) -> ASGIApp:
+    app = FastAPI(lifespan=lifespan)
+    app.add_middleware(EventContextMiddleware, bus=bus)
+
+    @app.post("/")
+    async def endpoint(request: Request) -> None:
+        bus.publish(f"{request.state.database}")
+
+    return app
+
+
+@pytest.mark.parametrize("make_app", [starlette_app, fastapi_app])
+async def test_what_the_lifespan_closes_is_still_open_for_handlers(
+    bus: EventBus, make_app: Callable[[Any, EventBus], ASGIApp]
+) -> None:
+    trace: list[str] = []
+    gate = Gate(bus, trace)
+
+    @asynccontextmanager
+    async def lifespan(_: ASGIApp) -> AsyncGenerator[dict[str, Any]]:
+        trace.append("open")
+        yield {"database": "the database"}
+        trace.append("closed")
+
+    app = make_app(lifespan, bus)
+    async with create_task_group() as tasks, lifespan_of(app, trace) as running:
+        exchange = Exchange(method="POST", spec_version="2.3")
+        exchange.scope["state"] = running.scope["state"]
+        await exchange.run(app)
+        tasks.start_soon(running.stop)
+        await wait_all_tasks_blocked()
+        assert trace == ["open", "startup.complete"]
+        gate.open.set()
+
+    assert trace[2:] == ["handled the database", "closed", "shutdown.complete"]
+
+
+async def test_at_the_deadline_the_application_closes_its_resources_and_the_server_is_answered(
+    bus: EventBus, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "eventkit")
+    trace: list[str] = []
+    seen = witnessed(bus)
+    gate = Gate(bus)
+
+    @asynccontextmanager
+    async def lifespan(_: ASGIApp) -> AsyncGenerator[None]:
+        yield
+        trace.append("closed")
+
+    outer = Starlette(lifespan=lifespan)
+    outer.mount("/", publishing(bus))
+    app = wrapped(outer, bus, shutdown_timeout=0.01)
+    async with lifespan_of(app, trace):
+        await request(app, "/late")
+        await gate.begun.wait()
+
+    assert trace == ["startup.complete", "closed", "shutdown.complete"]
+    assert seen == ["undelivered /late"]
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[1:-2] == ["delivering before shutdown: bus=default left=1 handlers=gate x1"]
+    assert messages[-1].startswith("eventkit has stopped: bus=default left=1 handlers=gate x1 ")
+    assert_settled(bus)
+
+
+@virtual_time
+async def test_a_handler_that_cannot_be_ended_does_not_keep_the_server_waiting(
+    bus: EventBus,
+) -> None:
+    @bus.on(str)
+    async def stubborn(event: str) -> None:
+        with CancelScope(shield=True):
+            await sleep(3600)
+
+    app = wrapped(publishing(bus), bus, shutdown_timeout=1)
+    lifespan = Lifespan(app)
+    async with create_task_group() as tasks:
+        tasks.start_soon(lifespan.run)
+        await lifespan.start()
+        await request(app)
+        begun = anyio.current_time()
+        await lifespan.stop()
+        assert anyio.current_time() - begun == 1.5
+        assert lifespan.trace == ["startup.complete", "shutdown.complete"]
+
+    assert lifespan.trace == ["startup.complete", "shutdown.complete"]
+    assert_settled(bus)
+
+
+async def test_a_request_in_its_tail_at_shutdown_is_waited_for(bus: EventBus) -> None:
+    trace = traced(bus)
+    commit = Event()
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        bus.publish("ordered")
+        await respond(send)
+        await commit.wait()
+
+    app = wrapped(serve_http_with(serve), bus)
+    async with create_task_group() as tasks, lifespan_of(app, trace) as lifespan:
+        tasks.start_soon(request, app)
+        await wait_all_tasks_blocked()
+        tasks.start_soon(lifespan.stop)
+        await wait_all_tasks_blocked()
+        assert trace == ["startup.complete"]
+        commit.set()
+
+    assert trace[1:] == ["handling ordered", "handled ordered", "shutdown.complete"]
+
+
+def serve_http_with(serve: Asgi) -> Asgi:
+    """An app with a proper lifespan and this for requests."""
+    lifespan = Starlette()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await (lifespan if scope["type"] == "lifespan" else serve)(scope, receive, send)
+
+    return app
+
+
+async def test_a_stream_that_has_published_nothing_does_not_hold_the_shutdown(
+    bus: EventBus,
+) -> None:
+    trace = traced(bus)
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        await sleep_forever()
+
+    app = wrapped(serve_http_with(serve), bus)
+    async with create_task_group() as tasks:
+        async with lifespan_of(app, trace):
+            tasks.start_soon(request, app)
+            await wait_all_tasks_blocked()
+        assert trace == ["startup.complete", "shutdown.complete"]
+        tasks.cancel_scope.cancel()
+
+
+async def test_what_a_request_releases_after_the_lifespan_has_ended_is_undelivered(
+    bus: EventBus,
+) -> None:
+    seen = witnessed(bus)
+    traced(bus)
+    go_on = Event()
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        await go_on.wait()
+        with suppress(Exception):
+            bus.publish("late")
+        await respond(send)
+
+    app = wrapped(serve_http_with(serve), bus)
+    async with create_task_group() as tasks:
+        async with lifespan_of(app):
+            tasks.start_soon(request, app)
+            await wait_all_tasks_blocked()
+        go_on.set()
+
+    assert seen == []
+    assert_settled(bus)
+
+
+async def test_a_handler_that_fails_in_the_background_is_logged_and_the_next_request_served(
+    bus: EventBus, caplog: pytest.LogCaptureFixture
+) -> None:
+    trace = traced(bus)
+
+    @bus.on(str)
+    async def fail(event: str) -> None:
+        raise RuntimeError("no mail today")
+
+    app = wrapped(publishing(bus), bus)
+    async with lifespan_of(app):
+        for path in ("/1", "/2"):
+            assert (await request(app, path)).status == 200
+
+    assert bus.stats.failed == 2
+    assert sorted(trace) == ["handled /1", "handled /2", "handling /1", "handling /2"]
+    assert sum("no mail today" in str(record.exc_info) for record in caplog.records) == 2
+
+
+async def test_nothing_delays_the_endpoints_own_error(bus: EventBus) -> None:
+    gate = Gate(bus)
+    app = wrapped(publishing(bus, error=ZeroDivisionError(), even_on_failure=True), bus)
+
+    async with lifespan_of(app):
+        with pytest.raises(ZeroDivisionError):
+            await request(app, "/failed")
+        assert gate.trace == []
+        gate.open.set()
+
+    assert gate.trace == ["handled /failed"]
+
+
+async def test_a_stream_delivers_midway_by_itself_and_the_rest_in_the_background(
+    bus: EventBus,
+) -> None:
+    trace = traced(bus)
+
+    async def parts() -> AsyncIterator[str]:
+        bus.publish("opened")
+        await bus.current_context().drain()
+        yield "one"
+        bus.publish("closed")
+
+    async def endpoint(_: Request) -> Response:
+        return StreamingResponse(parts())
+
+    app = wrapped(Starlette(routes=[Route("/", endpoint, methods=["POST"])]), bus)
+    async with lifespan_of(app):
+        await request(app, trace=trace)
+
+    assert trace == [
+        "start 200",
+        "handling opened",
+        "handled opened",
+        "body one",
+        "end of body",
+        "returned",
+        "handling closed",
+        "handled closed",
+    ]
+
+
+async def test_a_thousand_requests_at_once_are_all_delivered_few_at_a_time(bus: EventBus) -> None:
+    at_once: list[int] = []
+
+    @bus.on(str)
+    async def handle(event: str) -> None:
+        at_once.append(bus.stats.units_draining)
+        await checkpoint()
+
+    app = wrapped(publishing(bus), bus, concurrency=3)
+    async with lifespan_of(app), create_task_group() as tasks:
+        for number in range(1000):
+            tasks.start_soon(request, app, f"/{number}")
+
+    assert len(at_once) == 1000
+    assert max(at_once) == 3
+    assert_settled(bus)
+
+
+# Several buses and several middlewares.
+
+
+async def test_with_several_buses_each_is_delivered_and_the_shutdown_waits_for_all() -> None:
+    buses = [EventBus(name=name) for name in ("orders", "users", "mails")]
+    trace: list[str] = []
+    gates = [Gate(bus, trace) for bus in buses]
+    app = wrapped(publishing(*buses), *buses)
+
+    async with create_task_group() as tasks, lifespan_of(app, trace) as lifespan:
+        await request(app, "/all")
+        tasks.start_soon(lifespan.stop)
+        for gate in gates:
+            await gate.begun.wait()
+            await wait_all_tasks_blocked()
+            assert "shutdown.complete" not in trace
+            gate.open.set()
+
+    assert trace == ["startup.complete", *["handled /all"] * 3, "shutdown.complete"]
+    assert [bus.stats.handled for bus in buses] == [1, 1, 1]
+
+
+async def test_the_same_bus_twice_has_one_crew(
+    bus: EventBus, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "eventkit")
+    trace = traced(bus)
+    app = wrapped(publishing(bus), bus, bus)
+
+    async with lifespan_of(app, trace):
+        await request(app, "/once")
+
+    assert trace == [
+        "startup.complete",
+        "handling /once",
+        "handled /once",
+        "shutdown.complete",
+    ]
+    stops = [r for r in caplog.records if r.getMessage().startswith("eventkit has stopped")]
+    assert len(stops) == 1
+
+
+def test_one_app_is_served_on_one_event_loop_after_the_other(bus: EventBus) -> None:
+    trace = traced(bus)
+    app = wrapped(publishing(bus), bus)
+
+    async def serve(path: str) -> None:
+        async with lifespan_of(app, trace):
+            await request(app, path)
+            await wait_all_tasks_blocked()
+            trace.append("served")
+
+    for backend in ("asyncio", "trio"):
+        anyio.run(partial(serve, f"/{backend}"), backend=backend)
+        assert trace == [
+            "startup.complete",
+            f"handling /{backend}",
+            f"handled /{backend}",
+            "served",
+            "shutdown.complete",
+        ]
+        trace.clear()
+
+
+# Apps that have no lifespan, or a broken one.
+
+
+async def raises_at_once(receive: Receive, send: Send) -> None:
+    raise LookupError("only HTTP here")
+
+
+async def raises_when_started(receive: Receive, send: Send) -> None:
+    await receive()
+    raise LookupError("only HTTP here")
+
+
+async def returns_at_once(receive: Receive, send: Send) -> None:
+    await checkpoint()
+
+
+async def returns_when_started(receive: Receive, send: Send) -> None:
+    await receive()
+
+
+async def leaves_when_started(receive: Receive, send: Send) -> None:
+    await receive()
+    await send({"type": "lifespan.startup.complete"})
+
+
+async def says_no_farewell(receive: Receive, send: Send) -> None:
+    await leaves_when_started(receive, send)
+    await receive()
+
+
+@pytest.mark.parametrize(
+    ("lifespan", "farewell"),
+    [
+        (raises_at_once, True),
+        (raises_when_started, True),
+        (returns_at_once, True),
+        (returns_when_started, True),
+        (leaves_when_started, True),
+        (says_no_farewell, False),
+    ],
+)
+async def test_an_app_without_a_whole_lifespan_still_delivers_in_the_background(
+    bus: EventBus, lifespan: Callable[[Receive, Send], Awaitable[None]], farewell: bool
+) -> None:
+    trace: list[str] = []
+    gate = Gate(bus, trace)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await lifespan(receive, send)
+        else:
+            await publishing(bus)(scope, receive, send)
+
+    outer = wrapped(app, bus)
+    async with lifespan_of(outer, trace) as running:
+        await request(outer, "/1", trace=trace)
+        await gate.begun.wait()
+        gate.open.set()
+
+    assert trace == [
+        "startup.complete",
+        "start 200",
+        "end of body",
+        "returned",
+        "handled /1",
+        *(["shutdown.complete"] if farewell else []),
+    ]
+    assert running.error is None
+
+
+@pytest.mark.parametrize("error", [LookupError("no database"), SystemExit(3)])
+async def test_a_start_up_that_fails_is_told_to_the_server_unchanged(
+    bus: EventBus, error: BaseException
+) -> None:
+    @asynccontextmanager
+    async def lifespan(_: ASGIApp) -> AsyncGenerator[None]:
+        await checkpoint()
+        raise error
+        yield
+
+    async with lifespan_of(wrapped(Starlette(lifespan=lifespan), bus)) as running:
+        assert running.trace == ["startup.failed"]
+
+    assert running.error is error
+    assert running.trace == ["startup.failed"]
+
+
+async def test_an_app_that_exits_before_it_answers_is_not_spoken_for(bus: EventBus) -> None:
+    error = SystemExit(3)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise error
+
+    async with lifespan_of(wrapped(app, bus)) as running:
+        assert running.error is error
+    assert running.trace == []
+
+
+async def test_a_shutdown_that_fails_is_told_to_the_server_unchanged(bus: EventBus) -> None:
+    error = LookupError("the database is gone")
+    trace = traced(bus)
+
+    @asynccontextmanager
+    async def lifespan(_: ASGIApp) -> AsyncGenerator[None]:
+        yield
+        raise error
+
+    outer = Starlette(lifespan=lifespan)
+    outer.mount("/", publishing(bus))
+    app = wrapped(outer, bus)
+    async with lifespan_of(app, trace) as running:
+        await request(app, "/1")
+
+    assert running.error is error
+    assert trace == ["startup.complete", "handling /1", "handled /1", "shutdown.failed"]
+
+
+async def test_a_lifespan_that_breaks_midway_delivers_what_there_is_and_later_requests_do_so_inline(
+    bus: EventBus,
+) -> None:
+    error = LookupError("the heartbeat has failed")
+    fails = Event()
+    trace = traced(bus)
+    http = publishing(bus)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            return await http(scope, receive, send)
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await fails.wait()
+        raise error
+
+    outer = wrapped(app, bus)
+    lifespan = Lifespan(outer, trace)
+    async with create_task_group() as tasks:
+        tasks.start_soon(lifespan.run)
+        await lifespan.start()
+        await request(outer, "/before")
+        fails.set()
+        await lifespan.ended()
+        await request(outer, "/after", trace=trace)
+
+    assert lifespan.error is error
+    assert trace == [
+        "startup.complete",
+        "handling /before",
+        "handled /before",
+        "start 200",
+        "end of body",
+        "handling /after",
+        "handled /after",
+        "returned",
+    ]
+
+
+async def test_when_the_lifespan_is_cancelled_everything_is_accounted_for(
+    bus: EventBus, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "eventkit")
+    seen = witnessed(bus)
+    Gate(bus)
+    app = wrapped(publishing(bus), bus, concurrency=1)
+
+    async with create_task_group() as tasks:
+        lifespan = Lifespan(app)
+        tasks.start_soon(lifespan.run)
+        await lifespan.start()
+        for path in ("/1", "/2"):
+            await request(app, path)
+        await wait_all_tasks_blocked()
+        tasks.cancel_scope.cancel()
+
+    assert sorted(seen) == ["undelivered /1", "undelivered /2"]
+    assert caplog.messages[-1].startswith("eventkit has stopped: bus=default left=")
+    assert " undelivered=2 pending=0 running=0 " in caplog.messages[-1]
+    assert_settled(bus)
+
+
+async def test_a_background_task_of_the_lifespan_that_fails_during_the_close_ends_it(
+    bus: EventBus,
+) -> None:
+    seen = witnessed(bus)
+    Gate(bus)
+    fails = Event()
+
+    async def heartbeat() -> None:
+        await fails.wait()
+        raise LookupError("the heartbeat has failed")
+
+    @asynccontextmanager
+    async def lifespan(_: ASGIApp) -> AsyncGenerator[None]:
+        async with create_task_group() as tasks:
+            tasks.start_soon(heartbeat)
+            yield
+
+    outer = Starlette(lifespan=lifespan)
+    outer.mount("/", publishing(bus))
+    app = wrapped(outer, bus)
+    async with create_task_group() as tasks, lifespan_of(app) as running:
+        await request(app, "/1")
+        tasks.start_soon(running.stop)
+        await wait_all_tasks_blocked()
+        fails.set()
+
+    assert seen == ["undelivered /1"]
+    assert isinstance(running.error, ExceptionGroup)
+    assert_settled(bus)
+
+
+@pytest.mark.parametrize("steps", range(0, 60, 4))
+async def test_wherever_the_lifespan_is_cancelled_every_delivery_is_accounted_for(
+    bus: EventBus, steps: int
+) -> None:
+    traced(bus)
+    app = wrapped(publishing(bus), bus, concurrency=1)
+
+    async def serve() -> None:
+        async with lifespan_of(app):
+            for path in ("/1", "/2", "/3"):
+                await request(app, path)
+
+    async with create_task_group() as tasks:
+        tasks.start_soon(serve)
+        for _ in range(steps):
+            await checkpoint()
+        tasks.cancel_scope.cancel()
+
+    assert_settled(bus)
+    before = bus.stats.handled
+    await Exchange().run(app)
+    assert bus.stats.handled == before + 1
+
+
+# Handing over.
+
+
+async def test_a_scope_that_was_cancelled_does_not_take_the_events_of_a_request_that_succeeded(
+    bus: EventBus,
+) -> None:
+    trace = traced(bus)
+    scopes: list[CancelScope] = []
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        bus.publish("ordered")
+        await respond(send)
+        scopes[0].cancel()
+
+    app = wrapped(serve_http_with(serve), bus)
+    async with lifespan_of(app):
+        with CancelScope() as scope:
+            scopes.append(scope)
+            await request(app)
+            await checkpoint()
+        assert scope.cancelled_caught
+
+    assert trace == ["handling ordered", "handled ordered"]
+
+
+@pytest.mark.parametrize("background", [True, False])
+async def test_a_native_cancellation_does_not_take_them_where_there_is_a_lifespan(
+    bus: EventBus, background: bool, anyio_backend: Backend
+) -> None:
+    if anyio_backend[0] != "asyncio":
+        pytest.skip("native cancellation is asyncio's")
+    seen = witnessed(bus)
+    traced(bus)
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        bus.publish("ordered")
+        await respond(send)
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+
+    app = wrapped(serve_http_with(serve), bus, background=background)
+    async with lifespan_of(app):
+        task = asyncio.ensure_future(request(app))
+        await asyncio.wait([task])
+
+    # A shield stops scopes only: without a task of its own delivery ends with the request's.
+    assert seen == ["handled ordered" if background else "undelivered ordered"]
+    assert task.cancelled() is not background or task.done()
+    assert_settled(bus)
+
+
+async def test_a_request_that_is_closed_from_outside_holds_no_shutdown(bus: EventBus) -> None:
+    seen = witnessed(bus)
+    traced(bus)
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        bus.publish("ordered")
+        raise GeneratorExit
+
+    app = wrapped(serve_http_with(serve), bus)
+    async with lifespan_of(app):
+        with pytest.raises(GeneratorExit):
+            await request(app)
+
+    assert seen == ["discarded ordered"]
+
+
+# In-process clients see everything done.
+
+
+@pytest.mark.parametrize("lifespan", [True, False])
+def test_a_test_client_sees_everything_done_with_a_lifespan_and_without(
+    bus: EventBus, trace: list[str], anyio_backend: Backend, lifespan: bool
+) -> None:
+    client = client_of(wrapped(publishing(bus), bus), anyio_backend)
+
+    if not lifespan:
+        client.post("/1")
+        assert trace == ["handling /1", "handled /1"]
+        return
+    with client:
+        client.post("/1")
+        assert trace == ["handling /1", "handled /1"]
+        client.post("/2")
+        assert trace[2:] == ["handling /2", "handled /2"]
+
+
+@pytest.mark.parametrize("lifespan", [True, False])
+async def test_httpx_sees_everything_done_with_an_explicit_lifespan_and_without(
+    bus: EventBus, trace: list[str], lifespan: bool
+) -> None:
+    app = wrapped(publishing(bus), bus)
+    transport = httpx.ASGITransport(app)  # pyright: ignore[reportArgumentType]
+
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        if not lifespan:
+            await client.post("/1")
+            assert trace == ["handling /1", "handled /1"]
+            return
+        async with lifespan_of(app):
+            await client.post("/1")
+            assert trace == ["handling /1", "handled /1"]
+
+
+def test_with_background_true_a_test_client_has_the_response_first(
+    bus: EventBus, anyio_backend: Backend
+) -> None:
+    trace = traced(bus)
+    app = wrapped(publishing(bus), bus, background=True)
+
+    with client_of(app, anyio_backend) as client:
+        client.post("/1")
+        client.post("/2")
+    assert sorted(trace) == ["handled /1", "handled /2", "handling /1", "handling /2"]
+
+    client_of(app, anyio_backend).post("/3")  # no lifespan, so it does so itself
+    assert trace[4:] == ["handling /3", "handled /3"]
+
+
+async def test_with_background_true_a_client_without_the_mark_does_not_wait(bus: EventBus) -> None:
+    gate = Gate(bus)
+    app = wrapped(publishing(bus), bus, background=True)
+
+    async with lifespan_of(app):
+        await Exchange("/1").run(app)
+        assert gate.trace == []
+        gate.open.set()
+
+    assert gate.trace == ["handled /1"]
+
+
+async def test_with_background_false_a_server_waits_too(bus: EventBus, trace: list[str]) -> None:
+    app = wrapped(publishing(bus), bus, background=False)
+
+    async with lifespan_of(app):
+        await request(app, "/1")
+        assert trace == ["handling /1", "handled /1"]
+
+
+async def test_without_a_lifespan_a_server_waits_too(bus: EventBus, trace: list[str]) -> None:
+    await request(wrapped(publishing(bus), bus), "/1")
+
+    assert trace == ["handling /1", "handled /1"]
+
+
+# Overload.
+
+
+@asynccontextmanager
+async def overloaded(bus: EventBus, app: ASGIApp, gate: Gate) -> AsyncGenerator[None]:
+    """One unit runs and one waits, which is as many as may."""
+    async with lifespan_of(app):
+        for path in ("/running", "/waiting"):
+            assert (await request(app, path)).status == 200
+        await gate.begun.wait()
+        yield
+        gate.open.set()
+
+
+UNSAFE = ["POST", "PUT", "PATCH", "DELETE"]
+SAFE = ["GET", "HEAD", "OPTIONS", "TRACE"]
+
+
+@virtual_time
+@pytest.mark.parametrize("method", UNSAFE)
+async def test_when_too_much_waits_unsafe_requests_are_held_and_then_refused_before_the_endpoint(
+    bus: EventBus, method: str
+) -> None:
+    gate = Gate(bus)
+    app = wrapped(publishing(bus), bus, concurrency=1, max_pending=1, overload_timeout=2.5)
+
+    async with overloaded(bus, app, gate):
+        begun = anyio.current_time()
+        exchange = await request(app, "/refused", method=method)
+        assert anyio.current_time() - begun == 2.5
+        assert exchange.status == 503
+        assert (b"retry-after", b"3") in exchange.sent[0]["headers"]
+        assert exchange.body == b"Too many events wait to be delivered. Try again later."
+        assert bus.stats.published == 2
+        assert (bus.stats.held, bus.stats.refused) == (0, 1)
+
+    assert gate.trace == ["handled /running", "handled /waiting"]
+    assert_settled(bus)
+
+
+@pytest.mark.parametrize("method", SAFE)
+async def test_when_too_much_waits_safe_requests_pass(bus: EventBus, method: str) -> None:
+    gate = Gate(bus)
+    app = wrapped(publishing(bus), bus, concurrency=1, max_pending=1, overload_timeout=math.inf)
+
+    async with overloaded(bus, app, gate):
+        assert (await request(app, "/passes", method=method)).status == 200
+        assert bus.stats.published == 3
+
+    assert gate.trace[2:] == ["handled /passes"]
+
+
+async def test_a_request_that_is_held_goes_on_as_soon_as_there_is_room(bus: EventBus) -> None:
+    gate = Gate(bus)
+    statuses: list[int] = []
+    app = wrapped(publishing(bus), bus, concurrency=1, max_pending=1, overload_timeout=math.inf)
+
+    async def ask() -> None:
+        statuses.append((await request(app, "/held")).status)
+
+    async with overloaded(bus, app, gate), create_task_group() as tasks:
+        tasks.start_soon(ask)
+        await wait_all_tasks_blocked()
+        assert (bus.stats.held, bus.stats.published, statuses) == (1, 2, [])
+        gate.open.set()
+
+    assert statuses == [200]
+    assert (bus.stats.held, bus.stats.refused) == (0, 0)
+    assert gate.trace == ["handled /running", "handled /waiting", "handled /held"]
+
+
+async def test_a_request_whose_client_leaves_while_it_is_held_never_reaches_the_endpoint(
+    bus: EventBus,
+) -> None:
+    gate = Gate(bus)
+    app = wrapped(publishing(bus), bus, concurrency=1, max_pending=1, overload_timeout=math.inf)
+
+    async with overloaded(bus, app, gate):
+        async with create_task_group() as tasks:
+            tasks.start_soon(request, app, "/left")
+            await wait_all_tasks_blocked()
+            tasks.cancel_scope.cancel()
+        assert (bus.stats.held, bus.stats.published) == (0, 2)
+
+
+async def test_without_max_pending_nobody_is_held(bus: EventBus) -> None:
+    gate = Gate(bus)
+    app = wrapped(publishing(bus), bus, concurrency=1, max_pending=None, overload_timeout=math.inf)
+
+    async with overloaded(bus, app, gate):
+        for number in range(100):
+            assert (await request(app, f"/{number}")).status == 200
+        assert bus.stats.units_waiting == 101
+
+    assert len(gate.trace) == 102
+
+
+async def test_requests_that_deliver_themselves_are_not_held(bus: EventBus) -> None:
+    gate = Gate(bus)
+    app = wrapped(publishing(), bus, concurrency=1, max_pending=1, overload_timeout=math.inf)
+    full = wrapped(publishing(bus), bus, concurrency=1, max_pending=1, overload_timeout=math.inf)
+
+    async with overloaded(bus, full, gate):
+        exchange = Exchange(method="POST")
+        await exchange.run(app)
+        assert exchange.status == 200
+
+
+@pytest.mark.parametrize("options", [{"concurrency": 0}, {"max_pending": 0}])
+def test_a_bound_of_nothing_is_refused(bus: EventBus, options: Any) -> None:
+    with pytest.raises(ValueError, match="concurrency and max_pending are at least 1, not "):
+        EventContextMiddleware(publishing(bus), bus, **options)
+
+
+@pytest.mark.parametrize("timeout", [-1, 0, float("nan"), None, "5"])
+def test_an_overload_timeout_that_is_no_time_is_refused(bus: EventBus, timeout: Any) -> None:
+    with pytest.raises(ValueError, match="overload_timeout takes seconds above 0, not "):
+        EventContextMiddleware(publishing(bus), bus, overload_timeout=timeout)
