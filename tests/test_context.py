@@ -29,7 +29,14 @@ from eventkit import (
     EventContextFullError,
     current_delivery,
 )
-from tests.witness import assert_settled, calling, ignore, nothing, witnessed
+from tests.witness import (
+    assert_settled,
+    calling,
+    freed_by_anyio,
+    ignore,
+    nothing,
+    witnessed,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -1708,6 +1715,7 @@ async def stopped(bus: EventBus, thing: Thing) -> None:
             scope.cancel()
 
 
+@freed_by_anyio
 @pytest.mark.parametrize("use", [published, discarded, drained, dispatched, refused, stopped])
 @pytest.mark.parametrize("kind", ["good", "bad", "caused"])
 async def test_events_and_units_are_freed_without_the_garbage_collector(

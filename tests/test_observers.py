@@ -13,7 +13,7 @@ import pytest
 import structlog
 from anyio import CancelScope, create_task_group
 from anyio.lowlevel import checkpoint
-from structlog.testing import capture_logs
+from structlog.testing import LogCapture
 
 from eventkit import Delivery, EventBus, HandlerTimeoutError, Observer
 from tests.witness import assert_settled, calling, witnessed
@@ -468,10 +468,10 @@ async def test_the_reporter_is_called_in_the_context_variables_of_the_handler() 
 @pytest.fixture
 def structured() -> Generator[list[MutableMapping[str, Any]]]:
     """What structlog is given to write, once it is configured."""
-    structlog.configure(processors=[structlog.contextvars.merge_contextvars])
+    capture = LogCapture()
+    structlog.configure(processors=[structlog.contextvars.merge_contextvars, capture])
     try:
-        with capture_logs([structlog.contextvars.merge_contextvars]) as lines:
-            yield lines
+        yield capture.entries
     finally:
         structlog.reset_defaults()
         structlog.contextvars.clear_contextvars()

@@ -29,6 +29,7 @@ from tests.dispatching import (
     kept_reports,
     outcomes,
 )
+from tests.witness import freed_by_anyio
 
 pytestmark = pytest.mark.anyio
 
@@ -464,6 +465,7 @@ def tracked(*values: object) -> list[weakref.ref[object]]:
     return [weakref.ref(value) for value in values]
 
 
+@freed_by_anyio
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("handler", ENDS)
 @pytest.mark.parametrize("count", [1, 3])
@@ -486,6 +488,7 @@ async def test_events_and_failures_are_freed_without_the_garbage_collector(
     assert [reference() for reference in references] == [None] * len(references)
 
 
+@freed_by_anyio
 @pytest.mark.usefixtures("no_collector")
 async def test_a_dispatch_error_is_freed_without_the_garbage_collector(bus: EventBus) -> None:
     bus.subscribe(Ping, fails)
@@ -504,6 +507,7 @@ async def test_a_dispatch_error_is_freed_without_the_garbage_collector(bus: Even
     assert [reference() for reference in references] == [None, None, None]
 
 
+@freed_by_anyio
 @pytest.mark.usefixtures("no_collector")
 async def test_events_are_freed_without_the_garbage_collector_after_a_cancellation(
     bus: EventBus, deliver: Deliver, cancel: Cancel
@@ -523,6 +527,7 @@ async def test_events_are_freed_without_the_garbage_collector_after_a_cancellati
     assert reference() is None
 
 
+@freed_by_anyio
 @pytest.mark.usefixtures("no_collector")
 async def test_events_are_freed_without_the_garbage_collector_if_cancelled_before_any_handler(
     bus: EventBus, deliver: Deliver
@@ -544,6 +549,7 @@ async def test_events_are_freed_without_the_garbage_collector_if_cancelled_befor
     assert outcomes(bus) == (0, 0, 2)
 
 
+@freed_by_anyio
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("count", [1, 2])
 async def test_events_are_freed_without_the_garbage_collector_after_a_keyboard_interrupt(
