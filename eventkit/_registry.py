@@ -65,10 +65,10 @@ class Subscription:
     __slots__ = ("_registry", "active", "declaration", "order", "target")
 
     def __init__(self, declaration: Declaration, registry: Registry) -> None:
-        self.declaration = declaration
-        self.target = declaration.handler
-        self.order = next(_order)
-        self.active = True
+        self.declaration: Declaration = declaration
+        self.target: Handler = declaration.handler
+        self.order: int = next(_order)
+        self.active: bool = True
         self._registry = registry
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from threading import RLock
@@ -68,11 +69,13 @@ class Tally:
     __slots__ = ("accepted", "background", "ended", "lock", "published", "running")
 
     def __init__(self) -> None:
-        self.lock = RLock()  # finalizers run anywhere, also while it is held
-        self.published = 0
-        self.accepted = 0
+        self.lock: AbstractContextManager[object] = (
+            RLock()
+        )  # finalizers run anywhere, also while it is held
+        self.published: int = 0
+        self.accepted: int = 0
         self.running: set[Delivery] = set()
-        self.ended = dict.fromkeys(Outcome, 0)
+        self.ended: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
         self.background: Counter[Background] = Counter()
 
     def start(self, delivery: Delivery) -> None:

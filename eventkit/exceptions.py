@@ -135,7 +135,7 @@ class EventDepthError(EventKitError, RuntimeError):
             "EventBus(max_depth=...)"
         )
         self.limit = limit
-        self.chain = tuple(chain)
+        self.chain: tuple[str, ...] = tuple(chain)
 
 
 class DrainInProgressError(EventKitError, RuntimeError):
