@@ -26,6 +26,7 @@ from eventkit.exceptions import (
     NoDeliveryError,
     NoEventContextError,
     RouterClosedError,
+    StreamOverflowError,
 )
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "Publisher",
     "RouterClosedError",
     "Stats",
+    "StreamOverflowError",
     "Subscription",
     "Wiring",
     "current_delivery",

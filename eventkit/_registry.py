@@ -169,9 +169,12 @@ def refuse_non_event(event: object) -> None:
 
 
 def _caller() -> str:
-    """The nearest line outside eventkit."""
+    """The nearest line outside eventkit, and outside contextlib, which enters what we give."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__package__") == __package__:
+    while frame is not None and (
+        frame.f_globals.get("__package__") == __package__
+        or frame.f_globals.get("__name__") == "contextlib"
+    ):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "unknown"
 

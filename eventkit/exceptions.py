@@ -25,6 +25,7 @@ __all__ = [
     "NoDeliveryError",
     "NoEventContextError",
     "RouterClosedError",
+    "StreamOverflowError",
 ]
 
 
@@ -175,6 +176,22 @@ class HandlerCancelledError(EventKitError):
             "or future that had been cancelled. Catch that where it is awaited"
         )
         self.handler = handler
+
+
+class StreamOverflowError(EventKitError, RuntimeError):
+    """A stream with `overflow="raise"` was read too slowly, and has ended.
+
+    Attributes:
+        buffer: How many events were kept.
+    """
+
+    def __init__(self, event_type: str, buffer: int) -> None:
+        super().__init__(
+            f"a stream of {event_type} had {buffer} events waiting (buffer) when one more came. "
+            "Open it afresh after reading how things stand, read faster, or give it a larger "
+            "buffer="
+        )
+        self.buffer = buffer
 
 
 class DispatchError(EventKitError, ExceptionGroup[Exception]):
