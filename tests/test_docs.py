@@ -17,7 +17,7 @@ from eventkit._context import abandon, entered
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 FENCED = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PROOF = re.compile(r"`(tests/\S+\.py)::(\w+)`")
+PROOF = re.compile(r"`((?:tests|eventkit)/\S+\.py)::(\w+)`")
 
 
 def run_page(page: Path) -> ModuleType:

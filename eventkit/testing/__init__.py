@@ -1,0 +1,1 @@
+"""What tests of event-driven code need, for whichever test runner: no pytest inside."""

@@ -1,0 +1,218 @@
+"""Units of work keep the contract, whatever runs its tests; and it notices who does not keep it."""
+
+import traceback
+import unittest
+from collections.abc import Awaitable, Callable, Sequence
+from contextvars import copy_context
+from dataclasses import replace
+
+import anyio
+import pytest
+from trio.testing import MockClock
+
+from eventkit import EventContext, _context
+from eventkit._dispatch import Run, Terms, run_all
+from eventkit._stats import Outcome
+from eventkit.testing.contract import (
+    BusContract,
+    CancellationContract,
+    ContextContract,
+    CounterContract,
+    DispatchContract,
+    FailureContract,
+    NestingContract,
+    TimeoutContract,
+)
+from tests.witness import ignore
+
+RunAll = Callable[[Sequence[Run], Terms], Awaitable[None]]
+
+
+@pytest.mark.anyio
+class TestUnitsOfWork(ContextContract, NestingContract):
+    """As they are made by `EventBus`."""
+
+
+def test_unittest_runs_the_contract_as_well() -> None:
+    class TestNesting(NestingContract, unittest.IsolatedAsyncioTestCase):
+        pass
+
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromTestCase(TestNesting).run(result)
+
+    assert result.testsRun == len([name for name in dir(TestNesting) if name.startswith("test_")])
+    assert (result.errors, result.failures) == ([], [])
+
+
+def test_a_bus_has_to_be_at_rest_when_its_test_has_ended() -> None:
+    suite = BusContract()
+    bus, _ = suite.watched_bus()
+
+    with bus.context() as unit:
+        unit.publish("a")
+        with pytest.raises(AssertionError, match="not at rest"):
+            suite.teardown_method()
+        unit.discard()
+    suite.teardown_method()
+
+
+# Who breaks the contract
+
+
+async def one_after_the_other(runs: Sequence[Run], terms: Terms) -> None:
+    await run_all(runs, replace(terms, sequential=True))
+
+
+async def the_last_one_first(runs: Sequence[Run], terms: Terms) -> None:
+    await run_all(runs[::-1], terms)
+
+
+async def in_variables_of_its_own(runs: Sequence[Run], terms: Terms) -> None:
+    for run in runs:
+        run.variables = copy_context()
+    await run_all(runs, terms)
+
+
+async def as_long_as_it_takes(runs: Sequence[Run], terms: Terms) -> None:
+    for run in runs:
+        run.timeout = None
+    await run_all(runs, terms)
+
+
+async def deaf_to_cancellation(runs: Sequence[Run], terms: Terms) -> None:
+    with anyio.move_on_after(60, shield=True):
+        await run_all(runs, terms)
+
+
+async def silent_about_failures(runs: Sequence[Run], terms: Terms) -> None:
+    await run_all(runs, replace(terms, report=ignore))
+
+
+async def silent_about_interrupts(runs: Sequence[Run], terms: Terms) -> None:
+    try:
+        await run_all(runs, terms)
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        pass
+
+
+async def counting_twice(runs: Sequence[Run], terms: Terms) -> None:
+    await run_all(runs, terms)
+    terms.tally.skip(Outcome.HANDLED, len(runs))
+
+
+Broken = tuple[type[BusContract], str, str]  # a part of the contract, its test, what that says
+
+BROKEN_DISPATCH: dict[RunAll, Broken] = {
+    one_after_the_other: (
+        DispatchContract,
+        "test_a_handler_may_wait_for_a_sibling_whichever_was_subscribed_first",
+        "TimeoutError",
+    ),
+    the_last_one_first: (
+        DispatchContract,
+        "test_handlers_start_in_the_order_of_subscription",
+        "with False",
+    ),
+    in_variables_of_its_own: (
+        DispatchContract,
+        "test_a_delivery_sees_the_context_variables_as_of_its_publish",
+        "assert seen == ",
+    ),
+    as_long_as_it_takes: (
+        TimeoutContract,
+        "test_a_handler_past_its_time_is_cancelled_and_its_siblings_are_not",
+        "TimeoutError",
+    ),
+    deaf_to_cancellation: (
+        CancellationContract,
+        "test_under_a_cancellation_already_in_effect_no_handler_starts",
+        "assert started == []",
+    ),
+    silent_about_failures: (
+        FailureContract,
+        "test_parts_of_a_dispatch_error_are_dispatch_errors",
+        "no DispatchError was raised",
+    ),
+    silent_about_interrupts: (
+        FailureContract,
+        "test_what_ends_the_process_leaves_follow_ups_undelivered",
+        "no SystemExit was raised",
+    ),
+    counting_twice: (
+        CounterContract,
+        "test_whatever_tree_of_events_grows_all_of_it_is_accounted_for",
+        "assert Expected(",
+    ),
+}
+
+
+def no_unit(unit: EventContext) -> None:
+    """Find nobody to hand over to, or do nothing."""
+
+
+BROKEN_UNITS: dict[str, tuple[object, Broken]] = {
+    "discard": (
+        EventContext.release,
+        (
+            ContextContract,
+            "test_what_was_discarded_is_not_delivered_although_the_unit_succeeds",
+            "assert seen == ",
+        ),
+    ),
+    "_heir": (
+        no_unit,
+        (
+            NestingContract,
+            "test_a_nested_unit_hands_over_and_delivers_nothing_itself",
+            "assert seen == []",
+        ),
+    ),
+    "_abandon": (
+        no_unit,
+        (
+            ContextContract,
+            "test_cancelled_in_the_final_drain_what_is_left_is_undelivered",
+            "assert seen == ",
+        ),
+    ),
+}
+
+
+def verdict(suite: type[BusContract], test: str) -> str:
+    """What a test of the contract fails with, where nobody waits longer than an hour."""
+
+    async def judge() -> None:
+        running = suite()
+        with anyio.fail_after(3600):
+            await getattr(running, test)()
+        running.teardown_method()
+
+    try:
+        anyio.run(judge, backend="trio", backend_options={"clock": MockClock(autojump_threshold=0)})
+    except Exception as error:
+        return "".join(traceback.format_exception(error))
+    return ""
+
+
+@pytest.mark.parametrize("broken", BROKEN_DISPATCH)
+def test_the_contract_notices_a_dispatch_that_breaks_it(
+    broken: RunAll, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite, test, words = BROKEN_DISPATCH[broken]
+    assert verdict(suite, test) == ""
+
+    monkeypatch.setattr(_context, "run_all", broken)
+
+    assert words in verdict(suite, test)
+
+
+@pytest.mark.parametrize("method", BROKEN_UNITS)
+def test_the_contract_notices_units_of_work_that_break_it(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken, (suite, test, words) = BROKEN_UNITS[method]
+    assert verdict(suite, test) == ""
+
+    monkeypatch.setattr(EventContext, method, broken)
+
+    assert words in verdict(suite, test)
