@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "uv|virtualenv"
@@ -71,6 +72,22 @@ def load(session: nox.Session) -> None:
     """
     session.install("-e", ".", *group("load"))
     session.run("python", "-m", "benchmarks.load", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure eventkit beside every peer; ten minutes, on a machine that does nothing else.
+
+    Arguments go to the benchmarks: `dispatch request` chooses some, `--quick` is a first look,
+    `--check` fails where a goal is missed, `--out docs/benchmarks` keeps what was measured.
+    """
+    session.install("-e", ".", *group("bench"))
+    try:
+        session.install(*group("peers"))
+    except CommandFailed:
+        for peer in group("peers"):
+            session.install(peer, success_codes=range(256))  # the benchmarks name what is missing
+    session.run("python", "-m", "benchmarks", *session.posargs)
 
 
 @nox.session

@@ -1,0 +1,139 @@
+"""Runs the benchmarks, all or those named: `python -m benchmarks dispatch --quick`.
+
+With `--out docs/benchmarks` what was measured is kept as JSON and SVG in that folder, and the page
+beside it, `docs/benchmarks.md`, gets the new tables. `nox -s bench` runs this with all contenders
+installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast
+
+from benchmarks.harness import FULL, QUICK, Comparison, Effort, Results, Verdict, about
+from benchmarks.report import goals, machine
+
+TOPICS = ("dispatch",)
+
+
+class Topic(Protocol):
+    """What a module has that measures something.
+
+    Attributes:
+        TITLE: Of its part of the page.
+        PACKAGES: Distributions whose versions matter.
+    """
+
+    TITLE: str
+    PACKAGES: Sequence[str]
+
+    def measure(self, effort: Effort) -> Iterator[Comparison]:
+        """Measure one case after the other."""
+        ...
+
+    def verdicts(self, comparisons: Sequence[Comparison]) -> Iterable[Verdict]:
+        """Hold what was measured against the goals."""
+        ...
+
+    def tables(self, results: Results) -> str:
+        """The results in Markdown."""
+        ...
+
+    def plots(self, results: Results) -> dict[str, str]:
+        """The results as SVG, by the name of the file."""
+        ...
+
+
+def topic(name: str) -> Topic:
+    """The module of this name, loaded when it is run: what it needs may not be installed."""
+    return cast(Topic, import_module(f"benchmarks.{name}"))
+
+
+def run(name: str, effort: Effort) -> Results:
+    """Measure one topic."""
+    module = topic(name)
+    begun = time.perf_counter()
+    comparisons: list[Comparison] = []
+    for comparison in module.measure(effort):
+        comparisons.append(comparison)
+        case = ", ".join(f"{key}: {value}" for key, value in comparison.case.items())
+        print(f"{name} at {time.perf_counter() - begun:.0f} s, {case}")
+        show(comparison)
+    return Results(
+        about(*module.PACKAGES),
+        list(module.verdicts(comparisons)),
+        [figure for comparison in comparisons for figure in comparison.figures()],
+    )
+
+
+def show(comparison: Comparison) -> None:
+    """Print one case, a line per contender."""
+    for figure in comparison.figures():
+        if figure.value is None or figure.ratio is None:
+            print(f"    {figure.contender:<36} {figure.absent}")
+            continue
+        value, ratio = figure.value, figure.ratio
+        print(
+            f"    {figure.contender:<36} {value.median:>12,.4g} {figure.unit}"
+            f" {ratio.median:>10.3f} x ({ratio.low:.3f} to {ratio.high:.3f})"
+        )
+    sys.stdout.flush()
+
+
+def keep(name: str, results: Results, out: Path) -> None:
+    """Write what was found to files, and into the page that lies beside the folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(results.text())
+    for file, drawn in topic(name).plots(results).items():
+        (out / file).write_text(drawn)
+    page = out.with_suffix(".md")
+    if page.exists():
+        page.write_text(renewed(page.read_text(), name, results))
+
+
+def renewed(page: str, name: str, results: Results) -> str:
+    """The page with the topic's generated part made anew."""
+    block = re.compile(rf"(<!-- {name}: generated -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    return block.sub(lambda found: f"{found[1]}{part(name, results)}{found[2]}", page)
+
+
+def part(name: str, results: Results) -> str:
+    """What the page says of a topic."""
+    held = f"\n{goals(results.verdicts)}\n" if results.verdicts else ""
+    return f"\n{machine(results.about)}\n\n{topic(name).tables(results)}\n{held}\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write, and judge; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
+    parser.add_argument("topics", nargs="*", metavar="topic", help=f"of {', '.join(TOPICS)}")
+    parser.add_argument("--quick", action="store_true", help="a minute or two, and less exact")
+    parser.add_argument("--out", type=Path, help="a folder for JSON and SVG")
+    parser.add_argument("--check", action="store_true", help="fail if a goal is missed")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.topics) - set(TOPICS):
+        parser.error(f"there is no {', '.join(sorted(unknown))}; choose of {', '.join(TOPICS)}")
+    # Several contenders log what others keep silent about; a terminal is nobody's cost.
+    logging.getLogger().addHandler(logging.NullHandler())
+    verdicts: list[Verdict] = []
+    for name in options.topics or TOPICS:
+        results = run(name, QUICK if options.quick else FULL)
+        verdicts += results.verdicts
+        if options.out is not None:
+            keep(name, results, options.out)
+    for verdict in verdicts:
+        print(verdict)
+    missed = sum(not verdict.holds for verdict in verdicts)
+    print(f"{len(verdicts) - missed} of {len(verdicts)} goals hold")
+    return 1 if options.check and missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

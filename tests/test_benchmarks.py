@@ -1,0 +1,245 @@
+"""The benchmarks themselves: that they compute what they say, and that they still run."""
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import TOPICS, keep, main, part, run, topic
+from benchmarks.harness import (
+    SMALLEST,
+    Comparison,
+    Contender,
+    Effort,
+    Figure,
+    Results,
+    Run,
+    Spread,
+    Verdict,
+    compare,
+    ready,
+)
+from benchmarks.report import Bar, Panel, drawing, number, table
+
+KEPT = Path(__file__).parent.parent / "docs" / "benchmarks"
+TINY = Effort(rounds=3, seconds=1e-6, scale="smallest")
+
+
+def taking(*nanoseconds: float, calls: list[int] | None = None) -> Run:
+    """A run whose operations take these times, one after the other and again from the start."""
+    count = 0
+
+    async def run(times: int) -> float:
+        nonlocal count
+        if calls is not None:
+            calls.append(times)
+        took = nanoseconds[count % len(nanoseconds)] * times
+        count += 1
+        return took
+
+    return run
+
+
+def comparison_of(**rounds: list[float]) -> Comparison:
+    return Comparison({"size": 1}, rounds)
+
+
+def test_a_ratio_is_taken_within_each_round_before_the_median() -> None:
+    # The second round was disturbed, and so were both: medians of the times would say 3.5.
+    comparison = comparison_of(floor=[10, 100, 20], other=[30, 200, 70])
+
+    assert comparison.ratio("other") == Spread(3.0, 2.5, 3.25)
+
+
+def test_a_ratio_can_be_taken_to_any_contender() -> None:
+    comparison = comparison_of(floor=[1, 1], one=[10, 10], other=[5, 5])
+
+    assert comparison.ratio("other", "one").median == 0.5
+
+
+@pytest.mark.parametrize(
+    ("values", "spread"),
+    [
+        ([3.0], Spread(3.0, 3.0, 3.0)),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], Spread(3.0, 2.0, 4.0)),
+        ([1.0, 2.0], Spread(1.5, 1.25, 1.75)),
+        ([123456.0], Spread(123500.0, 123500.0, 123500.0)),
+    ],
+)
+def test_a_spread_is_the_median_and_the_quartiles_to_four_digits(
+    values: list[float], spread: Spread
+) -> None:
+    assert Spread.of(values) == spread
+
+
+@pytest.mark.anyio
+async def test_every_contender_is_measured_once_in_each_round() -> None:
+    contenders = [ready("floor", taking(1000)), ready("other", taking(4000, 2000))]
+
+    comparison = await compare({}, contenders, TINY)
+
+    assert comparison.rounds["floor"] == [1000] * 3
+    assert sorted(comparison.rounds["other"]) == [2000, 2000, 4000]
+
+
+@pytest.mark.anyio
+async def test_what_is_faster_than_the_clock_is_repeated_until_it_is_not() -> None:
+    calls: list[int] = []
+
+    await compare({}, [ready("fast", taking(1, calls=calls))], TINY.fewer(1))
+
+    assert calls[0] == 1
+    assert sum(calls[calls.index(max(calls)) + 1 :]) >= 1e-6 * 1e9
+
+
+@pytest.mark.anyio
+async def test_a_contender_with_a_batch_always_performs_that_many() -> None:
+    calls: list[int] = []
+
+    await compare({}, [ready("drain", taking(1, calls=calls), batch=500)], TINY)
+
+    assert set(calls) == {500}
+
+
+@pytest.mark.anyio
+async def test_a_contender_that_fails_is_left_out_with_its_reason() -> None:
+    @asynccontextmanager
+    async def broken() -> AsyncGenerator[Run]:
+        raise RuntimeError("no room\nand more")
+        yield taking(1)
+
+    async def failing(times: int) -> float:
+        raise LookupError("nobody listens")
+
+    contenders = [
+        ready("floor", taking(1)),
+        Contender("broken", broken),
+        ready("failing", failing),
+    ]
+    comparison = await compare({}, contenders, TINY, {"missing": "not installed"})
+
+    assert list(comparison.rounds) == ["floor"]
+    assert comparison.absent == {
+        "missing": "not installed",
+        "broken": "RuntimeError: no room",
+        "failing": "LookupError: nobody listens",
+    }
+
+
+@pytest.mark.anyio
+async def test_contenders_are_set_up_before_and_taken_down_after_all_rounds() -> None:
+    trace: list[str] = []
+
+    @asynccontextmanager
+    async def opened() -> AsyncGenerator[Run]:
+        trace.append("up")
+
+        async def run(times: int) -> float:
+            trace.append("run")
+            return 1e6
+
+        yield run
+        trace.append("down")
+
+    await compare({}, [Contender("one", opened)], TINY)
+
+    assert trace == ["up", *["run"] * (1 + TINY.rounds), "down"]
+
+
+@pytest.mark.parametrize(
+    ("measured", "holds", "word"),
+    [(1.9, True, "holds"), (2.1, True, "within noise"), (2.3, False, "missed")],
+)
+def test_a_goal_holds_up_to_its_limit_and_a_tenth(measured: float, holds: bool, word: str) -> None:
+    verdict = Verdict("as fast as light", measured, limit=2.0)
+
+    assert (verdict.holds, verdict.word) == (holds, word)
+
+
+def test_results_read_back_are_what_was_written() -> None:
+    spread = Spread(2.0, 1.5, 2.5)
+    results = Results(
+        {"python": "3.13"},
+        [Verdict("fast", 1.0, 2.0), Verdict("faster", 1.0, 2.0, stretch=0.5)],
+        [
+            Figure({"loop": "trio", "handlers": 3}, "eventkit", "ns", spread, spread),
+            Figure({"loop": "trio", "handlers": 3}, "peer", "ns", absent="not installed"),
+        ],
+    )
+
+    assert Results.read(results.text()) == results
+
+
+def test_results_find_the_figure_of_a_case() -> None:
+    figures = [Figure({"loop": "trio", "handlers": n}, "eventkit", "ns") for n in (1, 3)]
+    results = Results({}, [], figures)
+
+    assert results.find("eventkit", handlers=3) is figures[1]
+    assert results.find("eventkit", handlers=4) is None
+    assert results.find("peer", handlers=3) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.0123, "0.012"),
+        (0.5, "0.50"),
+        (1.234, "1.23"),
+        (12.34, "12.3"),
+        (2391.4, "2,391"),
+    ],
+)
+def test_numbers_are_written_to_three_digits_or_so(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_a_table_has_its_numbers_on_the_right() -> None:
+    assert table(["", "1"], [["floor", "2"]]) == "|  | 1 |\n| --- | ---: |\n| floor | 2 |"
+
+
+def test_bars_are_as_long_as_their_values_and_ours_has_a_colour_of_its_own() -> None:
+    bars = [Bar("eventkit", Spread(1, 1, 1), "1"), Bar("<peer>", Spread(2, 2, 4), "2")]
+
+    drawn = drawing([Panel("Time & space", bars)])
+
+    assert '<rect class="bar ours" x="250" y="33" width="100.0"' in drawn
+    assert '<rect class="bar" x="250" y="55" width="200.0"' in drawn
+    assert '<path class="range" d="M450.0 63H650.0"/>' in drawn
+    assert "Time &amp; space" in drawn
+    assert "&lt;peer&gt;" in drawn
+
+
+def test_on_a_logarithmic_scale_the_same_factor_is_the_same_length() -> None:
+    bars = [Bar("", Spread(value, value, value), "") for value in (1, 10, 100)]
+    panel = Panel("", bars, logarithmic=True)
+
+    assert panel.width(100) - panel.width(10) == pytest.approx(panel.width(10) - panel.width(1))
+    assert panel.width(100) == 1
+
+
+@pytest.mark.parametrize("name", TOPICS)
+def test_a_benchmark_runs_and_can_be_told_about(name: str, tmp_path: Path) -> None:
+    results = run(name, SMALLEST)
+    keep(name, results, tmp_path)
+
+    assert any(f.value for f in results.figures if f.contender.startswith("eventkit"))
+    assert Results.read((tmp_path / f"{name}.json").read_text()) == results
+    assert "| eventkit" in part(name, results)
+
+
+def test_an_unknown_benchmark_is_told_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["speed"])
+
+    assert f"there is no speed; choose of {', '.join(TOPICS)}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in TOPICS if (KEPT / f"{name}.json").exists()])
+def test_the_page_and_its_plots_show_what_was_measured(name: str) -> None:
+    results = Results.read((KEPT / f"{name}.json").read_text())
+
+    assert part(name, results) in KEPT.with_suffix(".md").read_text()
+    for file, drawn in topic(name).plots(results).items():
+        assert (KEPT / file).read_text() == drawn
