@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import anyio
 import pytest
+import trio
 from trio.testing import MockClock
 
 from eventkit import EventContext, _context
@@ -21,6 +22,7 @@ from eventkit.testing.contract import (
     DispatchContract,
     FailureContract,
     NestingContract,
+    OrderContract,
     TimeoutContract,
 )
 from tests.witness import ignore
@@ -65,6 +67,12 @@ async def one_after_the_other(runs: Sequence[Run], terms: Terms) -> None:
 
 async def the_last_one_first(runs: Sequence[Run], terms: Terms) -> None:
     await run_all(runs[::-1], terms)
+
+
+async def in_a_task_that_nobody_waits_for(runs: Sequence[Run], terms: Terms) -> None:
+    trio.lowlevel.spawn_system_task(run_all, runs, terms)
+    for run in runs:
+        run.outcome = Outcome.HANDLED
 
 
 async def in_variables_of_its_own(runs: Sequence[Run], terms: Terms) -> None:
@@ -112,6 +120,11 @@ BROKEN_DISPATCH: dict[RunAll, Broken] = {
         DispatchContract,
         "test_handlers_start_in_the_order_of_subscription",
         "with False",
+    ),
+    in_a_task_that_nobody_waits_for: (
+        OrderContract,
+        "test_the_next_event_starts_when_all_handlers_of_the_one_before_have_ended",
+        "assert steps == ",
     ),
     in_variables_of_its_own: (
         DispatchContract,

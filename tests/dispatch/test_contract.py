@@ -10,6 +10,7 @@ from eventkit.testing.contract import (
     CounterContract,
     DispatchContract,
     FailureContract,
+    OrderContract,
     TimeoutContract,
     by_drain,
 )
@@ -19,7 +20,12 @@ pytestmark = pytest.mark.anyio
 
 
 class TestByDispatch(
-    DispatchContract, CancellationContract, FailureContract, TimeoutContract, CounterContract
+    DispatchContract,
+    OrderContract,
+    CancellationContract,
+    FailureContract,
+    TimeoutContract,
+    CounterContract,
 ):
     """Events are dispatched."""
 

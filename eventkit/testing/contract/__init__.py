@@ -19,6 +19,7 @@ With unittest, `class TestUnitsOfWork(ContextContract, unittest.IsolatedAsyncioT
 The parts:
 
 - `DispatchContract`: the handlers of one event, concurrently, in order, each in its own context;
+- `OrderContract`: which event follows which, and what caused it;
 - `CancellationContract`, `FailureContract`, `TimeoutContract`: how they end other than well;
 - `ContextContract`, `NestingContract`: units of work, released, discarded, inside each other;
 - `CounterContract`: nothing is lost from sight, at any moment, however it ends.
@@ -39,6 +40,7 @@ from eventkit.testing.contract._counters import CounterContract
 from eventkit.testing.contract._dispatch import DispatchContract
 from eventkit.testing.contract._failures import FailureContract
 from eventkit.testing.contract._nesting import NestingContract
+from eventkit.testing.contract._order import OrderContract
 from eventkit.testing.contract._timeouts import TimeoutContract
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "DispatchContract",
     "FailureContract",
     "NestingContract",
+    "OrderContract",
     "TimeoutContract",
     "by_dispatch",
     "by_drain",
