@@ -7,10 +7,12 @@ response was sent and after the transaction was committed.
 from eventkit._bus import EventBus, Wiring
 from eventkit._context import DrainReport, EventContext, Failure, current_delivery
 from eventkit._events import Delivery, DomainEvent, Publisher
+from eventkit._handlers import Resolver, Solver
 from eventkit._observers import Observation, Observer
 from eventkit._registry import EventRouter, Subscription
 from eventkit._stats import Stats
 from eventkit.exceptions import (
+    BusLookupError,
     DispatchError,
     DrainInProgressError,
     DuplicateSubscriptionError,
@@ -25,11 +27,13 @@ from eventkit.exceptions import (
     InvalidHandlerError,
     NoDeliveryError,
     NoEventContextError,
+    NoRequestError,
     RouterClosedError,
     StreamOverflowError,
 )
 
 __all__ = [
+    "BusLookupError",
     "Delivery",
     "DispatchError",
     "DomainEvent",
@@ -51,10 +55,13 @@ __all__ = [
     "InvalidHandlerError",
     "NoDeliveryError",
     "NoEventContextError",
+    "NoRequestError",
     "Observation",
     "Observer",
     "Publisher",
+    "Resolver",
     "RouterClosedError",
+    "Solver",
     "Stats",
     "StreamOverflowError",
     "Subscription",

@@ -10,7 +10,7 @@ from typing import Concatenate, TypedDict, TypeVar
 from eventkit import _context
 from eventkit._context import Core, EventContext, log_failure
 from eventkit._events import Delivery, type_name
-from eventkit._handlers import is_duration
+from eventkit._handlers import Resolver, is_duration
 from eventkit._observers import Observation, Observer
 from eventkit._registry import (
     Declaration,
@@ -59,6 +59,8 @@ class EventBus(Subscribing):
             subscription's own `timeout=` goes before it; plain `def`s in a thread have none.
         max_events: How many events with a handler may wait in one unit of work.
         max_depth: How many handlers deep events may cause events.
+        resolver: What gives handlers their dependencies; left out, FastAPI's `Depends` does, which
+            is looked for when the first handler that has some is subscribed.
 
     Attributes:
         name: As given.
@@ -67,6 +69,7 @@ class EventBus(Subscribing):
             callable to replace it; what it raises is logged.
 
     Raises:
+        TypeError: `resolver` is no `Resolver`.
         ValueError: A limit is not above 0.
     """
 
@@ -78,6 +81,7 @@ class EventBus(Subscribing):
         handler_timeout: float | None = 30.0,
         max_events: int = 1000,
         max_depth: int = 16,
+        resolver: Resolver | None = None,
     ) -> None:
         if handler_timeout is not None and not is_duration(handler_timeout):
             raise ValueError(f"handler_timeout takes seconds above 0, not {handler_timeout!r}")
@@ -85,8 +89,15 @@ class EventBus(Subscribing):
             raise ValueError(
                 f"max_events and max_depth are at least 1, not {max_events!r} and {max_depth!r}"
             )
-        self._registry = Registry()
+        if resolver is not None and (
+            isinstance(resolver, type) or not isinstance(resolver, Resolver)  # pyright: ignore[reportUnnecessaryIsInstance]
+        ):
+            raise TypeError(
+                f"resolver takes an object with the methods of eventkit.Resolver, not {resolver!r}"
+            )
+        self._registry = Registry(resolver)
         self._core = Core(
+            bus=self,
             name=name,
             sequential=sequential,
             handler_timeout=handler_timeout,
@@ -129,8 +140,8 @@ class EventBus(Subscribing):
 
         Args:
             event_type: A class; `object` for every event.
-            handler: Anything callable with the event alone: `async def`, plain `def` (runs in a
-                worker thread), methods, partials, callable objects.
+            handler: Anything callable with the event and its dependencies: `async def`, plain
+                `def` (runs in a worker thread), methods, partials, callable objects.
             name: A stable name, where `module:qualname` would not be one.
             timeout: Seconds that one delivery may take, None for no limit; left out, the bus's
                 `handler_timeout` holds in drains.
@@ -142,7 +153,7 @@ class EventBus(Subscribing):
 
         Raises:
             InvalidEventTypeError: `event_type` is not a class.
-            InvalidHandlerError: The handler cannot be called with just an event.
+            InvalidHandlerError: The handler takes no event, or something that nobody provides.
             DuplicateSubscriptionError: It is subscribed to this type already.
         """
         declaration = declare(event_type, handler, name=name, timeout=timeout, thread=thread)
@@ -153,6 +164,7 @@ class EventBus(Subscribing):
 
         Raises:
             DuplicateSubscriptionError: One of them is subscribed already.
+            InvalidHandlerError: One of them takes something that nobody provides.
         """
         include_into(self, router)
 

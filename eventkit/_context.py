@@ -50,6 +50,7 @@ from eventkit.exceptions import (
 
 _active: ContextVar[EventContext | None] = ContextVar("eventkit_active", default=None)
 _outside: ContextVar[str | None] = ContextVar("eventkit_outside", default=None)
+_origin: ContextVar[object] = ContextVar("eventkit_origin", default=None)
 _numbers = count()
 try:  # which event loop a task runs on, where AnyIO leaves that to sniffio
     from sniffio import current_async_library_cvar as _library
@@ -64,6 +65,7 @@ class Core:
     The bus makes it and changes `observers` and `report_failure`; everything else is fixed.
     """
 
+    bus: object  # whose they are, for those above who know what it is
     name: str
     sequential: bool
     handler_timeout: float | None
@@ -177,6 +179,7 @@ class EventContext:
         "_enclosing",
         "_is_delivery",
         "_load",
+        "_origin",
         "_outer",
         "_released",
         "_staged",
@@ -195,6 +198,7 @@ class EventContext:
         self._is_delivery = False
         self._drained: anyio.Event | None = None  # there while a drain is running
         self._before: EventContext | None = None  # what was active when it became so
+        self._origin: object = None  # which application it belongs to; for resolvers alone
 
     @property
     def closed(self) -> bool:
@@ -355,6 +359,7 @@ class EventContext:
             raise EventContextUsageError(
                 "an event context is opened once: call bus.context() for each unit of work"
             )
+        self._origin = _origin.get() if enclosing is None else enclosing._origin
         while enclosing is not None and enclosing.closed:  # a task that outlived its unit
             enclosing = enclosing._enclosing
         self._state = _State.OPEN
@@ -531,7 +536,7 @@ class EventContext:
             variables = envelope.variables.copy()
             variables.run(_enter_delivery, unit, thread_level.get(), _library.get(None))
             bind(variables, event_type=type_name(type(delivery.event)), handler=delivery.handler)
-            runs.append(Run(delivery, handler, limit, variables))
+            runs.append(Run(delivery, handler, limit, self._origin, variables))
             units.append(unit)
         try:
             self._skip(cancelled, Outcome.DISCARDED)
@@ -549,6 +554,7 @@ class EventContext:
         unit._state = _State.OPEN
         unit._outer = self
         unit._load = self._load
+        unit._origin = self._origin
         unit._delivery = delivery
         unit._is_delivery = True
         return unit
@@ -663,13 +669,22 @@ def current_delivery() -> Delivery:
     return context._delivery
 
 
+def delivering() -> tuple[object, EventContext] | None:
+    """The bus whose handler the caller is part of, and the unit of work that the delivery is."""
+    context = _active.get()
+    return None if context is None or not context._is_delivery else (context._core.bus, context)
+
+
 @contextmanager
-def entered(context: EventContext, enclosing: EventContext | None) -> Generator[None]:
+def entered(
+    context: EventContext, enclosing: EventContext | None, origin: object = None
+) -> Generator[None]:
     """Open it inside `enclosing` alone, whatever is active; active for the block, then not ended.
 
     For those who end a unit of work elsewhere than where it was begun, with `finish`.
     """
     context._open(enclosing)
+    context._origin = origin
     context._activate()
     try:
         yield
@@ -678,12 +693,16 @@ def entered(context: EventContext, enclosing: EventContext | None) -> Generator[
 
 
 @contextmanager
-def outside(reason: str) -> Generator[None]:
-    """No unit of work is active in the block; an attempt to publish is told the reason."""
-    active, told = _active.set(None), _outside.set(reason)
+def outside(reason: str, origin: object) -> Generator[None]:
+    """No unit of work is active in the block; an attempt to publish is told the reason.
+
+    Units that are opened in it, or in tasks that are started in it, are of this origin.
+    """
+    active, told, came = _active.set(None), _outside.set(reason), _origin.set(origin)
     try:
         yield
     finally:
+        _origin.reset(came)
         _outside.reset(told)
         _active.reset(active)
 

@@ -44,6 +44,7 @@ class Run:
         delivery: What observers are told.
         handler: What to run.
         timeout: Seconds it may take on the event loop, None for no limit.
+        origin: Where the unit of work comes from, for the handler's dependencies.
         variables: The context variables to run it in; copied, never changed.
         outcome: Set by `run_all`, and by nobody else.
     """
@@ -51,6 +52,7 @@ class Run:
     delivery: Delivery
     handler: Handler
     timeout: float | None
+    origin: object
     variables: Context
     outcome: Outcome | None = None
 
@@ -152,7 +154,7 @@ async def _attempt(run: Run) -> None:
     """Call one handler, and raise what its delivery failed with."""
     requests = _cancel_requests()
     try:
-        awaitable = await run.handler.start(run.delivery.event)
+        awaitable = await run.handler.start(run.delivery.event, run.origin)
         if awaitable is not None:
             await _await_in_time(awaitable, run)
     except Exception:

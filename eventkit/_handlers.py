@@ -1,6 +1,7 @@
-"""Owns what a callable is: its name, where it stands, where its call starts, whether it fits.
+"""Owns what a callable is: its name, its place, where its call starts, what it takes beside events.
 
-Everything is looked at once, when subscribing. Knows nothing of event types and subscriptions.
+Everything is looked at once, when subscribing. Knows nothing of event types and subscriptions, and
+of no container: whoever fills the parameters beside the event is a `Resolver`.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
-from types import CodeType, EllipsisType
-from typing import Any, cast
+from types import CodeType, EllipsisType, FunctionType
+from typing import Any, ForwardRef, Protocol, runtime_checkable
 
 from anyio import CapacityLimiter, to_thread
 from anyio.lowlevel import RunVar
@@ -39,6 +41,47 @@ _UNEVALUATED: dict[str, Any] = (  # Any: an option that earlier versions do not 
 )
 
 
+class Solver(Protocol):
+    """Makes the dependencies of one handler, for one delivery. What `Resolver.compile` returns."""
+
+    def __call__(self, origin: object, /) -> AbstractAsyncContextManager[Mapping[str, object]]:
+        """Return what is entered around the call; the handler is given the values by name.
+
+        It is entered and left on the event loop, in the task, the context variables and the unit
+        of work of the delivery, within its deadline. Its exit is told what the handler raised:
+        what the exit raises instead fails the delivery, what it swallows fails it all the same.
+        Deliveries at the same time each call it.
+
+        Args:
+            origin: Where the unit of work was opened: an `eventkit.starlette.Origin` for one of a
+                request, a websocket or a lifespan and all inside it, None elsewhere.
+        """
+        ...
+
+
+@runtime_checkable
+class Resolver(Protocol):
+    """What gives handlers their dependencies: FastAPI where nothing is said, or another container.
+
+    Asked when a handler is subscribed to a bus, or its router is included in one; afterwards only
+    the `Solver` is called. It is shown the parameters beside the event, with annotations that have
+    been evaluated: a name that does not exist at run time is a `typing.ForwardRef` in them, and
+    one that cannot be evaluated at all is a string.
+    """
+
+    def provides(self, parameter: inspect.Parameter) -> bool:
+        """Say whether this is a dependency. Others keep their default, and have to have one."""
+        ...
+
+    def compile(self, parameters: Sequence[inspect.Parameter]) -> Solver:
+        """Prepare for the deliveries to a handler that has these dependencies, one at least.
+
+        Raises:
+            Exception: What cannot work. The handler's name and place are added to the message.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Handler:
     """A user's callable, looked at.
@@ -49,6 +92,7 @@ class Handler:
         location: Where it is defined, as `file:line`.
         in_thread: Its call starts in a worker thread.
         timeout: Seconds it may take, None for no limit, `...` for what the unit of work says.
+        solver: Makes its dependencies; None where it has none.
     """
 
     function: Callable[..., object]
@@ -56,6 +100,12 @@ class Handler:
     location: str
     in_thread: bool
     timeout: float | None | EllipsisType = field(default=...)
+    solver: Solver | None = None
+
+    @property
+    def place(self) -> str:
+        """What it is called, and where it is defined."""
+        return f"{self.name} ({self.location})"
 
     @property
     def identity(self) -> object:
@@ -67,12 +117,20 @@ class Handler:
             return function
         return id(function)
 
-    async def start(self, event: object) -> Awaitable[object] | None:
+    async def start(self, event: object, origin: object) -> Awaitable[object] | None:
         """Call the function where it belongs; what it returns to be awaited, is returned.
+
+        With dependencies all of it is to be awaited: making them, the call, and their clean-up.
 
         Raises:
             InvalidHandlerError: It returned a generator, whose body nobody would run.
         """
+        if self.solver is not None:
+            whole = self._with_dependencies(self.solver, event, origin)
+            if not self.in_thread:
+                return whole
+            await whole  # a thread has no deadline, and so neither has what it needs
+            return None
         if self.in_thread:
             box = await to_thread.run_sync(_boxed, self.function, event, limiter=_threads())
             result = _unboxed(box)
@@ -86,6 +144,24 @@ class Handler:
                 "Return None or an awaitable"
             )
         return None
+
+    async def _with_dependencies(self, solver: Solver, event: object, origin: object) -> None:
+        """Make the dependencies, run the function to its end, and clean up, in that order."""
+        failure: BaseException | None = None
+        try:
+            async with solver(origin) as values:
+                try:
+                    call = functools.partial(self.function, **values)
+                    awaitable = await replace(self, function=call, solver=None).start(event, origin)
+                    if awaitable is not None:
+                        await awaitable
+                except BaseException as error:
+                    failure = error
+                    raise
+            if failure is not None:  # a dependency swallowed it, which makes nothing good
+                raise failure
+        finally:
+            del failure  # or this frame and its traceback keep each other alive
 
 
 # What a call in a worker thread returned, or what it raised; a list, so that it can be emptied.
@@ -144,13 +220,13 @@ def inspect_handler(
         raise InvalidHandlerError(
             f"a handler is a callable that takes the event, not {function!r}{hint}"
         )
-    called = name or _name(function)
+    called = name or name_of(function)
     if isinstance(function, type):
         raise InvalidHandlerError(
             f"{called} is a class: every event would make an instance and nothing else. "
             "Subscribe an instance with __call__, or one of its methods"
         )
-    location = _location(function)
+    location = location_of(function)
     place = f"{called} ({location})"
     _refuse_generators(function, place)
     _check_signature(function, place)
@@ -188,7 +264,8 @@ def _layers(
             layer = getattr(type(layer), "__call__", None)  # noqa: B004 - the class's, on purpose
 
 
-def _name(function: Callable[..., object]) -> str:
+def name_of(function: Callable[..., object]) -> str:
+    """What a callable is called: `module:qualname`, of the function inside a partial."""
     while isinstance(function, functools.partial):
         function = function.func
     named: object = function
@@ -198,7 +275,8 @@ def _name(function: Callable[..., object]) -> str:
     return f"{module}:{getattr(named, '__qualname__')}"  # noqa: B009 - typed as having none
 
 
-def _location(function: Callable[..., object]) -> str:
+def location_of(function: Callable[..., object]) -> str:
+    """Where a callable is defined, as `file:line`."""
     for layer in reversed(list(_layers(function))):
         code = getattr(layer, "__code__", None)
         if type(code) is CodeType:  # a mock's is only said to be one
@@ -216,27 +294,149 @@ def _refuse_generators(function: Callable[..., object], place: str) -> None:
 
 
 def _check_signature(function: Callable[..., object], place: str) -> None:
-    try:
-        signature = inspect.signature(function, **_UNEVALUATED)
-    except (TypeError, ValueError):  # built-ins may have none, others nonsense; the call will tell
+    """Refuse what takes no event; whether the rest has a source, depends on the bus."""
+    signature = _signature(function)
+    if signature is None:
         return
     try:
-        bound = signature.bind(object())
+        signature.bind_partial(object())
     except TypeError:
-        remedy = "It needs one positional parameter for the event, and defaults for all others"
-        if next(iter(signature.parameters), None) == "self":
-            remedy = "It is a method: subscribe that of an instance, once there is one"
+        remedy = "It needs a positional parameter for the event"
+    else:
+        first, *others = signature.parameters.values()
+        if first.name != "self" or not any(map(_is_required, others)):
+            return
+        remedy = "It is a method: subscribe that of an instance, once there is one"
+    raise InvalidHandlerError(
+        f"{place} cannot be called with an event: its signature is {signature}. {remedy}"
+    )
+
+
+def _signature(
+    function: Callable[..., object], *, follow_wrapped: bool = True
+) -> inspect.Signature | None:
+    """The signature with its annotations as they stand; None where the call has to tell.
+
+    Built-ins may have none, others nonsense.
+    """
+    try:
+        return inspect.signature(function, follow_wrapped=follow_wrapped, **_UNEVALUATED)
+    except (TypeError, ValueError):
+        return None
+
+
+_STARS = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty and parameter.kind not in _STARS
+
+
+def with_dependencies(handler: Handler, resolver: Resolver | None) -> Handler:
+    """Have the resolver compile what the handler takes beside the event.
+
+    Without a resolver FastAPI's is used, which is not imported before a handler needs it.
+
+    Raises:
+        InvalidHandlerError: Something that it takes has neither a source nor a default.
+    """
+    parameters = _beside_the_event(handler.function)
+    required = [parameter for parameter in parameters if _is_required(parameter)]
+    # What FastAPI has to fill is an object of FastAPI's, or has no default.
+    if resolver is None and parameters and (required or "fastapi" in sys.modules):
+        resolver = _of_fastapi(handler, [parameter.name for parameter in required or parameters])
+    if resolver is None:
+        return handler
+    provided = [parameter for parameter in parameters if resolver.provides(parameter)]
+    for parameter in required:
+        if parameter not in provided:
+            raise InvalidHandlerError(_unprovided(handler, parameter))
+    if not provided:
+        return handler
+    try:
+        solver = resolver.compile(provided)
+    except Exception as error:
+        raise InvalidHandlerError(f"{handler.place}: {error}") from error
+    _check_call(handler, provided)
+    return replace(handler, solver=solver)
+
+
+def _beside_the_event(function: Callable[..., object]) -> list[inspect.Parameter]:
+    """What it takes beside the event and what a partial has bound, with annotations evaluated."""
+    signature = _signature(function)
+    if signature is None:
+        return []
+    layers = list(_layers(function))
+    bound = {
+        name for layer in layers if isinstance(layer, functools.partial) for name in layer.keywords
+    }
+    functions = [layer for layer in layers if isinstance(layer, FunctionType)]
+    namespace = functions[-1].__globals__ if functions else {}
+    return [
+        parameter.replace(annotation=_evaluated(parameter.annotation, namespace))
+        for parameter in list(signature.parameters.values())[1:]
+        if parameter.name not in bound and parameter.kind not in _STARS
+    ]
+
+
+def _evaluated(annotation: object, namespace: dict[str, Any]) -> object:
+    """Evaluate a postponed annotation; names for type checkers alone become a `ForwardRef`.
+
+    What cannot be evaluated even so, stays the text that it is.
+    """
+    missing: dict[str, object] = {}
+    while isinstance(annotation, str):
+        try:
+            annotation = eval(annotation, namespace, missing)
+        except Exception as error:  # noqa: BLE001 - whatever stands there is user code
+            name = error.name if isinstance(error, NameError) else None
+            if name is None or name in missing:
+                break
+            missing[name] = ForwardRef(name)
+    return annotation
+
+
+def _of_fastapi(handler: Handler, parameters: Sequence[str]) -> Resolver:
+    """FastAPI's resolver. The one place that knows of it; by name, as it stands floors above."""
+    try:
+        module = import_module("eventkit.fastapi")
+    except ModuleNotFoundError as error:
         raise InvalidHandlerError(
-            f"{place} cannot be called with just the event: its signature is {signature}. {remedy}"
+            f"{handler.place} takes {', '.join(parameters)} beside the event, and what resolves "
+            "dependencies is not installed: FastAPI. Install fastapi-eventkit[fastapi], plug in "
+            "another container with EventBus(resolver=...), or close over what the handler needs"
+        ) from error
+    resolver: Resolver = module.FastAPIResolver()
+    return resolver
+
+
+def _unprovided(handler: Handler, parameter: inspect.Parameter) -> str:
+    text = f"{handler.place} takes {parameter.name!r}, which is neither the event nor "
+    if isinstance(parameter.annotation, str):
+        return (
+            f"{text}seen to be a dependency: its annotation {parameter.annotation!r} cannot be "
+            "evaluated. Import what it names at module level, and not for type checkers alone"
+        )
+    return (
+        f"{text}a dependency, and has no default. A handler has no request, so neither query, path "
+        "nor body: put what it needs into the event, or say where it comes from, with FastAPI "
+        f"`{parameter.name}: Annotated[..., Depends(...)]`"
+    )
+
+
+def _check_call(handler: Handler, provided: Sequence[inspect.Parameter]) -> None:
+    """Refuse what the dependencies cannot be given to by name."""
+    signature = _signature(handler.function, follow_wrapped=False)
+    names = [parameter.name for parameter in provided]
+    try:
+        if signature is not None:
+            signature.bind(object(), **dict.fromkeys(names))
+    except TypeError as error:
+        raise InvalidHandlerError(
+            f"{handler.place} cannot be given its dependencies {', '.join(names)} as keyword "
+            f"arguments: {error}. A decorator has to pass on what it is called with: "
+            "`def wrapper(*args, **kwargs)`; a dependency cannot be positional-only"
         ) from None
-    for parameter in signature.parameters.values():
-        marker = type(cast("object", parameter.default))
-        if parameter.name not in bound.arguments and marker.__module__ == "fastapi.params":
-            raise InvalidHandlerError(
-                f"{place} declares {parameter.name}={marker.__name__}(...), which would arrive "
-                "as that object: nothing resolves dependencies of handlers. Close over what the "
-                "handler needs, or subscribe a method of an object that has it"
-            )
 
 
 def _check_timeout(timeout: float | None | EllipsisType, place: str, *, in_thread: bool) -> None:

@@ -17,7 +17,7 @@ from types import EllipsisType, FrameType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, overload
 
 from eventkit._events import type_name
-from eventkit._handlers import Handler, inspect_handler
+from eventkit._handlers import Handler, Resolver, inspect_handler, with_dependencies
 from eventkit._log import log
 from eventkit.exceptions import (
     DuplicateSubscriptionError,
@@ -64,9 +64,9 @@ class Subscription:
 
     __slots__ = ("_registry", "active", "declaration", "order", "target")
 
-    def __init__(self, declaration: Declaration, registry: Registry) -> None:
+    def __init__(self, declaration: Declaration, target: Handler, registry: Registry) -> None:
         self.declaration: Declaration = declaration
-        self.target: Handler = declaration.handler
+        self.target: Handler = target
         self.order: int = next(_order)
         self.active: bool = True
         self._registry = registry
@@ -243,7 +243,7 @@ class Subscribing:
 
         Raises:
             InvalidEventTypeError: Something else than classes was given, or nothing.
-            InvalidHandlerError: The function cannot be called with just an event.
+            InvalidHandlerError: The function takes no event, or something that nobody provides.
             DuplicateSubscriptionError: It is subscribed to one of the types already.
         """
         if not event_types:
@@ -327,11 +327,15 @@ class Registry:
     """All subscriptions of one bus.
 
     Thread-safe: changes take the lock and drop the cache; a look-up in the cache takes none.
+
+    Args:
+        resolver: Compiles the dependencies of handlers; None for FastAPI's, once one has some.
     """
 
-    __slots__ = ("_by_type", "_lock", "_plans")
+    __slots__ = ("_by_type", "_lock", "_plans", "_resolver")
 
-    def __init__(self) -> None:
+    def __init__(self, resolver: Resolver | None) -> None:
+        self._resolver = resolver
         self._lock = RLock()  # finalizers run anywhere, also while it is held
         self._by_type: dict[type, dict[object, Subscription]] = {}
         self._plans: dict[type, Plan] = {}
@@ -341,15 +345,17 @@ class Registry:
 
         Raises:
             DuplicateSubscriptionError: Naming both places.
+            InvalidHandlerError: A handler takes something that nobody provides.
         """
+        targets = [with_dependencies(d.handler, self._resolver) for d in declarations]
         with self._lock:
             added: dict[type, dict[object, Subscription]] = {}
-            for declaration in declarations:
-                event_type, identity = declaration.event_type, declaration.handler.identity
+            for declaration, target in zip(declarations, targets, strict=True):
+                event_type, identity = declaration.event_type, target.identity
                 for table in (self._by_type, added):
                     twin = table.get(event_type, {}).get(identity)
                     declaration.refuse_twin(twin.declaration if twin else None)
-                subscription = Subscription(declaration, self)
+                subscription = Subscription(declaration, target, self)
                 added.setdefault(event_type, {})[identity] = subscription
             for event_type, subscriptions in added.items():
                 self._by_type.setdefault(event_type, {}).update(subscriptions)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Self
 
 __all__ = [
+    "BusLookupError",
     "DispatchError",
     "DrainInProgressError",
     "DuplicateSubscriptionError",
@@ -24,6 +25,7 @@ __all__ = [
     "InvalidHandlerError",
     "NoDeliveryError",
     "NoEventContextError",
+    "NoRequestError",
     "RouterClosedError",
     "StreamOverflowError",
 ]
@@ -94,6 +96,31 @@ class NoEventContextError(EventKitError, RuntimeError):
 
 class NoDeliveryError(EventKitError, LookupError):
     """`current_delivery()` was called outside a handler."""
+
+
+class NoRequestError(EventKitError, LookupError):
+    """A dependency of a handler asked for something that only a request has.
+
+    Attributes:
+        missing: What it asked for.
+    """
+
+    def __init__(self, missing: str) -> None:
+        if missing == "app":
+            reason = (
+                "the unit of work was opened neither in a request nor in the lifespan of an "
+                "application whose EventContextMiddleware has this bus"
+            )
+        else:
+            reason = (
+                "a handler runs after its request, or without one. Put what it needs into the event"
+            )
+        super().__init__(f"a handler's Request has no {missing}: {reason}")
+        self.missing = missing
+
+
+class BusLookupError(EventKitError, LookupError):
+    """An alias of `eventkit.fastapi` stands for the only bus of an application with none or two."""
 
 
 class EventContextClosedError(EventKitError, RuntimeError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -16,6 +16,7 @@ from typing import Any
 
 from anyio import create_task_group, move_on_after
 from anyio.lowlevel import RunVar
+from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,10 +27,11 @@ from eventkit._drainer import Drainer
 from eventkit._handlers import is_duration
 from eventkit._log import log
 
-__all__ = ["EventContextMiddleware", "Outcome", "succeeded"]
+__all__ = ["EventContextMiddleware", "Origin", "Outcome", "succeeded"]
 
 _SCOPE_KEY = "eventkit"
 _numbers = count()
+_MAX_LAYERS = 100  # of middleware around an app, which may lead back to themselves
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})  # RFC 9110, section 9.2.1
 
 # The messages that carry a response's body; ASGI's extensions add the last two.
@@ -43,6 +45,22 @@ _LIFESPAN = (
     "start-up and shutdown code belongs to no request. Open a unit of work: "
     "`async with bus.context():`"
 )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Origin:
+    """The application that a unit of work was opened in, as a `Resolver` is given it.
+
+    Of a request it has nothing: the same handler is run for jobs, which have none.
+
+    Attributes:
+        app: The application whose middleware or lifespan it was; None where none is known.
+        state: What the lifespan yielded. Without a running lifespan, what `scope["state"]` held
+            when the request came in. Shared by all units of the lifespan, and not to be changed.
+    """
+
+    app: Starlette | None
+    state: Mapping[str, Any]  # as ASGI defines it
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +176,9 @@ class EventContextMiddleware:
         self._announced = False
         # One per running event loop: a module-level app may be served by several. Numbered,
         # because older versions of AnyIO tell variables apart by their names.
-        self._drainer: RunVar[Drainer | None] = RunVar(f"eventkit_drainer_{next(_numbers)}", None)
+        number = next(_numbers)
+        self._drainer: RunVar[Drainer | None] = RunVar(f"eventkit_drainer_{number}", None)
+        self._lifespan: RunVar[Origin | None] = RunVar(f"eventkit_lifespan_{number}", None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one scope, as ASGI defines it."""
@@ -167,7 +187,9 @@ class EventContextMiddleware:
         elif scope["type"] == "lifespan":
             await self._serve_lifespan(scope, receive, send)
         else:
-            with outside(_WEBSOCKET):
+            # A websocket has a bus all the same.
+            scope[_SCOPE_KEY] = {**scope.get(_SCOPE_KEY, {}), self.bus: None}
+            with outside(_WEBSOCKET, self._origin_of(scope)):
                 await self.app(scope, receive, send)
 
     async def _serve_request(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -188,7 +210,7 @@ class EventContextMiddleware:
         if drainer is not None:
             drainer.expect(context)
         try:
-            with entered(context, next(reversed(around.values()), None)):
+            with entered(context, next(reversed(around.values()), None), self._origin_of(scope)):
                 await self.app(scope, receive, response.send)
         except GeneratorExit:  # closed from outside: nothing can be awaited any more
             abandon(context)
@@ -206,6 +228,19 @@ class EventContextMiddleware:
         if background is None:
             background = "spec_version" in scope.get("asgi", {})
         return self._drainer.get() if background else None
+
+    def _origin_of(self, scope: Scope) -> Origin:
+        """The running lifespan's where there is one, so that requests need not have their own."""
+        return self._lifespan.get() or Origin(self._app_of(scope), dict(scope.get("state", {})))
+
+    def _app_of(self, scope: Scope) -> Starlette | None:
+        """The application around the middleware, or inside where it was wrapped by hand."""
+        app: object = scope.get("app", self.app)
+        for _ in range(_MAX_LAYERS):
+            if app is None or isinstance(app, Starlette):
+                return app
+            app = getattr(app, "app", None)
+        return None
 
     async def _end(self, context: EventContext, outcome: Outcome, drainer: Drainer | None) -> None:
         success = self._judge(outcome)
@@ -245,11 +280,13 @@ class EventContextMiddleware:
                 max_pending=self._max_pending,
             )
             close = partial(drainer.close, self._shutdown_timeout)
-            token = self._drainer.set(drainer)
+            origin = Origin(self._app_of(scope), scope.get("state", {}))
+            token, came = self._drainer.set(drainer), self._lifespan.set(origin)
             try:
-                with outside(_LIFESPAN):
+                with outside(_LIFESPAN, origin):
                     await lifespan.run(self.app, scope, ready=self._announce, stopping=close)
             finally:
+                self._lifespan.reset(came)
                 self._drainer.reset(token)
                 await close()  # where no shutdown came: the app has ended, or was cancelled
             if drainer.stuck:  # the group waits for these handlers, and the server need not

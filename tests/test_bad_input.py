@@ -401,7 +401,7 @@ class Target:
     """A class, which is no handler."""
 
 
-NO_SIGNATURE = "It needs one positional parameter for the event, and defaults for all others"
+NO_SIGNATURE = "It needs a positional parameter for the event"
 
 
 @pytest.mark.parametrize(
@@ -411,17 +411,19 @@ NO_SIGNATURE = "It needs one positional parameter for the event, and defaults fo
         (None, "a handler is a callable that takes the event, not None"),
         (
             takes_two,
-            f"{place(takes_two)} cannot be called with just the event: its signature is "
-            f"(event: object, other: object) -> None. {NO_SIGNATURE}",
+            f"{place(takes_two)} takes 'other', which is neither the event nor a dependency, and "
+            "has no default. A handler has no request, so neither query, path nor body: put what "
+            "it needs into the event, or say where it comes from, with FastAPI `other: "
+            "Annotated[..., Depends(...)]`",
         ),
         (
             takes_none,
-            f"{place(takes_none)} cannot be called with just the event: its signature is "
+            f"{place(takes_none)} cannot be called with an event: its signature is "
             f"() -> None. {NO_SIGNATURE}",
         ),
         (
             takes_keywords,
-            f"{place(takes_keywords)} cannot be called with just the event: its signature is "
+            f"{place(takes_keywords)} cannot be called with an event: its signature is "
             f"(*, event: object) -> None. {NO_SIGNATURE}",
         ),
         (
@@ -445,10 +447,15 @@ NO_SIGNATURE = "It needs one positional parameter for the event, and defaults fo
 def test_what_cannot_handle_an_event_is_refused_when_subscribing(
     bus: EventBus, handler: Any, told: str, how: str
 ) -> None:
+    def on_a_router() -> None:
+        router = EventRouter()
+        router.on(str)(handler)
+        bus.include(router)
+
     ways: dict[str, Callable[[], object]] = {
         "subscribe": lambda: bus.subscribe(str, handler),
         "on": lambda: bus.on(str)(handler),
-        "router": lambda: EventRouter().on(str)(handler),
+        "router": on_a_router,
     }
 
     assert refusal(InvalidHandlerError, ways[how]) == told

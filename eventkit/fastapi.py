@@ -1,0 +1,318 @@
+"""Owns what handlers get from FastAPI: its `Depends`, and aliases for the bus and its context.
+
+FastAPI itself finds, makes and cleans up the dependencies. The functions that do so are private to
+it, and used here alone. Knows nothing of databases.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, NoReturn, cast, get_args, get_origin
+
+import fastapi
+from fastapi import Depends, params
+from fastapi.security import SecurityScopes
+from fastapi.security.base import SecurityBase
+from starlette.background import BackgroundTasks
+from starlette.datastructures import Headers, QueryParams
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import Response
+from starlette.types import Message
+
+from eventkit._bus import EventBus
+from eventkit._context import EventContext, delivering
+from eventkit._handlers import Solver, location_of, name_of
+from eventkit.exceptions import BusLookupError, EventKitError, InvalidHandlerError, NoRequestError
+from eventkit.starlette import Origin
+
+__all__ = ["Bus", "CurrentContext", "FastAPIResolver", "get_bus", "get_context"]
+
+# What a parameter may declare as its default or in `Annotated`, and what is passed for its type.
+_MARKERS = (params.Depends, params.Param, params.Body)
+_TYPES = (HTTPConnection, Response, BackgroundTasks, SecurityScopes)
+
+# What FastAPI notes of a function that only a request or its response can fill.
+_FIELDS = {
+    "path_params": "path parameter",
+    "query_params": "query parameter",
+    "header_params": "header",
+    "cookie_params": "cookie",
+    "body_params": "body",
+}
+_OBJECTS = {
+    "response_param_name": "Response",
+    "websocket_param_name": "WebSocket",
+    "background_tasks_param_name": "BackgroundTasks",
+    "security_scopes_param_name": "SecurityScopes",
+}
+
+
+class FastAPIResolver:
+    """Gives handlers their dependencies as FastAPI gives them to endpoints.
+
+    A bus that is told of no other resolver uses it once a handler has dependencies:
+
+        @bus.on(UserCreated)
+        async def greet(event: UserCreated, mailer: Annotated[Mailer, Depends(get_mailer)]) -> None:
+            await mailer.send(event.email, "Welcome!")
+
+    Whatever `Depends` can do is done by FastAPI: nested dependencies, plain `def`s in threads,
+    `yield` with a clean-up that sees the handler's exception, the cache and `use_cache=False`, and
+    `app.dependency_overrides` of the application in whose request or lifespan the unit of work was
+    opened. Each delivery has a set of its own. A `Request` has that application and the state of
+    its lifespan, and nothing of any request: asked for more it raises `NoRequestError`.
+
+    Raises:
+        EventKitError: This release of FastAPI keeps elsewhere what is needed of it.
+    """
+
+    def __init__(self) -> None:
+        self._private = _private_functions()
+
+    def provides(self, parameter: inspect.Parameter) -> bool:
+        """Whether it is declared in FastAPI's way; also if that is a way that only requests go."""
+        annotation = getattr(parameter.annotation, "__value__", parameter.annotation)  # PEP 695
+        declared = [parameter.default]
+        if get_origin(annotation) is Annotated:
+            annotation, *metadata = get_args(annotation)
+            declared += metadata
+        return any(isinstance(thing, _MARKERS) for thing in declared) or (
+            isinstance(annotation, type) and issubclass(annotation, _TYPES)
+        )
+
+    def compile(self, parameters: Sequence[inspect.Parameter]) -> Solver:
+        """Have FastAPI look at them, once.
+
+        Raises:
+            InvalidHandlerError: One of them, or something that it depends on, needs a request.
+        """
+        for parameter in parameters:
+            self._check(parameter)
+        dependant = self._private.get_dependant(path="/", call=_shell(parameters))
+
+        def solver(origin: object) -> AbstractAsyncContextManager[Mapping[str, object]]:
+            return self._solved(dependant, origin if isinstance(origin, Origin) else None)
+
+        return solver
+
+    def _check(self, parameter: inspect.Parameter) -> None:
+        shell = _shell([parameter])
+        try:
+            dependant = self._private.get_dependant(path="/", call=shell)
+        except Exception as error:  # by assertions, too
+            raise InvalidHandlerError(
+                f"FastAPI cannot resolve {parameter.name!r}: {error}"
+            ) from error
+        for call, what in _needs_of_a_request(dependant):
+            where = "" if call is shell else f" of {name_of(call)} ({location_of(call)})"
+            raise InvalidHandlerError(
+                f"{parameter.name!r} needs {what}{where}, which only a request has. A handler runs "
+                "after it, or without one: put what it needs into the event, or depend on "
+                "something else"
+            )
+
+    @asynccontextmanager
+    async def _solved(
+        self,
+        dependant: Any,  # FastAPI's own
+        origin: Origin | None,
+    ) -> AsyncGenerator[Mapping[str, object]]:
+        async with AsyncExitStack() as request_stack, AsyncExitStack() as function_stack:
+            scope = _Scope(
+                type="http",
+                state=dict(origin.state) if origin else {},  # as servers do it for each request
+                eventkit=dict(filter(None, [delivering()])),
+                # FastAPI takes the stacks from here since 0.121, before it is given one.
+                fastapi_inner_astack=request_stack,
+                fastapi_function_astack=function_stack,
+            )
+            app = origin and origin.app
+            if app is not None:
+                scope["app"] = app
+            values, errors = await self._private.solve(
+                _HandlerRequest(scope, _receive_nothing),
+                dependant,
+                app if isinstance(app, fastapi.FastAPI) else None,  # others know no overrides
+                request_stack,
+            )
+            if errors:
+                raise NoRequestError("valid parameters for an overriding dependency")
+            yield values
+
+
+def _shell(parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
+    """A function that looks as if it had these parameters."""
+
+    def shell(**_: object) -> None:
+        """Called by nobody."""
+
+    by_name = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in parameters]
+    shell.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]
+    return shell
+
+
+def _needs_of_a_request(
+    dependant: Any,  # FastAPI's own
+) -> Iterator[tuple[Callable[..., object], str]]:
+    """What it and its dependencies have that a handler cannot be given, and whose it is."""
+    call = dependant.call
+    for attribute, kind in _FIELDS.items():
+        for field in getattr(dependant, attribute):
+            yield call, f"the {kind} {field.name!r}"
+    for attribute, kind in _OBJECTS.items():
+        if name := getattr(dependant, attribute):
+            yield call, f"the {kind} {name!r}"
+    if isinstance(call, SecurityBase):
+        yield cast("Any", call), "the credentials"  # each of them can be called
+    for dependency in dependant.dependencies:
+        yield from _needs_of_a_request(dependency)
+
+
+class _HandlerRequest(Request):
+    """The `Request` of a handler: an application and its state, but no request."""
+
+    @property
+    def headers(self) -> Headers:
+        return cast("Headers", _Absent("headers"))
+
+    @property
+    def query_params(self) -> QueryParams:
+        return cast("QueryParams", _Absent("query parameters"))
+
+    @property
+    def path_params(self) -> dict[str, Any]:
+        return cast("dict[str, Any]", _Absent("path parameters"))
+
+    @property
+    def cookies(self) -> dict[str, str]:
+        return cast("dict[str, str]", _Absent("cookies"))
+
+
+class _Absent(Mapping[str, Any]):
+    """Part of a request that is not there. Says so when it is read, not when FastAPI passes it."""
+
+    def __init__(self, part: str) -> None:
+        self._part = part
+
+    def __getitem__(self, key: str) -> NoReturn:
+        raise NoRequestError(self._part)
+
+    def __iter__(self) -> NoReturn:
+        raise NoRequestError(self._part)
+
+    def __len__(self) -> NoReturn:
+        raise NoRequestError(self._part)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise NoRequestError(self._part)
+
+
+class _Scope(dict[str, Any]):
+    """The scope of a handler's `Request`; what it lacks, only requests have."""
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise NoRequestError(key)
+
+
+async def _receive_nothing() -> Message:
+    raise NoRequestError("body")
+
+
+@dataclass(frozen=True, slots=True)
+class _Private:
+    """The functions of FastAPI that are not its public interface, alike in all its releases."""
+
+    get_dependant: Callable[..., Any]  # what it makes is FastAPI's own
+    solve: Callable[
+        [Request, Any, fastapi.FastAPI | None, AsyncExitStack],
+        Awaitable[tuple[Mapping[str, object], Sequence[object]]],
+    ]
+
+
+@cache
+def _private_functions() -> _Private:
+    """Find them.
+
+    Raises:
+        EventKitError: They are not where they were, or not what they were.
+    """
+    try:
+        from fastapi.dependencies import utils
+
+        get_dependant, solve_dependencies = utils.get_dependant, utils.solve_dependencies
+    except (ImportError, AttributeError) as error:
+        raise EventKitError(_MOVED.format(fastapi.__version__, error)) from error
+    known = inspect.signature(solve_dependencies).parameters
+    if missing := {"request", "dependant", "dependency_overrides_provider"} - known.keys():
+        raise EventKitError(_MOVED.format(fastapi.__version__, f"no {sorted(missing)}"))
+
+    async def solve(
+        request: Request, dependant: Any, app: fastapi.FastAPI | None, stack: AsyncExitStack
+    ) -> tuple[Mapping[str, object], Sequence[object]]:
+        # These have come, and may go.
+        options: dict[str, Any] = {"async_exit_stack": stack, "embed_body_fields": False}
+        solved: Any = await solve_dependencies(  # a tuple until FastAPI 0.112.2
+            request=request,
+            dependant=dependant,
+            dependency_overrides_provider=app,
+            **{name: value for name, value in options.items() if name in known},
+        )
+        if hasattr(solved, "values"):
+            return solved.values, solved.errors
+        return solved[0], solved[1]
+
+    return _Private(get_dependant, solve)
+
+
+_MOVED = (
+    "FastAPI {} has moved or changed what eventkit uses to resolve the dependencies of handlers "
+    "({}): upgrade eventkit, or install an earlier FastAPI"
+)
+
+
+async def get_bus(connection: HTTPConnection) -> EventBus:
+    """The bus whose middleware the request or websocket came through; in a handler, its own.
+
+    The dependency behind `Bus`, to be named in `app.dependency_overrides`.
+
+    Raises:
+        BusLookupError: There is none, or there are several.
+    """
+    buses = list[EventBus](connection.scope.get("eventkit", ()))
+    if len(buses) == 1:
+        return buses[0]
+    if not buses:
+        raise BusLookupError(
+            "no EventContextMiddleware has seen this request: "
+            "app.add_middleware(EventContextMiddleware, bus=bus)"
+        )
+    raise BusLookupError(
+        f"this application has {len(buses)} buses, {', '.join(repr(bus.name) for bus in buses)}, "
+        "and Bus and CurrentContext stand for the only one. Write aliases of your own:\n"
+        "    async def get_orders_bus() -> EventBus:\n"
+        "        return orders_bus\n"
+        "    OrdersBus = Annotated[EventBus, Depends(get_orders_bus)]\n"
+        "and for a context one that returns orders_bus.current_context()"
+    )
+
+
+Bus = Annotated[EventBus, Depends(get_bus)]
+
+
+async def get_context(bus: Bus) -> EventContext:
+    """The active unit of work of that bus: the request's, or in a handler the delivery's.
+
+    The dependency behind `CurrentContext`, to be named in `app.dependency_overrides`.
+
+    Raises:
+        BusLookupError: There is no bus, or there are several.
+        NoEventContextError: In a websocket, which opens one for each message.
+    """
+    return bus.current_context()
+
+
+CurrentContext = Annotated[EventContext, Depends(get_context)]
