@@ -21,7 +21,7 @@ nox.options.sessions = ["tests"]
 
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 BACKENDS = ["asyncio", "asyncio-eager", "uvloop", "trio"]
-CHECKED = ["eventkit", "tests", "examples", "benchmarks", "noxfile.py"]
+CHECKED = ["eventkit", "eventkit_pytest.py", "tests", "examples", "benchmarks", "noxfile.py"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 
@@ -153,14 +153,14 @@ def wheel_problems(path: Path) -> list[str]:
     with zipfile.ZipFile(path) as archive:
         names = set(archive.namelist())
     licence = any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
-    modules = {str(module) for module in Path("eventkit").rglob("*.py")}
+    modules = {"eventkit_pytest.py", *(str(path) for path in Path("eventkit").rglob("*.py"))}
     return [
         *(f"the wheel lacks {name}" for name in sorted({"eventkit/py.typed", *modules} - names)),
         *([] if licence else ["the wheel lacks LICENSE"]),
         *(
             f"the wheel holds {name}"
             for name in sorted(names)
-            if not name.split("/")[0].endswith((".dist-info", "eventkit"))
+            if not name.split("/")[0].endswith((".dist-info", "eventkit", "eventkit_pytest.py"))
         ),
     ]
 

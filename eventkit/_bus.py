@@ -280,6 +280,11 @@ class EventBus(Subscribing):
         return f"<EventBus {self.name!r}, {handlers} subscriptions, {self.stats.pending} pending>"
 
 
+def registry_of(bus: EventBus) -> Registry:
+    """Who is subscribed to the bus, for the testing kit."""
+    return bus._registry  # noqa: SLF001 - the one door to it
+
+
 def core_of(bus: EventBus) -> Core:
     """What the bus's units of work share, for the modules above."""
     return bus._core  # noqa: SLF001 - the one door to it

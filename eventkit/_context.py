@@ -89,6 +89,7 @@ class _Envelope:
     published_ns: int
     number: int
     even_on_failure: bool
+    released: bool = False  # observers know that it will be delivered
 
     def deliveries(self) -> list[Delivery]:
         return [
@@ -244,7 +245,8 @@ class EventContext:
             if load.events + len(waiting) > core.max_events:
                 raise EventContextFullError(core.name, core.max_events)
             load.events += len(waiting)
-            self._staged += waiting
+            # What has no handler is forgotten, unless somebody watches what becomes of it.
+            self._staged += envelopes if core.observers else waiting
             tally.published += len(envelopes)
             tally.accepted += sum(len(envelope.plan) for envelope in waiting)
         for observer in core.observers:
@@ -259,15 +261,19 @@ class EventContext:
         where a cancellation reaches that, what it ends or leaves is undelivered.
         """
         with self._core.tally.lock:
-            self._released += self._take_staged()
+            news = self._queue(self._take_staged(), self._released)
+        _announce_released(self._core, news)
 
     def discard(self) -> None:
         """Drop what is neither released nor `even_on_failure`. Thread-safe.
 
         For the moment after a rollback. What is dropped is counted, logged, and told observers.
         """
+        kept: list[_Envelope] = []
         with self._core.tally.lock:
-            dropped = self._unstage(self._released)
+            dropped = self._unstage(kept)
+            news = self._queue(kept, self._released)
+        _announce_released(self._core, news)
         self._drop(dropped, Outcome.DISCARDED)
 
     async def drain(self) -> DrainReport:
@@ -422,7 +428,7 @@ class EventContext:
         staged, self._staged = self._staged, []
         return staged
 
-    def _unstage(self, kept: deque[_Envelope] | list[_Envelope]) -> list[_Envelope]:
+    def _unstage(self, kept: list[_Envelope]) -> list[_Envelope]:
         """Empty what is staged: the part to deliver anyway goes to `kept`, the rest is returned.
 
         Needs the lock.
@@ -430,8 +436,23 @@ class EventContext:
         staged = self._take_staged()
         kept.extend(envelope for envelope in staged if envelope.even_on_failure)
         dropped = [envelope for envelope in staged if not envelope.even_on_failure]
-        self._load.events -= len(dropped)
+        self._load.events -= sum(1 for envelope in dropped if envelope.plan)
         return dropped
+
+    def _queue(
+        self, envelopes: Sequence[_Envelope], queue: deque[_Envelope]
+    ) -> Sequence[_Envelope]:
+        """Put on the queue what has handlers; returns what observers have not been told of.
+
+        Needs the lock.
+        """
+        queue.extend(envelope for envelope in envelopes if envelope.plan)
+        if not self._core.observers:
+            return ()
+        news = [envelope for envelope in envelopes if not envelope.released]
+        for envelope in news:
+            envelope.released = True
+        return news
 
     def _hand_over(self, *, success: bool) -> bool:
         """Close it, and give what is left to the outer unit; False where there is none open.
@@ -449,17 +470,19 @@ class EventContext:
                 left.extend(self._released)
                 self._released.clear()
             dropped: list[_Envelope] = []
-            if self._is_delivery:
-                queue: list[_Envelope] | deque[_Envelope] = outer._released
-            else:
-                queue = outer._staged
+            news: Sequence[_Envelope] = ()
+            if not self._is_delivery:
                 for envelope in left:
                     envelope.even_on_failure = True
             if success:
                 left += self._take_staged()
             else:
                 dropped = self._unstage(left)
-            queue.extend(left)
+            if self._is_delivery:
+                news = self._queue(left, outer._released)
+            else:
+                outer._staged += left
+        _announce_released(self._core, news)
         self._drop(dropped, Outcome.DISCARDED)
         return True
 
@@ -569,10 +592,12 @@ class EventContext:
             self._state = _State.CLOSED
             left = [*self._released, *self._take_staged()]
             self._released.clear()
-            self._load.events -= len(left)
+            self._load.events -= sum(1 for envelope in left if envelope.plan)
             return left
 
     def _drop(self, envelopes: Sequence[_Envelope], outcome: Outcome) -> None:
+        if outcome is Outcome.DISCARDED:
+            _announce_withdrawn(self._core, envelopes)
         self._skip([d for envelope in envelopes for d in envelope.deliveries()], outcome)
 
     def _skip(self, deliveries: Sequence[Delivery], outcome: Outcome) -> None:
@@ -617,6 +642,18 @@ def _announce(core: Core, deliveries: Sequence[Delivery], outcome: Outcome) -> N
     for observer in core.observers:
         with contained(observer):
             (observer.undelivered if lost else observer.discarded)(deliveries)
+
+
+def _announce_released(core: Core, envelopes: Sequence[_Envelope]) -> None:
+    for observer in core.observers if envelopes else ():
+        with contained(observer):
+            observer.released([envelope.event for envelope in envelopes])
+
+
+def _announce_withdrawn(core: Core, envelopes: Sequence[_Envelope]) -> None:
+    for observer in core.observers if envelopes else ():
+        with contained(observer):
+            observer.withdrawn([envelope.event for envelope in envelopes])
 
 
 async def dispatch(core: Core, event: object) -> None:

@@ -23,6 +23,18 @@ class Observer:
     def published(self, event: object, deliveries: Sequence[Delivery]) -> None:
         """An event was accepted; `deliveries` is empty where it has no handler."""
 
+    def released(self, events: Sequence[object]) -> None:
+        """These will be delivered, whatever follows: their unit of work has decided.
+
+        Told of each event, also of those without a handler, once, and before its deliveries.
+        """
+
+    def withdrawn(self, events: Sequence[object]) -> None:
+        """These will not be delivered: their unit of work failed, or dropped them.
+
+        Told of each event, also of those without a handler, once, and before `discarded`.
+        """
+
     def discarded(self, deliveries: Sequence[Delivery]) -> None:
         """These will not run: their unit of work failed, or their subscription was cancelled."""
 

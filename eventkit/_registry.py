@@ -34,6 +34,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _order = count()
+_IMPORTLIB = "<frozen importlib._bootstrap>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class Subscription:
 
     Attributes:
         active: False once cancelled.
+        target: What a delivery runs: the declared handler, but for a fake of the testing kit.
     """
 
     __slots__ = ("_registry", "active", "declaration", "order", "target")
@@ -79,7 +81,7 @@ class Subscription:
     @property
     def handler(self) -> Callable[..., object]:
         """The callable as it was given."""
-        return self.target.function
+        return self.declaration.handler.function
 
     @property
     def name(self) -> str:
@@ -332,13 +334,14 @@ class Registry:
         resolver: Compiles the dependencies of handlers; None for FastAPI's, once one has some.
     """
 
-    __slots__ = ("_by_type", "_lock", "_plans", "_resolver")
+    __slots__ = ("_by_type", "_lasting", "_lock", "_plans", "_resolver")
 
     def __init__(self, resolver: Resolver | None) -> None:
         self._resolver = resolver
         self._lock = RLock()  # finalizers run anywhere, also while it is held
         self._by_type: dict[type, dict[object, Subscription]] = {}
         self._plans: dict[type, Plan] = {}
+        self._lasting: list[Subscription] = []  # made by an import since somebody keeps the state
 
     def add(self, declarations: Sequence[Declaration]) -> list[Subscription]:
         """Subscribe all of them, or raise and subscribe none.
@@ -360,7 +363,10 @@ class Registry:
             for event_type, subscriptions in added.items():
                 self._by_type.setdefault(event_type, {}).update(subscriptions)
             self._plans = {}
-        return in_order(s for group in added.values() for s in group.values())
+            made = in_order(s for group in added.values() for s in group.values())
+            if _importing():
+                self._lasting += made
+        return made
 
     def remove(self, subscription: Subscription) -> None:
         """End a subscription; the second time nothing happens."""
@@ -368,10 +374,33 @@ class Registry:
             if subscription.active:
                 subscription.active = False
                 subscriptions = self._by_type[subscription.event_type]
-                del subscriptions[subscription.target.identity]
+                del subscriptions[subscription.declaration.handler.identity]
                 if not subscriptions:
                     del self._by_type[subscription.event_type]
                 self._plans = {}
+
+    def keep(self) -> Callable[[], None]:
+        """Remember who is subscribed now; what is returned brings that back.
+
+        Who was subscribed since is cancelled, and who was cancelled since is subscribed again.
+        What a module has subscribed while it was imported stays: it will not be imported twice.
+        """
+        with self._lock:
+            then = [*self]
+            self._lasting = []
+
+        def restore() -> None:
+            with self._lock:
+                for subscription in self:
+                    subscription.active = False
+                self._by_type = {}
+                for subscription in in_order({*then, *self._lasting}):
+                    group = self._by_type.setdefault(subscription.event_type, {})
+                    group[subscription.declaration.handler.identity] = subscription
+                    subscription.active = True
+                self._plans = {}
+
+        return restore
 
     def plan_for(self, event: object) -> Plan:
         """The subscriptions that an event reaches, in start order.
@@ -403,6 +432,14 @@ class Registry:
         with self._lock:
             subscriptions = in_order(s for group in self._by_type.values() for s in group.values())
         return iter(subscriptions)
+
+
+def _importing() -> bool:
+    """Whether a module that is being imported has called."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != _IMPORTLIB:
+        frame = frame.f_back
+    return frame is not None
 
 
 def in_order(subscriptions: Iterable[Subscription]) -> list[Subscription]:

@@ -99,6 +99,16 @@ class Tally:
         with self.lock:
             self.background[count] += by
 
+    def rewind(self, then: Stats) -> None:
+        """Count on from a moment before, as if only what is in flight now had come since."""
+        with self.lock:
+            in_flight = self.accepted - sum(self.ended.values())
+            self.published = then.published
+            for outcome in Outcome:
+                self.ended[outcome] = getattr(then, outcome.value)
+            self.accepted = sum(self.ended.values()) + in_flight
+            self.background["refused"] = then.refused
+
     def running_by_handler(self) -> Counter[str]:
         """How many deliveries each handler is running."""
         with self.lock:

@@ -1,6 +1,7 @@
 """The event loops that every async test runs on, and the services that a few tests need."""
 
 import asyncio
+import importlib
 import os
 import socket
 import sys
@@ -9,6 +10,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+
+pytest_plugins = ["pytester"]
 
 # Its asserts say what they compared, as those of the tests do.
 pytest.register_assert_rewrite("eventkit.testing.contract")
@@ -40,6 +43,12 @@ BACKENDS: dict[str, Backend] = {
 }
 CHOSEN = os.environ.get("EVENTKIT_BACKENDS", "asyncio,trio").split(",")
 LEFT_OUT = {"asyncio-eager"} if sys.version_info < (3, 12) else set[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the project's own plugin where the project is not installed."""
+    if not config.pluginmanager.has_plugin("eventkit"):
+        config.pluginmanager.register(importlib.import_module("eventkit_pytest"), "eventkit")
 
 
 def pytest_report_header() -> str:

@@ -1,0 +1,185 @@
+"""Owns what stands in for handlers in a test: nobody, a failure, a delay.
+
+Knows nothing of what is recorded.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from itertools import count
+from types import TracebackType
+from typing import Self
+
+import anyio
+from anyio import from_thread
+
+from eventkit._bus import EventBus, core_of, registry_of
+from eventkit._events import type_name
+from eventkit._handlers import Handler, name_of
+from eventkit._registry import Plan, Subscription, check_event_type
+
+# A handler as a test names it: the callable that was subscribed, or its name.
+Named = Callable[..., object] | str
+
+
+class Fake:
+    """Something that stands in for handlers, from when it is made until `end()`.
+
+    Also a context manager that ends it. Several may be in force at once, and may end in any
+    order; the end of the test ends all.
+    """
+
+    __slots__ = ("_begun", "_end")
+
+    def __init__(self, end: Callable[[Fake], None]) -> None:
+        self._end = end
+
+    def end(self) -> None:
+        """Have everything as it was; the second time nothing happens."""
+        self._end(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.end()
+
+
+# Makes of a handler's function the one that is called in its place.
+_Disguise = Callable[[Callable[..., object], bool], Callable[..., object]]
+
+
+class Fakes:
+    """All fakes of one bus."""
+
+    def __init__(self, bus: EventBus) -> None:
+        self._bus = bus
+        self._core = core_of(bus)
+        self._plan_for = self._core.plan_for
+        self._silent: dict[Fake, Callable[[object], bool]] = {}
+        self._disguised: dict[Fake, tuple[list[Subscription], _Disguise]] = {}
+        self._originals: dict[Subscription, Handler] = {}
+        self._provoked: list[Exception] = []
+
+    def record_only(
+        self, event_types: Sequence[type], except_: type | tuple[type, ...] = ()
+    ) -> Fake:
+        """Have nobody handle events of these types, or of any."""
+        spared = except_ if isinstance(except_, tuple) else (except_,)
+        for event_type in (*event_types, *spared):
+            check_event_type(event_type)
+        silenced = tuple(event_types) or object
+        fake = Fake(self._end)
+        self._silent[fake] = lambda event: (
+            isinstance(event, silenced) and not isinstance(event, spared)
+        )
+        self._core.plan_for = self._audible
+        return fake
+
+    def fail(self, handler: Named, error: Exception | type[Exception], times: int | None) -> Fake:
+        """Have a handler raise instead of doing its work, so many times, or each time."""
+        kind = error if isinstance(error, type) else type(error)
+        if not issubclass(kind, Exception):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"fail() takes an exception for the handler to raise, not {error!r}")
+        if times is not None and times < 1:
+            raise ValueError(f"times is at least 1, or None for each time, not {times!r}")
+        calls = count(1)
+
+        def disguise(function: Callable[..., object], in_thread: bool) -> Callable[..., object]:
+            def fail(*args: object, **kwargs: object) -> object:
+                if times is not None and next(calls) > times:
+                    return function(*args, **kwargs)
+                provoked = error if isinstance(error, Exception) else error()
+                self._provoked.append(provoked)
+                raise provoked
+
+            return fail
+
+        return self._disguise(handler, disguise)
+
+    def delay(self, handler: Named, seconds: float) -> Fake:
+        """Have a handler wait before it does its work."""
+        if not seconds >= 0:  # NaN is not, either
+            raise ValueError(f"delay() takes seconds, 0 or more, not {seconds!r}")
+
+        def disguise(function: Callable[..., object], in_thread: bool) -> Callable[..., object]:
+            def delay_in_thread(*args: object, **kwargs: object) -> object:
+                from_thread.run(anyio.sleep, seconds)
+                return function(*args, **kwargs)
+
+            async def delay(*args: object, **kwargs: object) -> None:
+                await anyio.sleep(seconds)
+                result = function(*args, **kwargs)
+                if inspect.isawaitable(result):
+                    await result
+
+            return delay_in_thread if in_thread else delay
+
+        return self._disguise(handler, disguise)
+
+    def provoked(self, error: Exception) -> bool:
+        """Whether a fake raised it."""
+        return any(error is each for each in self._provoked)
+
+    def end_all(self) -> None:
+        """End every fake."""
+        for fake in [*self._silent, *self._disguised]:
+            fake.end()
+
+    def _audible(self, event: object) -> Plan:
+        plan = self._plan_for(event)  # refuses what is no event
+        return () if any(silent(event) for silent in self._silent.values()) else plan
+
+    def _disguise(self, handler: Named, disguise: _Disguise) -> Fake:
+        fake = Fake(self._end)
+        subscriptions = subscriptions_of(self._bus, handler)
+        self._disguised[fake] = subscriptions, disguise
+        self._dress(subscriptions)
+        return fake
+
+    def _end(self, fake: Fake) -> None:
+        if self._silent.pop(fake, None) is not None and not self._silent:
+            self._core.plan_for = self._plan_for
+        subscriptions, _ = self._disguised.pop(fake, ((), None))
+        self._dress(subscriptions)
+
+    def _dress(self, subscriptions: Sequence[Subscription]) -> None:
+        """Give each the handler that its fakes leave, the latest fake outermost."""
+        for subscription in subscriptions:
+            target = self._originals.setdefault(subscription, subscription.target)
+            for subscribed, disguise in self._disguised.values():
+                if subscription in subscribed:
+                    function = disguise(target.function, target.in_thread)
+                    target = replace(target, function=function)
+            subscription.target = target
+            if target is self._originals[subscription]:
+                del self._originals[subscription]
+
+
+def subscriptions_of(bus: EventBus, handler: Named) -> list[Subscription]:
+    """The subscriptions of a handler, given as the callable or by its name.
+
+    Raises:
+        LookupError: It is not subscribed; the message names the nearest that are.
+    """
+    subscriptions = list(registry_of(bus))
+    found = [each for each in subscriptions if handler in (each.handler, each.name)]
+    if found:
+        return found
+    called = handler if isinstance(handler, str) else name_of(handler)
+    names = {each.name: each for each in subscriptions}
+    near = get_close_matches(called, names, n=3, cutoff=0.4)
+    lines = [
+        f"  {name} for {type_name(names[name].event_type)} ({names[name].location})"
+        for name in near or [*names][:3]
+    ]
+    head = f"{called} is not subscribed to bus {bus.name!r}"
+    raise LookupError("\n".join([f"{head}; nearest:", *lines]) if lines else f"{head}; nobody is")

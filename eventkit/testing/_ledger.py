@@ -1,0 +1,187 @@
+"""Owns what was seen to happen on one bus, and wakes those who wait for a change of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from threading import Condition, RLock
+
+from eventkit._context import Failure, current_delivery
+from eventkit._events import Delivery
+from eventkit._observers import Observer
+from eventkit.exceptions import NoDeliveryError
+
+
+class Fate(Enum):
+    """What the unit of work of an event has decided."""
+
+    OPEN = "open"
+    RELEASED = "released"
+    WITHDRAWN = "withdrawn"
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """One event that was published, and the delivery whose handler published it."""
+
+    event: object
+    cause: Delivery | None
+    fate: Fate = Fate.OPEN
+
+    def comes_of(self, event: object) -> bool:
+        """Whether a handler of that event, or of what came of it, published this one."""
+        chain = self.cause.chain() if self.cause else []
+        return any(each.event is event or each.event == event for each in chain)
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A delivery that has not ended; without a record where nobody saw the publish."""
+
+    record: Record | None
+    running: bool = False
+
+    @property
+    def undecided(self) -> bool:
+        """Whether it waits for its unit of work to end well or not."""
+        return not self.running and self.record is not None and self.record.fate is Fate.OPEN
+
+
+class Ledger(Observer):
+    """All that an observer is told, as lists.
+
+    Attributes:
+        changed: Its lock guards everything here; notified of each change.
+        records: All events, in the order of publishing.
+        dropped: The events that their units of work withdrew, in that order.
+        successes: The deliveries that ended well, in the order of their ends.
+        losses: Those that were not run, or not to their end.
+        failures: Those that failed, and how.
+        pending: Those that have not ended.
+    """
+
+    def __init__(self) -> None:
+        self.changed = Condition(RLock())  # finalizers run anywhere, also while it is held
+        self.records: list[Record] = []
+        self.dropped: list[object] = []
+        self.successes: list[Delivery] = []
+        self.losses: list[Delivery] = []
+        self.failures: list[Failure] = []
+        self.pending: dict[Delivery, Pending] = {}
+        # A thread may be told of its publish when others have been told what became of it.
+        self._ended_early: set[Delivery] = set()
+        self._decided_early: list[tuple[object, Fate]] = []
+        self._alarms: list[Callable[[], object]] = []
+
+    @property
+    def idle(self) -> bool:
+        """Whether each event is decided, and each delivery has ended."""
+        with self.changed:
+            return not self.pending and not any(each.fate is Fate.OPEN for each in self.records)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing goes on by itself; units of work may be open."""
+        with self.changed:
+            return all(each.undecided for each in self.pending.values())
+
+    def published(self, event: object, deliveries: Sequence[Delivery]) -> None:
+        """Note an event, and the deliveries that it will have."""
+        record = Record(event, deliveries[0].cause if deliveries else _current())
+        with self._change():
+            self.records.append(record)
+            early = next((each for each in self._decided_early if each[0] is event), None)
+            if early is not None:
+                self._decided_early.remove(early)
+                record.fate = early[1]
+            for delivery in deliveries:
+                if delivery in self._ended_early:
+                    self._ended_early.remove(delivery)
+                else:
+                    self.pending.setdefault(delivery, Pending(record)).record = record
+
+    def released(self, events: Sequence[object]) -> None:
+        """Note that these will be delivered."""
+        with self._change():
+            self._decide(events, Fate.RELEASED)
+
+    def withdrawn(self, events: Sequence[object]) -> None:
+        """Note that these were dropped."""
+        with self._change():
+            self.dropped += events
+            self._decide(events, Fate.WITHDRAWN)
+
+    def discarded(self, deliveries: Sequence[Delivery]) -> None:
+        """Note that these will not run."""
+        with self._change():
+            self._end(*deliveries)
+
+    def undelivered(self, deliveries: Sequence[Delivery]) -> None:
+        """Note that these were not run to their end."""
+        with self._change():
+            self.losses += deliveries
+            self._end(*deliveries)
+
+    @contextmanager
+    def delivery(self, delivery: Delivery) -> Generator[None]:
+        """Note that a delivery runs, and how it ends."""
+        with self._change():
+            self.pending.setdefault(delivery, Pending(None)).running = True
+        try:
+            yield
+        except Exception as error:
+            with self._change():
+                self.failures.append(Failure(delivery, error))
+                self._end(delivery)
+            raise
+        with self._change():
+            self.successes.append(delivery)
+            self._end(delivery)
+
+    @contextmanager
+    def alarm(self, alarm: Callable[[], object]) -> Generator[None]:
+        """Have it called at each change, in whichever thread that is, while in the block."""
+        with self.changed:
+            self._alarms.append(alarm)
+        try:
+            yield
+        finally:
+            with self.changed:
+                self._alarms.remove(alarm)
+
+    def wake(self) -> None:
+        """Have everybody who waits look again."""
+        with self.changed:
+            self.changed.notify_all()
+            for alarm in self._alarms:
+                alarm()
+
+    @contextmanager
+    def _change(self) -> Generator[None]:
+        with self.changed:
+            yield
+            self.wake()
+
+    def _decide(self, events: Sequence[object], fate: Fate) -> None:
+        for event in events:
+            for record in reversed(self.records):
+                if record.event is event and record.fate is Fate.OPEN:
+                    record.fate = fate
+                    break
+            else:
+                self._decided_early.append((event, fate))
+
+    def _end(self, *deliveries: Delivery) -> None:
+        for delivery in deliveries:
+            pending = self.pending.pop(delivery, None)
+            if pending is None or pending.record is None:
+                self._ended_early.add(delivery)
+
+
+def _current() -> Delivery | None:
+    try:
+        return current_delivery()
+    except NoDeliveryError:
+        return None

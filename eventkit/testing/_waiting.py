@@ -1,0 +1,126 @@
+"""Owns waiting for a ledger to change, on an event loop or in a thread, and what to say in vain.
+
+No polling, and no clock of an event loop: changes come from other threads and loops too, and the
+time is real, so that hours of a virtual clock are no failure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from threading import Timer
+from typing import Any, TypeVar, cast
+
+from anyio import Event
+from anyio.lowlevel import checkpoint, current_token
+
+from eventkit._bus import EventBus, registry_of
+from eventkit._events import Delivery
+from eventkit.testing._ledger import Fate, Ledger
+from eventkit.testing._matching import describe
+from eventkit.testing._stuck import where
+
+T = TypeVar("T")
+
+# How many of what goes on a message names.
+_NAMED = 10
+
+
+async def until(
+    ledger: Ledger, look: Callable[[], T | None], deadline: float, explain: Callable[[], str]
+) -> T:
+    """Look after each change until there is something to see, and return it.
+
+    Raises:
+        TimeoutError: `deadline`, of `time.monotonic`, has passed.
+    """
+    __tracebackhide__ = True
+    await checkpoint()
+    call_soon = _thread_safe_call()
+    timer: Timer | None = None
+    try:
+        while True:
+            changed = Event()
+            with ledger.alarm(partial(_set, changed, call_soon)):
+                if (seen := look()) is not None:
+                    return seen
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(explain())
+                if timer is None:
+                    timer = Timer(deadline - time.monotonic(), ledger.wake)
+                    timer.start()
+                await changed.wait()
+    finally:
+        if timer is not None:
+            timer.cancel()
+
+
+def block_until(
+    ledger: Ledger, look: Callable[[], T | None], deadline: float, explain: Callable[[], str]
+) -> T:
+    """As `until`, in a thread that no event loop needs."""
+    __tracebackhide__ = True
+    with ledger.changed:
+        while (seen := look()) is None:
+            if not ledger.changed.wait(deadline - time.monotonic()):
+                raise TimeoutError(explain())
+    return seen
+
+
+def what_goes_on(ledger: Ledger, bus: EventBus) -> list[str]:
+    """What has not ended, one line for each: running, waiting, undecided."""
+    with ledger.changed:
+        pending = dict(ledger.pending)
+        open_events = [each.event for each in ledger.records if each.fate is Fate.OPEN]
+    lines = [
+        *(f"  {_named(d)} is running{_where(d, bus)}" for d, p in pending.items() if p.running),
+        *(
+            f"  {_named(delivery)} waits for its turn"
+            for delivery, each in pending.items()
+            if not (each.running or each.undecided)
+        ),
+        *(f"  {describe(event)} is in a unit of work that is still open" for event in open_events),
+    ]
+    more = [f"  ... and {len(lines) - _NAMED} more"] if len(lines) > _NAMED else []
+    return [*lines[:_NAMED], *more]
+
+
+def on_event_loop() -> bool:
+    """Whether the caller is called by an event loop, which must not be blocked."""
+    try:
+        current_token()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _thread_safe_call() -> Callable[[Callable[[], object]], object]:
+    """What has the running event loop call something soon, from any thread."""
+    token = current_token()
+    # Any: the loop itself, as its library defines it; older releases of AnyIO give nothing else.
+    loop = cast("Any", getattr(token, "native_token", token))
+    call: Callable[[Callable[[], object]], object] = (
+        getattr(loop, "call_soon_threadsafe", None) or loop.run_sync_soon
+    )
+    return call
+
+
+def _set(event: Event, call_soon: Callable[[Callable[[], object]], object]) -> None:
+    with suppress(RuntimeError):  # the loop is gone, and with it who waited
+        call_soon(event.set)
+
+
+def _named(delivery: Delivery) -> str:
+    return f"{delivery.handler} for {describe(delivery.event)}"
+
+
+def _where(delivery: Delivery, bus: EventBus) -> str:
+    """At which line it waits, as far as that can be found out."""
+    for subscription in registry_of(bus):
+        if subscription.name == delivery.handler:
+            for function in (subscription.target.function, subscription.handler):
+                if (line := where(function, delivery.event)) is not None:
+                    return f", at {line}"
+    return ""

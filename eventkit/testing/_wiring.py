@@ -1,0 +1,70 @@
+"""Owns assertions about who is subscribed to what, before anything happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from eventkit._bus import EventBus
+from eventkit._events import type_name
+from eventkit._registry import Subscription
+from eventkit.testing._fakes import Named
+
+
+def assert_handles(bus: EventBus, event_type: type, *handlers: Named) -> None:
+    """Assert that events of exactly this type reach these handlers, and perhaps others.
+
+    For the mistake that no other test sees: a module of handlers that nobody imports, a router
+    that nobody includes.
+
+        assert_handles(bus, OrderPlaced, send_receipt, "audit")
+
+    Args:
+        bus: The bus.
+        event_type: The class of the event.
+        handlers: The callables that were subscribed, or their names; with none given, any
+            handler will do.
+
+    Raises:
+        AssertionError: Naming the handlers it does not reach, and those it does.
+        InvalidEventTypeError: `event_type` is not a class.
+    """
+    __tracebackhide__ = True
+    subscriptions = bus.handlers_for(event_type)
+    event = type_name(event_type)
+    if not subscriptions:
+        wanted = ", ".join(map(_called, handlers)) or "any handler"
+        raise AssertionError(
+            f"{event} should reach {wanted}, but nobody handles it. Is the module with the "
+            "handlers imported, and its router included?"
+        )
+    missing = [each for each in handlers if not _reached(each, subscriptions)]
+    if missing:
+        lines = [f"  {each.name} ({each.location})" for each in subscriptions]
+        head = f"{event} should reach {', '.join(map(_called, missing))}, but reaches only:"
+        raise AssertionError("\n".join([head, *lines]))
+
+
+def assert_no_orphans(bus: EventBus, event_types: Iterable[type]) -> None:
+    """Assert that each of these events reaches at least one handler.
+
+        assert_no_orphans(bus, DomainEvent.__subclasses__())
+
+    Raises:
+        AssertionError: Naming the events that nobody handles.
+        InvalidEventTypeError: One of them is not a class.
+    """
+    __tracebackhide__ = True
+    orphans = [each for each in event_types if not bus.handlers_for(each)]
+    if orphans:
+        lines = [f"  {type_name(each)}" for each in orphans]
+        raise AssertionError("\n".join([f"nobody on bus {bus.name!r} handles:", *lines]))
+
+
+def _reached(handler: Named, subscriptions: Iterable[Subscription]) -> bool:
+    return any(handler in (each.handler, each.name) for each in subscriptions)
+
+
+def _called(handler: Named) -> str:
+    if isinstance(handler, str):
+        return handler
+    return getattr(handler, "__qualname__", None) or repr(handler)
