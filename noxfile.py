@@ -181,7 +181,7 @@ import eventkit
 optional = {"fastapi", "pydantic", "pytest", "sqlalchemy", "trio"}
 if pulled := optional & sys.modules.keys():
     sys.exit(f"import eventkit pulls in {sorted(pulled)}")
-for module in pkgutil.iter_modules(eventkit.__path__, "eventkit."):
+for module in pkgutil.walk_packages(eventkit.__path__, "eventkit."):
     try:
         importlib.import_module(module.name)
     except ModuleNotFoundError as error:

@@ -58,8 +58,9 @@ def test_each_module_says_in_its_first_line_what_it_owns(path: Path) -> None:
     assert docstring.splitlines()[0].endswith((".", ":"))
 
 
-def test_importing_the_front_door_pulls_in_nothing_optional() -> None:
-    script = "import json, sys, eventkit; print(json.dumps(list(sys.modules)))"
+@pytest.mark.parametrize("name", ["eventkit", "eventkit.testing.contract"])
+def test_importing_what_is_for_everybody_pulls_in_nothing_optional(name: str) -> None:
+    script = f"import json, sys, {name}; print(json.dumps(list(sys.modules)))"
     imported = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, check=True, text=True
     )
