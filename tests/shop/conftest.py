@@ -64,3 +64,9 @@ def shop(tmp_path: Path) -> Iterator[Shop]:
         with TestClient(app) as client:
             bus: EventBus = app.state.resources.bus
             yield Shop(client, bus, mails, warehouse, database, committed_at_mail)
+
+
+@pytest.fixture
+def event_bus(shop: Shop) -> EventBus:
+    """Give the bus that `capevents` watches."""
+    return shop.bus
