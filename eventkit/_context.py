@@ -6,7 +6,9 @@ How events flow: `publish` appends an envelope to `_staged`. `release` moves wha
 `_released`; `discard` drops it, save what was published `even_on_failure`. `_deliver` takes
 envelopes off `_released` one by one and runs their handlers, each in a unit of its own, whose
 remaining events join `_released` behind all others when the last handler of the event has ended.
-All queues of a bus are guarded by the one lock of its `Tally`, and only this module changes them.
+A `Section` is a transaction that is open in a unit; it decides the envelopes that are tagged with
+it before the unit does. All queues of a bus are guarded by the one lock of its `Tally`, and only
+this module changes them.
 """
 # ruff: noqa: SLF001 - the class and the functions of this module own its state together
 
@@ -51,6 +53,7 @@ from eventkit.exceptions import (
 _active: ContextVar[EventContext | None] = ContextVar("eventkit_active", default=None)
 _outside: ContextVar[str | None] = ContextVar("eventkit_outside", default=None)
 _origin: ContextVar[object] = ContextVar("eventkit_origin", default=None)
+_begun: ContextVar[Section | None] = ContextVar("eventkit_begun", default=None)
 _numbers = count()
 try:  # which event loop a task runs on, where AnyIO leaves that to sniffio
     from sniffio import current_async_library_cvar as _library
@@ -90,6 +93,12 @@ class _Envelope:
     number: int
     even_on_failure: bool
     released: bool = False  # observers know that it will be delivered
+    section: Section | None = None  # the open transaction that decides it
+
+    def decide(self) -> None:
+        """It will be delivered, whatever becomes of its unit of work."""
+        self.even_on_failure = True
+        self.section = None
 
     def deliveries(self) -> list[Delivery]:
         return [
@@ -183,6 +192,7 @@ class EventContext:
         "_origin",
         "_outer",
         "_released",
+        "_sections",
         "_staged",
         "_state",
     )
@@ -195,6 +205,7 @@ class EventContext:
         self._outer: EventContext | None = None  # the unit of this bus that this one hands to
         self._enclosing: EventContext | None = None  # the unit around it, of whichever bus
         self._load = _Load()
+        self._sections: list[Section] = []  # open ones here and in units inside, oldest first
         self._delivery: Delivery | None = None  # the delivery that it is, or that it is inside
         self._is_delivery = False
         self._drained: anyio.Event | None = None  # there while a drain is running
@@ -246,7 +257,10 @@ class EventContext:
                 raise EventContextFullError(core.name, core.max_events)
             load.events += len(waiting)
             # What has no handler is forgotten, unless somebody watches what becomes of it.
-            self._staged += envelopes if core.observers else waiting
+            staged = envelopes if core.observers else waiting
+            if self._sections:
+                self._tag(staged)
+            self._staged += staged
             tally.published += len(envelopes)
             tally.accepted += sum(len(envelope.plan) for envelope in waiting)
         for observer in core.observers:
@@ -376,6 +390,7 @@ class EventContext:
             self._outer = _find(enclosing, self._core)
         if self._outer is not None:
             self._load = self._outer._load
+            self._sections = self._outer._sections
 
     def _enter(self) -> None:
         """Open it, and make it the active one."""
@@ -423,6 +438,36 @@ class EventContext:
             for unit in _outward(innermost)
         )
 
+    def _tag(self, envelopes: Sequence[_Envelope]) -> None:
+        """Have the innermost open transaction decide what is published here. Needs the lock."""
+        section = self._innermost(_begun.get())
+        if section is not None:
+            section._take(self, envelopes)
+
+    def _innermost(self, begun: Section | None) -> Section | None:
+        """The innermost open transaction, given the last one that the caller's task has begun.
+
+        A session that was begun in another thread or task, as FastAPI begins those of a plain
+        `def` dependency, is the caller's all the same: it is one of this unit or of one around it.
+        """
+        while begun is not None:
+            if begun in self._sections:
+                return begun
+            begun = begun._before
+        around: list[EventContext] = []
+        unit: EventContext | None = self
+        while unit is not None:
+            around.append(unit)
+            unit = None if unit._is_delivery else unit._outer
+        return next((each for each in reversed(self._sections) if each._unit in around), None)
+
+    def _close_sections(self) -> None:
+        """Close the transactions that are still open here although the unit ends."""
+        with self._core.tally.lock:
+            still_open = [each for each in reversed(self._sections) if each._unit is self]
+        for section in still_open:
+            section.close("the transaction was still open when its unit of work ended")
+
     def _take_staged(self) -> list[_Envelope]:
         """Empty what is staged. Needs the lock."""
         staged, self._staged = self._staged, []
@@ -447,6 +492,13 @@ class EventContext:
         Needs the lock.
         """
         queue.extend(envelope for envelope in envelopes if envelope.plan)
+        return self._news(envelopes)
+
+    def _news(self, envelopes: Sequence[_Envelope]) -> Sequence[_Envelope]:
+        """Those of which observers have not been told that they will be delivered, once.
+
+        Needs the lock.
+        """
         if not self._core.observers:
             return ()
         news = [envelope for envelope in envelopes if not envelope.released]
@@ -460,6 +512,8 @@ class EventContext:
         What was released here stays decided, also if the outer unit fails. A drain that another
         task runs goes on with it.
         """
+        if self._is_delivery and self._sections:
+            self._close_sections()
         with self._core.tally.lock:
             outer = self._heir()
             if outer is None:
@@ -473,7 +527,9 @@ class EventContext:
             news: Sequence[_Envelope] = ()
             if not self._is_delivery:
                 for envelope in left:
-                    envelope.even_on_failure = True
+                    envelope.decide()
+                for section in self._sections:
+                    section._follow(self, outer)
             if success:
                 left += self._take_staged()
             else:
@@ -497,6 +553,8 @@ class EventContext:
 
     def _close_if_idle(self, *, success: bool) -> bool:
         """Decide what is staged; close it if then nothing is left to deliver."""
+        if self._sections:
+            self._close_sections()
         if success:
             self.release()
         else:
@@ -595,15 +653,19 @@ class EventContext:
             self._load.events -= sum(1 for envelope in left if envelope.plan)
             return left
 
-    def _drop(self, envelopes: Sequence[_Envelope], outcome: Outcome) -> None:
+    def _drop(
+        self, envelopes: Sequence[_Envelope], outcome: Outcome, reason: str | None = None
+    ) -> None:
         if outcome is Outcome.DISCARDED:
             _announce_withdrawn(self._core, envelopes)
-        self._skip([d for envelope in envelopes for d in envelope.deliveries()], outcome)
+        self._skip([d for envelope in envelopes for d in envelope.deliveries()], outcome, reason)
 
-    def _skip(self, deliveries: Sequence[Delivery], outcome: Outcome) -> None:
+    def _skip(
+        self, deliveries: Sequence[Delivery], outcome: Outcome, reason: str | None = None
+    ) -> None:
         """Account for deliveries that will never run."""
         self._core.tally.skip(outcome, len(deliveries))
-        _announce(self._core, deliveries, outcome)
+        _announce(self._core, deliveries, outcome, reason)
 
     def _report(self, delivery: Delivery, error: Exception) -> None:
         """Tell the bus's owner of a failure that nobody awaits."""
@@ -612,6 +674,140 @@ class EventContext:
         except Exception as broken:  # noqa: BLE001 - a reporter is user code
             log(logging.ERROR, "report_failure failed", error=broken, bus=self._core.name)
             log_failure(delivery, error)
+
+
+class Section:
+    """What is published in one open transaction or savepoint, which decides it.
+
+    Made by `begin`; whoever watches the transaction says how it ended. Its events are those that
+    were published while it was the innermost one, and those of its unit that were published when
+    none was open. It marks and drops: no handler runs in it. Thread-safe.
+
+    Attributes:
+        wrote: Whether it has changed anything; one that has not has no say when it is closed.
+        in_doubt: Whether it may have been committed although nobody has heard of it.
+    """
+
+    __slots__ = ("_before", "_dirty", "_enclosing", "_unit", "_units", "in_doubt", "wrote")
+
+    def __init__(
+        self, unit: EventContext, dirty: Callable[[], bool], enclosing: Section | None
+    ) -> None:
+        self._unit = unit
+        self._units = {unit}  # where its events are staged
+        self._dirty = dirty
+        self._enclosing = enclosing
+        self._before = _begun.get()
+        while self._before is not None and not self._before.open:
+            self._before = self._before._before
+        self.wrote = False
+        self.in_doubt = False
+
+    @property
+    def open(self) -> bool:
+        """Whether neither it nor its unit of work has ended."""
+        return self in self._unit._sections
+
+    def commit(self) -> None:
+        """End it: its events will be delivered; those of a savepoint join what is around it."""
+        news: Sequence[_Envelope] = ()
+        with self._unit._core.tally.lock:
+            if self._enclosing is None:
+                decided = self._envelopes()
+                for envelope in decided:
+                    envelope.decide()
+                news = self._unit._news(decided)
+            else:
+                self._enclosing.wrote |= self.wrote
+            self._end()
+        _announce_released(self._unit._core, news)
+
+    def rollback(self, reason: str = "the transaction was rolled back") -> None:
+        """Drop its events. What is published in it from now on cannot be committed either."""
+        self.wrote = True
+        core = self._unit._core
+        with core.tally.lock:
+            dropped = self._envelopes()
+            for unit in self._units:
+                unit._staged = [each for each in unit._staged if each.section is not self]
+            self._unit._load.events -= sum(1 for envelope in dropped if envelope.plan)
+        if dropped and self.in_doubt:
+            log(
+                logging.WARNING,
+                "a commit failed, and may have happened all the same",
+                bus=core.name,
+                deliveries=sum(len(each.plan) for each in dropped),
+            )
+        self._unit._drop(dropped, Outcome.DISCARDED, reason)
+
+    def close(self, reason: str = "the transaction was closed without a commit") -> None:
+        """End it, if that has not happened: what it wrote is lost, and with it its events.
+
+        If it wrote nothing, they go where they would have gone without it.
+        """
+        if self.open and (self.wrote or self._dirty()):
+            self.rollback(reason)
+        with self._unit._core.tally.lock:
+            self._end()
+
+    def _envelopes(self) -> list[_Envelope]:
+        """Its events that are still to be decided, in publish order. Needs the lock."""
+        theirs = [each for unit in self._units for each in unit._staged if each.section is self]
+        return sorted(theirs, key=lambda envelope: envelope.number)
+
+    def _end(self) -> None:
+        """Leave what is still undecided to the transaction around it, or to none.
+
+        Needs the lock.
+        """
+        if self.open:
+            self._unit._sections.remove(self)
+            heir = self._unit._innermost(self._enclosing or self._before)
+            for envelope in self._envelopes():
+                envelope.section = heir
+            if heir is not None:
+                heir._units |= self._units
+            self._units.clear()
+
+    def _take(self, unit: EventContext, envelopes: Sequence[_Envelope]) -> None:
+        """Have these, staged in the unit, decided here. Needs the lock."""
+        self._units.add(unit)
+        for envelope in envelopes:
+            if envelope.section is None and not envelope.even_on_failure:
+                envelope.section = self
+
+    def _follow(self, unit: EventContext, outer: EventContext) -> None:
+        """Go where the unit hands its events to. Needs the lock."""
+        if unit in self._units:
+            self._units.add(outer)
+        if unit is self._unit:
+            self._unit = outer
+
+
+def begin(
+    core: Core, dirty: Callable[[], bool], *, around: Section | None = None
+) -> Section | None:
+    """A transaction begins in the active unit of work; None where none is open.
+
+    It takes in what was published in that unit and is undecided; a savepoint does not.
+
+    Args:
+        core: The bus whose events it decides.
+        dirty: Says whether there are changes that are still to be written in it.
+        around: The transaction or savepoint that it is a savepoint in.
+    """
+    unit = _find(_active.get(), core)
+    if unit is None:
+        return None
+    section = Section(unit, dirty, around)
+    with core.tally.lock:
+        if unit.closed:
+            return None
+        unit._sections.append(section)
+        if around is None:
+            section._take(unit, unit._staged)
+    _begun.set(section)
+    return section
 
 
 def log_failure(delivery: Delivery, error: Exception) -> None:
@@ -626,7 +822,9 @@ def log_failure(delivery: Delivery, error: Exception) -> None:
     )
 
 
-def _announce(core: Core, deliveries: Sequence[Delivery], outcome: Outcome) -> None:
+def _announce(
+    core: Core, deliveries: Sequence[Delivery], outcome: Outcome, reason: str | None = None
+) -> None:
     """Log and tell observers that these were dropped."""
     if not deliveries:
         return
@@ -638,6 +836,8 @@ def _announce(core: Core, deliveries: Sequence[Delivery], outcome: Outcome) -> N
         bus=core.name,
         deliveries=len(deliveries),
         event_types=", ".join(f"{kind} x{times}" for kind, times in kinds.items()),
+        error=None,
+        **({} if reason is None else {"reason": reason}),
     )
     for observer in core.observers:
         with contained(observer):
