@@ -151,8 +151,9 @@ class Handler:
         try:
             async with solver(origin) as values:
                 try:
-                    call = functools.partial(self.function, **values)
-                    awaitable = await replace(self, function=call, solver=None).start(event, origin)
+                    function = functools.partial(self.function, **values)
+                    bare = Handler(function, self.name, self.location, self.in_thread)
+                    awaitable = await bare.start(event, origin)
                     if awaitable is not None:
                         await awaitable
                 except BaseException as error:

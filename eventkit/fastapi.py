@@ -261,9 +261,9 @@ def _private_functions() -> _Private:
             dependency_overrides_provider=app,
             **{name: value for name, value in options.items() if name in known},
         )
-        if hasattr(solved, "values"):
-            return solved.values, solved.errors
-        return solved[0], solved[1]
+        return (
+            (solved.values, solved.errors) if hasattr(solved, "values") else (solved[0], solved[1])
+        )
 
     return _Private(get_dependant, solve)
 

@@ -142,6 +142,7 @@ HANDLERS: list[Callable[..., object]] = [
     gathering,
     decorated,
     functools.partial(on_loop),
+    functools.lru_cache(on_loop),  # has no signature but that of the function inside
 ]
 
 
