@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import re
 import signal
 import socket
@@ -19,11 +18,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from benchmarks.harness import Spread, about
+from benchmarks.report import Bar, Panel, drawing, table
 
 ROOT = Path(__file__).parent.parent
 CONTENDERS = ("eventkit", "eventkit, concurrency=1000", "BackgroundTasks", "fastapi-events")
@@ -86,8 +87,10 @@ class Load:
         writer.close()
 
 
-def measure(contender: str, delay: float, *, seconds: float, connections: int) -> Result:
-    """Start, load and end one server."""
+def measure(
+    contender: str, delay: float, *, seconds: float, connections: int, events: int = 1
+) -> Result:
+    """Start, load and end one server whose requests have so many events each."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     uvicorn = [sys.executable, "-m", "uvicorn", "benchmarks.loaded:app", "--no-access-log"]
@@ -97,7 +100,12 @@ def measure(contender: str, delay: float, *, seconds: float, connections: int) -
             process = subprocess.Popen(
                 [*uvicorn, "--port", str(port), "--log-level", "error"],
                 cwd=ROOT,
-                env=os.environ | {"LOAD_CONTENDER": contender, "LOAD_DELAY": str(delay)},
+                env=os.environ
+                | {
+                    "LOAD_CONTENDER": contender,
+                    "LOAD_DELAY": str(delay),
+                    "LOAD_EVENTS": str(events),
+                },
                 stdout=output,
                 stderr=output,
             )
@@ -120,7 +128,7 @@ def measure(contender: str, delay: float, *, seconds: float, connections: int) -
         said = log.read_text()
     answered = len(load.latencies) - load.refused
     counters = {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", said)}
-    lost = answered - counters.get("handled", 0)
+    lost = answered * events - counters.get("handled", 0)
     # The bus's own last line, before the app's.
     pending = re.search(r"delivering before shutdown: .*?left=(\d+)", said)
     return Result(
@@ -172,22 +180,27 @@ COLUMNS: Sequence[tuple[str, str, Callable[[Result], float]]] = (
 )
 
 
-def table(results: Sequence[Result]) -> str:
+def medians(results: Sequence[Result]) -> str:
     """The medians of all runs, with the lowest and the highest in brackets."""
     head = ["handler", "contender", *(title for title, _, _ in COLUMNS)]
-    lines = [row(head), row(["---"] * 2 + ["---:"] * len(COLUMNS))]
+    rows = [
+        [
+            f"{delay} ms",
+            contender,
+            *(spread([value(run) for run in runs], form) for _, form, value in COLUMNS),
+        ]
+        for (delay, contender), runs in by_case(results)
+    ]
+    return table(head, rows, text=2)
+
+
+def by_case(results: Sequence[Result]) -> Iterator[tuple[tuple[int, str], list[Result]]]:
+    """The runs of each contender, by what its handler took."""
     for delay in sorted({result.delay_ms for result in results}):
         for contender in CONTENDERS:
             runs = [r for r in results if (r.delay_ms, r.contender) == (delay, contender)]
             if runs:
-                cells = [spread([value(r) for r in runs], form) for _, form, value in COLUMNS]
-                lines.append(row([f"{delay} ms", contender, *cells]))
-    return "\n".join(lines)
-
-
-def row(cells: Sequence[str]) -> str:
-    """A row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
+                yield (delay, contender), runs
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -196,63 +209,27 @@ def spread(values: Sequence[float], form: str) -> str:
     return median if low == high else f"{median} ({low} to {high})"
 
 
-COLOURS: dict[str, str] = dict(
-    zip(CONTENDERS, ("#2563eb", "#60a5fa", "#9ca3af", "#d97706"), strict=True)
-)
 PANELS = ("responses/s", "p99 ms", "memory growth MB", "SIGTERM to exit s")
 
 
 def plot(results: Sequence[Result]) -> str:
-    """The medians of four columns as bars, drawn by hand: nothing to install for a few boxes."""
-    values = {title: value for title, _, value in COLUMNS}
-    delays = sorted({result.delay_ms for result in results})
-    shapes = [
-        f'<text x="{20 + 200 * number}" y="20" fill="{colour}" font-weight="bold">{name}</text>'
-        for number, (name, colour) in enumerate(COLOURS.items())
-    ]
-    for panel, title in enumerate(PANELS):
-        left, top = 20 + panel % 2 * 400, 50 + panel // 2 * 310
-        medians = {
-            (delay, contender): statistics.median(
-                [
-                    values[title](r)
-                    for r in results
-                    if (r.delay_ms, r.contender) == (delay, contender)
-                ]
-                or [0]
-            )
-            for delay in delays
-            for contender in COLOURS
-        }
-        most = max(medians.values()) or 1
-        shapes.append(f'<text x="{left}" y="{top}" font-weight="bold">{title}</text>')
-        for number, ((delay, contender), median) in enumerate(medians.items()):
-            y = top + 12 + number * 20 + number // len(COLOURS) * 10
-            width = round(median / most * 220, 1)
-            if number % len(COLOURS) == 0:
-                shapes.append(f'<text x="{left}" y="{y + 42}">{delay} ms</text>')
-            shapes.append(
-                f'<rect x="{left + 70}" y="{y}" width="{width}" height="16" '
-                f'fill="{COLOURS[contender]}"/>'
-                f'<text x="{left + 76 + width}" y="{y + 13}">{median:.4g}</text>'
-            )
-    body = "\n".join(shapes)
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 670" font-family="sans-serif" '
-        f'font-size="13" fill="#374151">\n<rect width="800" height="670" fill="white"/>\n{body}\n'
-        "</svg>\n"
+    """Four columns of the table as bars."""
+    return drawing(
+        [
+            Panel(f"{title}, handlers of {delay} ms", list(_bars(results, delay, value)))
+            for title, _, value in COLUMNS
+            if title in PANELS
+            for delay in sorted({result.delay_ms for result in results})
+        ]
     )
 
 
-def machine() -> dict[str, str]:
-    """What it was measured on."""
-    cpus = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu": f"{os.cpu_count()} x {cpus[0] if cpus else platform.machine()}",
-        "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
-    }
+def _bars(results: Sequence[Result], delay: int, value: Callable[[Result], float]) -> Iterator[Bar]:
+    for (took, contender), runs in by_case(results):
+        if took == delay:
+            values = [value(run) for run in runs]
+            found = Spread(statistics.median(values), min(values), max(values))
+            yield Bar(contender, found, f"{found.median:.4g}")
 
 
 def main() -> None:
@@ -274,17 +251,17 @@ def main() -> None:
                 result = measure(contender, delay, seconds=seconds, connections=options.connections)
                 print(f"run {run + 1}: {result}", flush=True)
                 results.append(result)
-    about = machine() | {
+    found_on = about(*PACKAGES) | {
         "load": f"{options.connections} connections, {options.runs} runs of {options.seconds:g} s "
         f"({options.slow_seconds:g} s with handlers of 1 s or more)"
     }
-    print(table(results))
+    print(medians(results))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        found = {"about": about, "results": [asdict(result) for result in results]}
+        found = {"about": found_on, "results": [asdict(result) for result in results]}
         (options.out / "load.json").write_text(json.dumps(found, indent=1) + "\n")
-        facts = ", ".join(f"{name} {value}" for name, value in about.items())
-        (options.out / "load.md").write_text(f"{facts}\n\n{table(results)}\n")
+        facts = ", ".join(f"{name} {value}" for name, value in found_on.items())
+        (options.out / "load.md").write_text(f"{facts}\n\n{medians(results)}\n")
         (options.out / "load.svg").write_text(plot(results))
 
 

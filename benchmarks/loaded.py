@@ -1,4 +1,4 @@
-"""The app under load: one event per request with one handler, by the contender that is named.
+"""The app under load: events with one handler in each request, by the contender that is named.
 
 Its last line says how many events it took, and how many handlers had ended by then.
 """
@@ -16,6 +16,7 @@ from anyio import sleep
 from fastapi import BackgroundTasks, FastAPI
 
 DELAY = float(os.environ["LOAD_DELAY"])
+EVENTS = int(os.environ.get("LOAD_EVENTS", "1"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +67,18 @@ match os.environ["LOAD_CONTENDER"]:
 
         @app.post("/orders")
         async def order() -> str:
-            """Publish one event."""
-            bus.publish(take())
+            """Publish the events."""
+            for _ in range(EVENTS):
+                bus.publish(take())
             return "ordered"
 
     case "BackgroundTasks":
 
         @app.post("/orders")
         async def order_with_task(tasks: BackgroundTasks) -> str:
-            """Add one task."""
-            tasks.add_task(handle, take())
+            """Add as many tasks."""
+            for _ in range(EVENTS):
+                tasks.add_task(handle, take())
             return "ordered"
 
     case "fastapi-events":
@@ -93,8 +96,16 @@ match os.environ["LOAD_CONTENDER"]:
 
         @app.post("/orders")
         async def order_with_dispatch() -> str:
-            """Dispatch one event."""
-            dispatcher.dispatch("ordered", payload={"event": take()})
+            """Dispatch the events."""
+            for _ in range(EVENTS):
+                dispatcher.dispatch("ordered", payload={"event": take()})
+            return "ordered"
+
+    case "no middleware":
+
+        @app.post("/orders")
+        async def order_only() -> str:
+            """Only answer."""
             return "ordered"
 
     case other:

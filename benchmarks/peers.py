@@ -239,7 +239,7 @@ async def litestar(handlers: Sequence[Handler]) -> AsyncGenerator[Run]:
 async def cqrs(handlers: Sequence[Handler]) -> AsyncGenerator[Run]:
     module = load("cqrs")
 
-    kind = _event_class(module.DomainEvent)
+    kind = event_class(module.DomainEvent)
     bound = module.EventMap()
     for handler in handlers:
         bound.bind(kind, _handler_class(module.EventHandler, handler))
@@ -266,7 +266,7 @@ class Container:
 async def bubus(handlers: Sequence[Handler]) -> AsyncGenerator[Run]:
     module = load("bubus")
     bus = module.EventBus(parallel_handlers=True)
-    kind = _event_class(module.BaseEvent)
+    kind = event_class(module.BaseEvent)
     for handler in handlers:
         bus.on(kind, handler)
     try:
@@ -279,7 +279,7 @@ async def bubus(handlers: Sequence[Handler]) -> AsyncGenerator[Run]:
 async def abxbus(handlers: Sequence[Handler]) -> AsyncGenerator[Run]:
     module = load("abxbus")
     bus = module.EventBus(event_handler_concurrency="parallel", max_history_drop=True)
-    kind = _event_class(module.BaseEvent)
+    kind = event_class(module.BaseEvent)
     for handler in handlers:
         bus.on(kind, handler)
     try:
@@ -288,7 +288,9 @@ async def abxbus(handlers: Sequence[Handler]) -> AsyncGenerator[Run]:
         await bus.destroy(clear=True)
 
 
-def _event_class(base: Any) -> Any:
+def event_class(base: Any) -> Any:
+    """An event as a library wants it, with one field."""
+
     class PlacedEvent(base):  # type: ignore[misc]
         number: int = 1
 

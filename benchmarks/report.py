@@ -10,9 +10,9 @@ from html import escape
 from benchmarks.harness import Figure, Results, Spread, Verdict
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose first column is text, and all others numbers."""
-    marks = ["---", *["---:"] * (len(head) - 1)]
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text: int = 1) -> str:
+    """A table whose first columns are text, and all others numbers."""
+    marks = [*["---"] * text, *["---:"] * (len(head) - text)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, marks, *rows))
 
 
@@ -34,9 +34,9 @@ def ratio(figure: Figure) -> str:
     return "" if figure.ratio is None else spread(figure.ratio)
 
 
-def microseconds(figure: Figure) -> str:
+def nanoseconds(figure: Figure) -> str:
     """Per operation."""
-    return "" if figure.value is None else spread(figure.value, 1e-3)
+    return "" if figure.value is None else spread(figure.value)
 
 
 def milliseconds(figure: Figure) -> str:
