@@ -171,7 +171,12 @@ async def _failure(stage: Stage) -> Played:
             Check(
                 "its sibling and the handlers of the next event finished",
                 sorted(ended_well)
-                == ["audit.write_row", "audit.write_row", "orders.send_confirmation"],
+                == [
+                    "audit.write_row",
+                    "audit.write_row",
+                    "orders.collect_payment",
+                    "orders.send_confirmation",
+                ],
                 _outcomes(shot),
             ),
             Check("the confirmation has arrived", len(shot.mails) == 1),
@@ -192,7 +197,11 @@ async def _plain_def(stage: Stage) -> Played:
             ),
             _in_order(shot),
             _all_ended_well(
-                shot, "orders.tell_warehouse", "orders.send_confirmation", "audit.write_row"
+                shot,
+                "orders.tell_warehouse",
+                "orders.send_confirmation",
+                "orders.collect_payment",
+                "audit.write_row",
             ),
             Check(
                 "the confirmation and the warehouse's report have arrived",

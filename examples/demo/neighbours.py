@@ -1,4 +1,4 @@
-"""Owns the shop's neighbours: a mail server and a warehouse, real servers on loopback.
+"""Owns the shop's neighbours: mail server, warehouse and payment provider, real ones on loopback.
 
 Each is a context manager, listens on a free port, runs in threads of its own and remembers what
 reached it. Knows nothing of eventkit, so tests use them too.
@@ -10,7 +10,7 @@ import asyncio
 import json
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email import message_from_bytes, policy
@@ -26,8 +26,8 @@ from examples.demo.trace import clock_ns
 from examples.shop.settings import Settings
 
 # How long they take. The shop and eventkit know nothing of it; it makes bars that can be seen.
-_MAIL_SECONDS, _WAREHOUSE_SECONDS = 0.040, 0.015
-_POLL_SECONDS = 0.01  # how soon the warehouse notices that it should close
+_MAIL_SECONDS, _WAREHOUSE_SECONDS, _PAYMENT_SECONDS = 0.040, 0.015, 0.020
+_POLL_SECONDS = 0.01  # how soon an HTTP server notices that it should close
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +93,10 @@ class _FreePortController(Controller):
         super()._trigger_server()  # type: ignore[no-untyped-call]
 
 
-class Warehouse:
-    """Takes reports on stock, after `delay` seconds; answers 503 while it is down.
+class _HttpServer:
+    """Answers POST requests as `answer` decides; without a decision it hangs up."""
 
-    `POST /down` and `POST /up` switch it from outside.
-    """
-
-    def __init__(self, *, delay: float = 0.0) -> None:
-        self.down = False
-        self.reports: list[object] = []
-        self._delay = delay
+    def __init__(self) -> None:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._thread = Thread(target=self._server.serve_forever, args=(_POLL_SECONDS,))
 
@@ -120,7 +114,40 @@ class Warehouse:
         self._server.server_close()
         self._thread.join()
 
-    def answer(self, path: str, body: bytes) -> int:
+    def answer(self, path: str, headers: Mapping[str, str], body: bytes) -> int | None:
+        """Decide on one request."""
+        raise NotImplementedError
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        answer = self.answer
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                status = answer(self.path, dict(self.headers), body)
+                if status is not None:
+                    self.send_response(status)
+                    self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Stay quiet."""
+
+        return Handler
+
+
+class Warehouse(_HttpServer):
+    """Takes reports on stock, after `delay` seconds; answers 503 while it is down.
+
+    `POST /down` and `POST /up` switch it from outside.
+    """
+
+    def __init__(self, *, delay: float = 0.0) -> None:
+        super().__init__()
+        self.down = False
+        self.reports: list[object] = []
+        self._delay = delay
+
+    def answer(self, path: str, headers: Mapping[str, str], body: bytes) -> int:
         """Decide on one request."""
         if path in ("/down", "/up"):
             self.down = path == "/down"
@@ -131,19 +158,37 @@ class Warehouse:
         self.reports.append(json.loads(body))
         return 204
 
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        answer = self.answer
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                self.send_response(answer(self.path, body))
-                self.end_headers()
+class PaymentProvider(_HttpServer):
+    """Collects money, once for each `Idempotency-Key`, as Stripe does and an IETF draft says.
 
-            def log_message(self, format: str, *args: object) -> None:
-                """Stay quiet."""
+    Attributes:
+        declines: Answers 402 to whoever asks for the first time.
+        answers_to_lose: So many of the next requests are carried out, but not answered.
+        requests: The keys that were asked with, in order.
+        charges: What was collected, by key.
+    """
 
-        return Handler
+    def __init__(self, *, delay: float = 0.0) -> None:
+        super().__init__()
+        self.declines = False
+        self.answers_to_lose = 0
+        self.requests: list[str] = []
+        self.charges: dict[str, object] = {}
+        self._delay = delay
+
+    def answer(self, path: str, headers: Mapping[str, str], body: bytes) -> int | None:
+        """Decide on one request."""
+        time.sleep(self._delay)
+        key = headers["Idempotency-Key"]
+        self.requests.append(key)
+        if key not in self.charges and self.declines:
+            return 402
+        self.charges.setdefault(key, json.loads(body))
+        if self.answers_to_lose:
+            self.answers_to_lose -= 1
+            return None
+        return 201
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +197,7 @@ class Neighbourhood:
 
     mails: MailServer
     warehouse: Warehouse
+    payments: PaymentProvider
     directory: Path
 
     @property
@@ -171,6 +217,7 @@ class Neighbourhood:
             database_url=f"sqlite:///{self.database}",
             smtp_port=self.mails.port,
             warehouse_url=f"{self.warehouse.url}/stock",
+            payments_url=f"{self.payments.url}/charges",
         )
 
 
@@ -181,5 +228,6 @@ def neighbourhood(on_mail: Callable[[Mail], None] = _ignore) -> Generator[Neighb
         tempfile.TemporaryDirectory(prefix="eventkit-demo-") as directory,
         MailServer(delay=_MAIL_SECONDS, on_mail=on_mail) as mails,
         Warehouse(delay=_WAREHOUSE_SECONDS) as warehouse,
+        PaymentProvider(delay=_PAYMENT_SECONDS) as payments,
     ):
-        yield Neighbourhood(mails, warehouse, Path(directory))
+        yield Neighbourhood(mails, warehouse, payments, Path(directory))

@@ -13,7 +13,7 @@ from examples.demo.trace import Record, Trace
 
 _TRY = """\
 
-The shop is up, with a mail server and a warehouse beside it. In another terminal:
+The shop is up, with all its neighbours beside it. In another terminal:
 
   curl {shop}/users --json '{{"name": "Ada", "email": "ada@example.com"}}'
       Again: 409, nothing is published.

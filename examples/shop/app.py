@@ -8,12 +8,12 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from eventkit.starlette import EventContextMiddleware
-from examples.shop.audit import audit_handlers
-from examples.shop.orders.handlers import order_handlers
+from examples.shop.audit import router as audit_handlers
+from examples.shop.orders.handlers import router as order_handlers
 from examples.shop.orders.routes import router as order_routes
 from examples.shop.resources import Resources
 from examples.shop.settings import Settings
-from examples.shop.users.handlers import user_handlers
+from examples.shop.users.handlers import router as user_handlers
 from examples.shop.users.routes import router as user_routes
 
 
@@ -22,9 +22,9 @@ def create_app(settings: Settings) -> FastAPI:
     resources = Resources(settings)
 
     bus = resources.bus
-    bus.include(user_handlers(resources.mailer))
-    bus.include(order_handlers(resources.mailer, resources.http, settings.warehouse_url))
-    bus.include(audit_handlers(resources.database.sessions))
+    bus.include(user_handlers)
+    bus.include(order_handlers)
+    bus.include(audit_handlers)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:

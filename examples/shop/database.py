@@ -46,6 +46,16 @@ class OrderRow(Base):
     total_cents: Mapped[int]
 
 
+class PaymentRow(Base):
+    """What an order has brought in."""
+
+    __tablename__ = "payments"
+
+    order_id: Mapped[int] = mapped_column(primary_key=True)
+    cents: Mapped[int]
+    key: Mapped[UUID]
+
+
 class AuditRow(Base):
     """Something that happened. The event's id is the key, so that it is written once."""
 

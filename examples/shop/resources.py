@@ -1,4 +1,4 @@
-"""Owns what an app holds for its whole life, and how an endpoint gets at it."""
+"""Owns what an app holds for its whole life, and how endpoints and handlers get at it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from eventkit import EventBus, Publisher
 from examples.shop.database import Database
 from examples.shop.mail import Mailer
+from examples.shop.payments import Payments
 from examples.shop.settings import Settings
 
 
@@ -26,6 +27,7 @@ class Resources:
         self.database = Database(settings.database_url)
         self.mailer = Mailer(settings.smtp_host, settings.smtp_port)
         self.http = httpx.AsyncClient(timeout=5.0)
+        self.payments = Payments(self.http, settings.payments_url)
 
     @asynccontextmanager
     async def opened(self) -> AsyncGenerator[None]:
@@ -38,8 +40,8 @@ class Resources:
             await self.database.close()
 
 
-def get_resources(request: Request) -> Resources:
-    """What `create_app` put on the app."""
+async def get_resources(request: Request) -> Resources:
+    """What `create_app` put on the app: an endpoint's request has it, and a handler's."""
     resources: Resources = request.app.state.resources
     return resources
 
@@ -47,16 +49,16 @@ def get_resources(request: Request) -> Resources:
 FromApp = Annotated[Resources, Depends(get_resources)]
 
 
-def get_publisher(resources: FromApp) -> Publisher:
+async def get_publisher(resources: FromApp) -> Publisher:
     """Whom a use case tells what happened. It need not know that this is a bus."""
     return resources.bus
 
 
 async def get_session(resources: FromApp) -> AsyncIterator[AsyncSession]:
-    """A transaction for one request: committed at its end, rolled back if the endpoint raised.
+    """A transaction for one request or delivery: committed at its end, rolled back if it failed.
 
     FastAPI leaves a `yield` dependency after the response was sent, so this commit comes later
-    than the answer; eventkit starts handlers later still.
+    than the answer; eventkit starts handlers later still, each with a transaction of its own.
     """
     async with resources.database.sessions.begin() as session:
         yield session
@@ -68,6 +70,18 @@ def get_sync_session(resources: FromApp) -> Iterator[Session]:
         yield session
 
 
+async def get_mailer(resources: FromApp) -> Mailer:
+    """Who sends mail."""
+    return resources.mailer
+
+
+async def get_payments(resources: FromApp) -> Payments:
+    """Who collects money."""
+    return resources.payments
+
+
 Events = Annotated[Publisher, Depends(get_publisher)]
 Transaction = Annotated[AsyncSession, Depends(get_session)]
 SyncTransaction = Annotated[Session, Depends(get_sync_session)]
+Post = Annotated[Mailer, Depends(get_mailer)]
+Till = Annotated[Payments, Depends(get_payments)]

@@ -16,6 +16,7 @@ class Settings:
         smtp_host: The mail server's address.
         smtp_port: The mail server's port.
         warehouse_url: Whom to tell when something leaves the stock.
+        payments_url: Where charges are collected.
         credit_limit_cents: Orders above it are declined.
     """
 
@@ -23,6 +24,7 @@ class Settings:
     smtp_host: str = "127.0.0.1"
     smtp_port: int = 1025
     warehouse_url: str = "http://127.0.0.1:8001/stock"
+    payments_url: str = "http://127.0.0.1:8002/charges"
     credit_limit_cents: int = 30_000
 
     @classmethod
@@ -34,6 +36,7 @@ class Settings:
             smtp_host=environ.get("SHOP_SMTP_HOST", default.smtp_host),
             smtp_port=int(environ.get("SHOP_SMTP_PORT", default.smtp_port)),
             warehouse_url=environ.get("SHOP_WAREHOUSE_URL", default.warehouse_url),
+            payments_url=environ.get("SHOP_PAYMENTS_URL", default.payments_url),
             credit_limit_cents=int(
                 environ.get("SHOP_CREDIT_LIMIT_CENTS", default.credit_limit_cents)
             ),

@@ -1,4 +1,4 @@
-"""A shop of its own for each test, with a real mail server, a real warehouse and a real file."""
+"""A shop of its own for each test, with real neighbours and a real file."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from eventkit import EventBus
-from examples.demo.neighbours import Mail, MailServer, Warehouse
+from examples.demo.neighbours import Mail, MailServer, PaymentProvider, Warehouse
 from examples.shop.app import create_app
 from examples.shop.settings import Settings
 
@@ -30,6 +30,7 @@ class Shop:
     bus: EventBus
     mails: MailServer
     warehouse: Warehouse
+    payments: PaymentProvider
     database: Path
     committed_at_mail: list[int]
 
@@ -53,17 +54,22 @@ def shop(tmp_path: Path) -> Iterator[Shop]:
     def look_what_is_committed(_: Mail) -> None:
         committed_at_mail.extend(read_column(database, "SELECT count(*) FROM users"))
 
-    with MailServer(on_mail=look_what_is_committed) as mails, Warehouse() as warehouse:
+    with (
+        MailServer(on_mail=look_what_is_committed) as mails,
+        Warehouse() as warehouse,
+        PaymentProvider() as payments,
+    ):
         app = create_app(
             Settings(
                 database_url=f"sqlite:///{database}",
                 smtp_port=mails.port,
                 warehouse_url=f"{warehouse.url}/stock",
+                payments_url=f"{payments.url}/charges",
             )
         )
         with TestClient(app) as client:
             bus: EventBus = app.state.resources.bus
-            yield Shop(client, bus, mails, warehouse, database, committed_at_mail)
+            yield Shop(client, bus, mails, warehouse, payments, database, committed_at_mail)
 
 
 @pytest.fixture

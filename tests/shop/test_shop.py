@@ -1,9 +1,10 @@
 """The shop as a whole, through its front door and out of all its back doors."""
 
 from pathlib import Path
+from uuid import UUID
 
 from fastapi.testclient import TestClient
-from httpx import HTTPStatusError
+from httpx import HTTPStatusError, TransportError
 
 from eventkit.testing import EventCapture, assert_handles
 from examples.shop.app import create_app
@@ -48,7 +49,7 @@ def test_an_order_in_a_plain_def_endpoint_reaches_every_handler(
     response = shop.client.post("/orders", json=order(("tea", 2), ("teapot", 1)))
 
     assert (response.status_code, response.json()) == (201, {"order_id": 1})
-    assert len(capevents.handled) == 6
+    assert len(capevents.handled) == 7
     assert shop.warehouse.reports == [
         {"sku": "tea", "taken": 2, "left": 98},
         {"sku": "teapot", "taken": 1, "left": 0},
@@ -112,8 +113,65 @@ def test_a_mail_that_is_refused_once_is_lost_and_the_next_one_leaves(
 
 def test_what_happens_in_the_shop_is_handled_by_whom_it_concerns(shop: Shop) -> None:
     assert_handles(shop.bus, UserCreated, "users.send_welcome_mail", "audit.write_row")
-    assert_handles(shop.bus, OrderPlaced, "orders.send_confirmation", "audit.write_row")
+    assert_handles(
+        shop.bus,
+        OrderPlaced,
+        "orders.send_confirmation",
+        "orders.collect_payment",
+        "audit.write_row",
+    )
     assert_handles(shop.bus, StockTaken, "orders.tell_warehouse", "audit.write_row")
+
+
+def test_a_payment_that_is_declined_is_rolled_back_beside_an_audit_that_is_committed(
+    shop: Shop, capevents: EventCapture
+) -> None:
+    shop.payments.declines = True
+
+    response = shop.client.post("/orders", json=order(("tea", 1)))
+
+    assert response.status_code == 201
+    (failure,) = capevents.failures
+    assert failure.delivery.handler == "orders.collect_payment"
+    assert shop.column("SELECT order_id FROM payments") == []
+    assert "OrderPlaced" in shop.column("SELECT kind FROM audit")
+
+
+def test_an_answer_that_is_lost_has_the_payment_asked_for_again_and_taken_once(
+    shop: Shop, capevents: EventCapture
+) -> None:
+    shop.payments.answers_to_lose = 1
+
+    shop.client.post("/orders", json=order(("tea", 1)))
+
+    key, again = shop.payments.requests
+    assert again == key
+    assert shop.payments.charges == {key: {"order_id": 1, "cents": 450}}
+    assert shop.column("SELECT key FROM payments") == [UUID(key).hex]
+    assert capevents.failures == []
+
+
+def test_two_orders_alike_are_two_payments(shop: Shop) -> None:
+    for _ in range(2):
+        shop.client.post("/orders", json=order(("tea", 1)))
+
+    assert list(shop.payments.charges.values()) == [
+        {"order_id": 1, "cents": 450},
+        {"order_id": 2, "cents": 450},
+    ]
+
+
+def test_a_provider_that_gives_no_answer_is_asked_three_times(
+    shop: Shop, capevents: EventCapture
+) -> None:
+    shop.payments.answers_to_lose = 3
+
+    shop.client.post("/orders", json=order(("tea", 1)))
+
+    (failure,) = capevents.failures
+    assert isinstance(failure.error, TransportError)
+    assert len(shop.payments.requests) == 3
+    assert shop.column("SELECT order_id FROM payments") == []
 
 
 def test_a_mail_server_that_is_gone_costs_the_mail_and_nothing_else(tmp_path: Path) -> None:
@@ -142,7 +200,9 @@ def test_two_shops_in_one_process_share_nothing(
 
 
 def test_settings_survive_the_way_through_the_environment() -> None:
-    settings = Settings("sqlite:///elsewhere.db", "mail.example", 25, "http://far.example", 1)
+    settings = Settings(
+        "sqlite:///elsewhere.db", "mail.example", 25, "http://far.example", "http://bank.example", 1
+    )
 
     assert Settings.from_env(settings.to_env()) == settings
     assert Settings.from_env({}) == Settings()

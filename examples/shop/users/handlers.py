@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from eventkit import EventRouter
-from examples.shop.mail import Mailer
+from examples.shop.resources import Post
 from examples.shop.users.events import UserCreated
 
+router = EventRouter()
 
-def user_handlers(mailer: Mailer) -> EventRouter:
-    """Handlers that share this mailer."""
-    router = EventRouter()
 
-    @router.on(UserCreated, name="users.send_welcome_mail")
-    def send_welcome_mail(event: UserCreated) -> None:
-        """A plain `def`, because smtplib blocks: eventkit runs it in a worker thread."""
-        mailer.send(event.email, f"Welcome, {event.name}!", "Your first tea is on us.")
-
-    return router
+@router.on(UserCreated, name="users.send_welcome_mail")
+def send_welcome_mail(event: UserCreated, mailer: Post) -> None:
+    """A plain `def`, because smtplib blocks: eventkit runs it in a worker thread."""
+    mailer.send(event.email, f"Welcome, {event.name}!", "Your first tea is on us.")
