@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import EllipsisType
-from typing import Concatenate, TypedDict, TypeVar
+from typing import Concatenate, TypedDict, TypeVar, overload
 
 from eventkit import _context
 from eventkit._context import Core, EventContext, log_failure
 from eventkit._events import Delivery, type_name
+from eventkit._explain import explain
 from eventkit._handlers import Resolver, is_duration
 from eventkit._observers import Observation, Observer
 from eventkit._registry import (
@@ -127,10 +128,30 @@ class EventBus(Subscribing):
         """The counters of this bus at this moment. Thread-safe."""
         return self._core.tally.snapshot()
 
+    @overload
+    def subscribe(  # what a lambda can be inferred from
+        self,
+        event_type: type[E],
+        handler: Callable[[E], object],
+        *,
+        name: str | None = None,
+        timeout: float | None | EllipsisType = ...,
+        thread: bool | None = None,
+    ) -> Subscription: ...
+    @overload
     def subscribe(
         self,
         event_type: type[E],
         handler: Callable[Concatenate[E, ...], object],
+        *,
+        name: str | None = None,
+        timeout: float | None | EllipsisType = ...,
+        thread: bool | None = None,
+    ) -> Subscription: ...
+    def subscribe(
+        self,
+        event_type: type[object],
+        handler: Callable[..., object],
         *,
         name: str | None = None,
         timeout: float | None | EllipsisType = ...,
@@ -155,6 +176,7 @@ class EventBus(Subscribing):
             InvalidEventTypeError: `event_type` is not a class.
             InvalidHandlerError: The handler takes no event, or something that nobody provides.
             DuplicateSubscriptionError: It is subscribed to this type already.
+            DuplicateNameError: Another handler has been given this name.
         """
         declaration = declare(event_type, handler, name=name, timeout=timeout, thread=thread)
         return self._registry.add([declaration])[0]
@@ -165,6 +187,7 @@ class EventBus(Subscribing):
         Raises:
             DuplicateSubscriptionError: One of them is subscribed already.
             InvalidHandlerError: One of them takes something that nobody provides.
+            DuplicateNameError: Another handler has been given the name of one of them.
         """
         include_into(self, router)
 
@@ -244,7 +267,7 @@ class EventBus(Subscribing):
                 event_type=type_name(subscription.event_type),
                 handler=subscription.name,
                 location=subscription.location,
-                subscribed_at=subscription.declaration.declared_at,
+                subscribed_at=subscription.subscribed_at,
                 thread=subscription.thread,
                 timeout=defaults[subscription.thread]
                 if subscription.timeout is ...
@@ -252,6 +275,21 @@ class EventBus(Subscribing):
             )
             for subscription in self._registry
         ]
+
+    def explain(self, event_type: type) -> str:
+        """Which handlers an event of exactly this class reaches, and why, as text to read.
+
+        For each one, in start order: where it is defined and subscribed, through which class it
+        gets the event, whether it runs on the event loop or in a thread, and for how long. Then
+        what might have been meant: handlers of subclasses, and of other classes with its name.
+
+            print(bus.explain(OrderPaid))
+
+        Raises:
+            InvalidEventTypeError: `event_type` is not a class.
+        """
+        reached = self.handlers_for(event_type)
+        return explain(event_type, reached, [*self._registry], self._core)
 
     def observe(self, observer: Observer) -> Observation:
         """Have an observer told what happens from now on.
@@ -276,8 +314,8 @@ class EventBus(Subscribing):
             core.observers = core.observers[:at] + core.observers[at + 1 :]
 
     def __repr__(self) -> str:
-        handlers = len(self.describe())
-        return f"<EventBus {self.name!r}, {handlers} subscriptions, {self.stats.pending} pending>"
+        subscribed = sum(1 for _ in self._registry)
+        return f"<EventBus {self.name!r}, {subscribed} subscriptions, {self.stats.pending} pending>"
 
 
 def registry_of(bus: EventBus) -> Registry:

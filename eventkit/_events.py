@@ -45,7 +45,7 @@ class Publisher(Protocol):
 _run_of_this_program = uuid4()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Delivery:
     """One run of one handler for one event, as observers and `current_delivery()` see it.
 
@@ -62,8 +62,8 @@ class Delivery:
     cause: Delivery | None
     depth: int
     attempt: int
-    _published_ns: int = field(repr=False)
-    _number: tuple[int, int] = field(repr=False)
+    _published_ns: int
+    _number: tuple[int, int]
 
     @property
     def id(self) -> UUID:
@@ -90,6 +90,12 @@ class Delivery:
 
     def __str__(self) -> str:
         return f"{type_name(type(self.event))} -> {self.handler}"
+
+    def __repr__(self) -> str:
+        # Without the payload, which may be long or secret, and whose repr is user code.
+        cause = "" if self.cause is None else f", caused by {self.cause}"
+        again = "" if self.attempt == 1 else f", attempt {self.attempt}"
+        return f"<Delivery {self}{again}{cause}>"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Delivery):

@@ -93,6 +93,7 @@ class Handler:
         in_thread: Its call starts in a worker thread.
         timeout: Seconds it may take, None for no limit, `...` for what the unit of work says.
         solver: Makes its dependencies; None where it has none.
+        named: Whether the name is an explicit one.
     """
 
     function: Callable[..., object]
@@ -101,6 +102,7 @@ class Handler:
     in_thread: bool
     timeout: float | None | EllipsisType = field(default=...)
     solver: Solver | None = None
+    named: bool = False
 
     @property
     def place(self) -> str:
@@ -238,7 +240,7 @@ def inspect_handler(
         )
     in_thread = not is_async if thread is None else thread
     _check_timeout(timeout, place, in_thread=in_thread)
-    return Handler(function, called, location, in_thread, timeout)
+    return Handler(function, called, location, in_thread, timeout, named=bool(name))
 
 
 def _layers(

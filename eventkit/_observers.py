@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from types import TracebackType
 
 from eventkit._events import Delivery, type_name
@@ -61,13 +61,15 @@ class Observation:
     __slots__ = ("_detach",)
 
     def __init__(self, detach: Callable[[], None]) -> None:
-        self._detach: Callable[[], None] | None = detach
+        self._detach = [detach]  # taken out in one step, because threads may want it at once
 
     def detach(self) -> None:
-        """Stop telling the observer. Deliveries that are running still tell it their end."""
-        if self._detach is not None:
-            self._detach()
-            self._detach = None
+        """Stop telling the observer. Deliveries that are running still tell it their end.
+
+        From any thread, and as often as you like.
+        """
+        with suppress(IndexError):
+            self._detach.pop()()
 
     def __enter__(self) -> Observation:
         return self

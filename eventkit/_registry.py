@@ -20,6 +20,7 @@ from eventkit._events import type_name
 from eventkit._handlers import Handler, Resolver, inspect_handler, with_dependencies
 from eventkit._log import log
 from eventkit.exceptions import (
+    DuplicateNameError,
     DuplicateSubscriptionError,
     InvalidEventTypeError,
     InvalidHandlerError,
@@ -64,24 +65,24 @@ class Subscription:
         target: What a delivery runs: the declared handler, but for a fake of the testing kit.
     """
 
-    __slots__ = ("_registry", "active", "declaration", "order", "target")
+    __slots__ = ("_declaration", "_order", "_registry", "active", "target")
 
     def __init__(self, declaration: Declaration, target: Handler, registry: Registry) -> None:
-        self.declaration: Declaration = declaration
         self.target: Handler = target
-        self.order: int = next(_order)
         self.active: bool = True
+        self._declaration = declaration
+        self._order = next(_order)
         self._registry = registry
 
     @property
     def event_type(self) -> type:
         """Instances of it and of its subclasses are delivered."""
-        return self.declaration.event_type
+        return self._declaration.event_type
 
     @property
     def handler(self) -> Callable[..., object]:
         """The callable as it was given."""
-        return self.declaration.handler.function
+        return self._declaration.handler.function
 
     @property
     def name(self) -> str:
@@ -92,6 +93,11 @@ class Subscription:
     def location(self) -> str:
         """Where the handler is defined, as `file:line`."""
         return self.target.location
+
+    @property
+    def subscribed_at(self) -> str:
+        """Where it was subscribed, or declared on a router, as `file:line`."""
+        return self._declaration.declared_at
 
     @property
     def thread(self) -> bool:
@@ -181,6 +187,47 @@ def _caller() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "unknown"
 
 
+class _Names:
+    """Which handler was given which name; it may have it for several event types."""
+
+    __slots__ = ("_given",)
+
+    def __init__(self) -> None:
+        self._given: dict[str, dict[type, Declaration]] = {}
+
+    def refuse_clashes(self, declarations: Iterable[Declaration]) -> None:
+        """Raise if two different handlers would have the same name.
+
+        Raises:
+            DuplicateNameError: Naming both handlers.
+        """
+        firsts: dict[str, Declaration] = {}
+        for declaration in _with_given_name(declarations):
+            handler, name = declaration.handler, declaration.handler.name
+            holders = [firsts.setdefault(name, declaration)]
+            if name in self._given:
+                holders.append(next(iter(self._given[name].values())))
+            for holder in holders:
+                if holder.handler.identity != handler.identity:
+                    raise DuplicateNameError(name, holder.handler.location, handler.location)
+
+    def add(self, declarations: Iterable[Declaration]) -> None:
+        for declaration in _with_given_name(declarations):
+            types = self._given.setdefault(declaration.handler.name, {})
+            types[declaration.event_type] = declaration
+
+    def remove(self, declaration: Declaration) -> None:
+        if declaration.handler.named:
+            types = self._given[declaration.handler.name]
+            del types[declaration.event_type]
+            if not types:
+                del self._given[declaration.handler.name]
+
+
+def _with_given_name(declarations: Iterable[Declaration]) -> Iterator[Declaration]:
+    return (declaration for declaration in declarations if declaration.handler.named)
+
+
 class Subscribing:
     """The decorator `on`, for whatever can take declarations."""
 
@@ -247,6 +294,7 @@ class Subscribing:
             InvalidEventTypeError: Something else than classes was given, or nothing.
             InvalidHandlerError: The function takes no event, or something that nobody provides.
             DuplicateSubscriptionError: It is subscribed to one of the types already.
+            DuplicateNameError: Another handler has been given this name.
         """
         if not event_types:
             raise InvalidEventTypeError("on() needs the event types: on(UserCreated)")
@@ -281,23 +329,32 @@ class EventRouter(Subscribing):
         bus.include(router)
     """
 
-    __slots__ = ("_declarations", "_included")
+    __slots__ = ("_declarations", "_included", "_names", "_routers")
 
     def __init__(self) -> None:
         self._declarations: dict[tuple[type, object], Declaration] = {}
+        self._names = _Names()
+        self._routers: list[EventRouter] = []
         self._included = False
 
     def include(self, router: EventRouter) -> None:
         """Take over all declarations of another router, in their order.
 
         Raises:
-            InvalidHandlerError: It is this router itself.
+            InvalidHandlerError: It is this router itself, or one that includes it.
             RouterClosedError: This router has been included somewhere already.
             DuplicateSubscriptionError: One of its handlers is declared here already.
+            DuplicateNameError: The name of one of its handlers is taken here.
         """
         if router is self:
             raise InvalidHandlerError("a router cannot be included into itself")
+        if _is_inside(self, router):
+            raise InvalidHandlerError(
+                "a router cannot be included into itself, which this one would be through a "
+                "router that it has included: include only the outer one of the two"
+            )
         include_into(self, router)
+        self._routers.append(router)
 
     def _add(self, declarations: Sequence[Declaration]) -> None:
         if self._included:
@@ -307,14 +364,23 @@ class EventRouter(Subscribing):
                 "include all routers, before the router itself is included"
             )
         added: dict[tuple[type, object], Declaration] = {}
+        self._names.refuse_clashes(declarations)
         for declaration in declarations:
             key = (declaration.event_type, declaration.handler.identity)
             declaration.refuse_twin(self._declarations.get(key) or added.get(key))
             added[key] = declaration
         self._declarations.update(added)
+        self._names.add(declarations)
 
     def __repr__(self) -> str:
         return f"<EventRouter with {len(self._declarations)} declarations>"
+
+
+def _is_inside(router: EventRouter, outer: object) -> bool:
+    """Whether it has been included into the other one, directly or through others."""
+    return isinstance(outer, EventRouter) and any(
+        inner is router or _is_inside(router, inner) for inner in outer._routers
+    )
 
 
 def include_into(target: Subscribing, router: EventRouter) -> None:
@@ -334,12 +400,13 @@ class Registry:
         resolver: Compiles the dependencies of handlers; None for FastAPI's, once one has some.
     """
 
-    __slots__ = ("_by_type", "_lasting", "_lock", "_plans", "_resolver")
+    __slots__ = ("_by_type", "_lasting", "_lock", "_names", "_plans", "_resolver")
 
     def __init__(self, resolver: Resolver | None) -> None:
         self._resolver = resolver
         self._lock = RLock()  # finalizers run anywhere, also while it is held
         self._by_type: dict[type, dict[object, Subscription]] = {}
+        self._names = _Names()
         self._plans: dict[type, Plan] = {}
         self._lasting: list[Subscription] = []  # made by an import since somebody keeps the state
 
@@ -349,19 +416,22 @@ class Registry:
         Raises:
             DuplicateSubscriptionError: Naming both places.
             InvalidHandlerError: A handler takes something that nobody provides.
+            DuplicateNameError: Naming both handlers.
         """
         targets = [with_dependencies(d.handler, self._resolver) for d in declarations]
         with self._lock:
             added: dict[type, dict[object, Subscription]] = {}
+            self._names.refuse_clashes(declarations)
             for declaration, target in zip(declarations, targets, strict=True):
                 event_type, identity = declaration.event_type, target.identity
                 for table in (self._by_type, added):
                     twin = table.get(event_type, {}).get(identity)
-                    declaration.refuse_twin(twin.declaration if twin else None)
+                    declaration.refuse_twin(twin._declaration if twin else None)
                 subscription = Subscription(declaration, target, self)
                 added.setdefault(event_type, {})[identity] = subscription
             for event_type, subscriptions in added.items():
                 self._by_type.setdefault(event_type, {}).update(subscriptions)
+            self._names.add(declarations)
             self._plans = {}
             made = in_order(s for group in added.values() for s in group.values())
             if _importing():
@@ -374,9 +444,10 @@ class Registry:
             if subscription.active:
                 subscription.active = False
                 subscriptions = self._by_type[subscription.event_type]
-                del subscriptions[subscription.declaration.handler.identity]
+                del subscriptions[subscription._declaration.handler.identity]
                 if not subscriptions:
                     del self._by_type[subscription.event_type]
+                self._names.remove(subscription._declaration)
                 self._plans = {}
 
     def keep(self) -> Callable[[], None]:
@@ -393,11 +464,12 @@ class Registry:
             with self._lock:
                 for subscription in self:
                     subscription.active = False
-                self._by_type = {}
+                self._by_type, self._names = {}, _Names()
                 for subscription in in_order({*then, *self._lasting}):
                     group = self._by_type.setdefault(subscription.event_type, {})
-                    group[subscription.declaration.handler.identity] = subscription
+                    group[subscription._declaration.handler.identity] = subscription
                     subscription.active = True
+                    self._names.add([subscription._declaration])
                 self._plans = {}
 
         return restore
@@ -448,4 +520,4 @@ def in_order(subscriptions: Iterable[Subscription]) -> list[Subscription]:
 
 
 def _order_of(subscription: Subscription) -> int:
-    return subscription.order
+    return subscription._order

@@ -13,6 +13,7 @@ __all__ = [
     "BusLookupError",
     "DispatchError",
     "DrainInProgressError",
+    "DuplicateNameError",
     "DuplicateSubscriptionError",
     "EventContextClosedError",
     "EventContextFullError",
@@ -74,6 +75,25 @@ class DuplicateSubscriptionError(EventKitError, ValueError):
             "event in any case"
         )
         self.handler = handler
+        self.first = first
+        self.second = second
+
+
+class DuplicateNameError(EventKitError, ValueError):
+    """Two different handlers were given the same name.
+
+    Attributes:
+        name: The name.
+        first: The handler that has it, as `file:line`.
+        second: The handler that was to have it too.
+    """
+
+    def __init__(self, name: str, first: str, second: str) -> None:
+        super().__init__(
+            f"two handlers are called {name!r}, the one at {first} and the one at {second}. A name "
+            "says in logs and counters whose a delivery is: give one of them another name="
+        )
+        self.name = name
         self.first = first
         self.second = second
 

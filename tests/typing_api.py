@@ -32,6 +32,7 @@ from eventkit import (
     current_delivery,
 )
 from eventkit.starlette import EventContextMiddleware, Outcome, succeeded
+from eventkit.streams import EventStream, end_at_shutdown, stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,11 @@ async def call_handlers() -> None:
     assert_type(await greet(created), str)
     await greet(created, "Good morning")
     await greet(created, salutation="Good morning")
-    # The event goes by position: `Concatenate` cannot say its name.
+    # What no checker can be told: the event's name (`Concatenate` takes it by position), and that
+    # a handler of a base takes more than what it is subscribed to (type variables have no lower
+    # bound, nor an upper one that is generic).
     await greet(event=created)  # type: ignore[call-arg]
+    audit(UserEvent(1))  # type: ignore[arg-type]
     await greet(created, 1)  # type: ignore[arg-type]
     await greet()  # type: ignore[call-arg]
     audit(created)
@@ -174,13 +178,41 @@ with subscription as entered_subscription:
     assert_type(entered_subscription, Subscription)
 bus.subscribe(UserCreated, of_a_base)
 bus.subscribe(UserCreated, Mailer().send)  # type: ignore[arg-type]
-bus.subscribe(UserCreated, 1)  # type: ignore[arg-type]
-bus.subscribe(created, of_a_base)  # type: ignore[arg-type]
+bus.subscribe(UserCreated, 1)  # type: ignore[call-overload]
+bus.subscribe(created, of_a_base)  # type: ignore[call-overload]
+bus.subscribe(UserCreated, call_handlers)  # type: ignore[arg-type]
+bus.subscribe(UserCreated, greet)
+bus.subscribe(UserCreated, lambda event: print(event.email))
+bus.subscribe(UserCreated, lambda event: print(event.total))  # type: ignore[attr-defined]
+bus.subscribe(OrderPaid, lambda: None)  # type: ignore[arg-type, misc]
 bus.include(router)
 bus.include(bus)  # type: ignore[arg-type]
 assert_type(bus.handlers_for(UserCreated), tuple[Subscription, ...])
 assert_type(bus.describe(), list[Wiring])
+assert_type(bus.explain(UserCreated), str)
+bus.explain(created)  # type: ignore[arg-type]
 assert_type(bus.stats, Stats)
+
+
+# Streams.
+
+
+async def follow() -> None:
+    async with stream(bus, UserCreated, buffer=10, overflow="raise") as events:
+        assert_type(events, EventStream[UserCreated])
+        async for event in events:
+            assert_type(event, UserCreated)
+            print(event.total)  # type: ignore[attr-defined]
+    async with stream(bus, UserCreated, overflow="block"):  # type: ignore[arg-type]
+        pass
+    async with stream(bus, created):  # type: ignore[arg-type]
+        pass
+    async for _ in stream(bus, UserCreated):  # type: ignore[attr-defined]
+        pass
+
+
+with end_at_shutdown(bus):
+    pass
 
 
 # Publishers.

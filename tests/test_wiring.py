@@ -1,0 +1,287 @@
+"""Looking at a bus: what explains who gets an event, names, and what a debugger shows."""
+
+from typing import Any
+
+import pytest
+
+from eventkit import (
+    Delivery,
+    DuplicateNameError,
+    EventBus,
+    EventRouter,
+    InvalidEventTypeError,
+    Observer,
+    current_delivery,
+)
+from tests.witness import nothing
+
+pytestmark = pytest.mark.anyio
+
+
+class OrderEvent:
+    """What happens to orders."""
+
+
+class OrderPaid(OrderEvent):
+    """An event whose payload is long, secret, and broken."""
+
+    def __repr__(self) -> str:
+        raise LookupError("the payload")
+
+
+class OrderPaidTwice(OrderPaid):
+    """A subclass."""
+
+
+ELSEWHERE: type[Any] = type("OrderPaid", (), {"__module__": "old.shop"})
+
+
+async def send_receipt(event: OrderPaid) -> None: ...
+
+
+async def count(event: object) -> None: ...
+
+
+def write_line(event: OrderEvent) -> None: ...
+
+
+def place(function: Any) -> str:
+    return f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
+
+
+def declared_at(bus: EventBus, handler: str) -> str:
+    [wiring] = [w for w in bus.describe() if w["handler"].endswith(handler)]
+    return wiring["subscribed_at"]
+
+
+# Explaining
+
+
+@pytest.mark.parametrize(
+    ("sequential", "how"),
+    [(False, "concurrently, and start in"), (True, "one after the other, in")],
+)
+def test_explain_says_who_gets_an_event_and_why_and_where_and_for_how_long(
+    sequential: bool, how: str
+) -> None:
+    bus = EventBus(name="shop", sequential=sequential)
+    router = EventRouter()
+    router.on(OrderPaid)(send_receipt)
+    router.on(OrderEvent)(write_line)
+    bus.include(router)
+    bus.subscribe(object, count, timeout=None)
+    bus.subscribe(OrderPaid, nothing, name="fast", thread=False, timeout=0.5)
+
+    assert bus.explain(OrderPaid) == (
+        f"{__name__}.OrderPaid reaches 4 handlers of bus 'shop'. They run {how} this order:\n"
+        f"1. {__name__}:send_receipt, at {place(send_receipt)}\n"
+        f"   subscribed to this class itself, at {declared_at(bus, 'send_receipt')}\n"
+        "   runs on the event loop, for at most 30 s in a drain (the bus's handler_timeout)\n"
+        f"2. {__name__}:write_line, at {place(write_line)}\n"
+        f"   subscribed to its base class {__name__}.OrderEvent, at "
+        f"{declared_at(bus, 'write_line')}\n"
+        "   runs in a worker thread, which no timeout can stop\n"
+        f"3. {__name__}:count, at {place(count)}\n"
+        f"   subscribed to object, so to every event, at {declared_at(bus, 'count')}\n"
+        "   runs on the event loop, for any time (timeout=None)\n"
+        f"4. fast, at {place(nothing)}\n"
+        f"   subscribed to this class itself, at {declared_at(bus, 'fast')}\n"
+        "   runs on the event loop, for at most 0.5 s (timeout=)"
+    )
+
+
+def test_explain_knows_a_bus_without_a_handler_timeout_and_a_single_handler() -> None:
+    bus = EventBus(handler_timeout=None)
+    bus.subscribe(OrderEvent, send_receipt)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    assert bus.explain(OrderEvent) == (
+        f"{__name__}.OrderEvent reaches 1 handler of bus 'default'.\n"
+        f"1. {__name__}:send_receipt, at {place(send_receipt)}\n"
+        f"   subscribed to this class itself, at {declared_at(bus, 'send_receipt')}\n"
+        "   runs on the event loop, for any time in a drain (the bus's handler_timeout)"
+    )
+
+
+def test_explain_names_what_might_have_been_meant_where_nothing_is_reached() -> None:
+    bus = EventBus()
+    bus.subscribe(OrderPaidTwice, write_line, thread=False)
+    bus.subscribe(ELSEWHERE, count)
+    bus.subscribe(str, nothing)
+
+    assert bus.explain(OrderPaid) == (
+        f"{__name__}.OrderPaid reaches no handler of bus 'default'.\n"
+        "Not reached, being subscribed to a subclass of it:\n"
+        f"- {__name__}:write_line, at {place(write_line)}, for {__name__}.OrderPaidTwice\n"
+        "Not reached, being subscribed to another class of the same name:\n"
+        f"- {__name__}:count, at {place(count)}, for old.shop.OrderPaid"
+    )
+
+
+def test_explain_names_namesakes_also_where_something_else_is_reached() -> None:
+    bus = EventBus()
+    bus.subscribe(object, count)
+    bus.subscribe(ELSEWHERE, write_line)
+
+    assert bus.explain(OrderPaid).splitlines()[4:] == [
+        "Not reached, being subscribed to another class of the same name:",
+        f"- {__name__}:write_line, at {place(write_line)}, for old.shop.OrderPaid",
+    ]
+    assert "Not reached" not in bus.explain(object)
+
+
+def test_explain_says_what_to_look_at_where_nothing_comes_close() -> None:
+    bus = EventBus()
+    bus.subscribe(str, nothing)
+
+    assert bus.explain(OrderPaid) == (
+        f"{__name__}.OrderPaid reaches no handler of bus 'default'.\n"
+        "Nor does any of its 1 subscriptions come close: is the module that declares the handler "
+        "imported, and its router included, bus.include(router)?"
+    )
+
+
+def test_explain_takes_a_class() -> None:
+    event: Any = OrderEvent()
+    with pytest.raises(InvalidEventTypeError, match="For its class: OrderEvent"):
+        EventBus().explain(event)
+
+
+# Names
+
+
+def clash(name: str, first: object, second: object) -> str:
+    return (
+        f"two handlers are called {name!r}, the one at {place(first)} and the one at "
+        f"{place(second)}. A name says in logs and counters whose a delivery is: give one of them "
+        "another name="
+    )
+
+
+def test_two_handlers_of_the_same_name_are_refused_naming_both() -> None:
+    bus = EventBus()
+    bus.subscribe(OrderPaid, send_receipt, name="mail")
+    with pytest.raises(DuplicateNameError) as error:
+        bus.subscribe(str, count, name="mail")
+
+    assert str(error.value) == clash("mail", send_receipt, count)
+    assert error.value.name == "mail"
+    assert (error.value.first, error.value.second) == (place(send_receipt), place(count))
+    assert len(bus.describe()) == 1
+
+
+def test_a_router_refuses_a_name_twice_and_so_does_who_includes_it() -> None:
+    router, other = EventRouter(), EventRouter()
+    router.on(str, name="mail")(count)
+    with pytest.raises(DuplicateNameError):
+        router.on(OrderPaid, name="mail")(send_receipt)
+    other.on(OrderEvent, name="mail")(write_line)
+    with pytest.raises(DuplicateNameError) as error:
+        router.include(other)
+    assert str(error.value) == clash("mail", count, write_line)
+
+    bus = EventBus()
+    bus.include(router)
+    with pytest.raises(DuplicateNameError):
+        bus.include(other)
+    assert len(bus.describe()) == 1
+
+
+def test_one_handler_may_have_its_name_for_several_types() -> None:
+    bus = EventBus()
+    bus.on(OrderPaid, str, name="count")(count)
+    last = bus.subscribe(int, count, name="count")
+
+    with pytest.raises(DuplicateNameError):
+        bus.subscribe(int, nothing, name="count")
+    last.cancel()
+    with pytest.raises(DuplicateNameError):
+        bus.subscribe(int, nothing, name="count")
+
+
+def test_a_name_is_free_again_when_its_subscriptions_have_ended() -> None:
+    bus = EventBus()
+    bus.subscribe(str, count, name="mail").cancel()
+    bus.subscribe(OrderPaid, send_receipt, name="mail")
+
+    assert [wiring["handler"] for wiring in bus.describe()] == ["mail"]
+
+
+def test_the_methods_of_two_objects_may_share_the_name_that_nobody_gave_them() -> None:
+    class Mailer:
+        async def send(self, event: OrderPaid) -> None: ...
+
+    bus = EventBus()
+    bus.subscribe(OrderPaid, Mailer().send)
+    bus.subscribe(OrderPaid, Mailer().send)
+
+    assert len({wiring["handler"] for wiring in bus.describe()}) == 1
+
+
+# In a debugger
+
+
+async def test_a_delivery_shows_what_it_is_and_never_the_payload() -> None:
+    bus = EventBus()
+    shown: list[str] = []
+
+    @bus.on(OrderPaid, name="ship")
+    async def ship(event: OrderPaid) -> None:
+        bus.publish("shipped")
+
+    @bus.on(str, OrderPaid, name="note")
+    async def note(event: object) -> None:
+        shown.append(repr(current_delivery()))
+
+    async with bus.context() as unit:
+        bus.publish(OrderPaid())
+        [first, _] = unit.pending
+
+    paid = f"{__name__}.OrderPaid"
+    assert shown == [
+        f"<Delivery {paid} -> note>",
+        f"<Delivery builtins.str -> note, caused by {paid} -> ship>",
+    ]
+    again = Delivery(
+        event=first.event,
+        handler=first.handler,
+        cause=None,
+        depth=0,
+        attempt=2,
+        _published_ns=0,
+        _number=(0, 0),
+    )
+    assert repr(again) == f"<Delivery {paid} -> ship, attempt 2>"
+
+
+async def test_a_bus_a_unit_and_a_subscription_show_themselves_with_broken_payloads() -> None:
+    bus = EventBus()
+    subscription = bus.subscribe(OrderPaid, send_receipt)
+    async with bus.context() as unit:
+        bus.publish(OrderPaid(), OrderPaid())
+
+        assert repr(bus) == "<EventBus 'default', 1 subscriptions, 2 pending>"
+        assert repr(unit) == "<EventContext of bus 'default', open, 2 pending>"
+    assert repr(subscription) == (
+        f"<Subscription {__name__}.OrderPaid -> {__name__}:send_receipt {place(send_receipt)}>"
+    )
+
+
+def test_an_observation_detached_by_many_threads_at_once_is_detached_once() -> None:
+    bus = EventBus()
+    kept = bus.observe(Observer())
+    observation = bus.observe(Observer())
+    detach = observation._detach[0]
+    reentered: list[None] = []
+
+    def detach_and_again() -> None:
+        observation.detach()  # as another thread would in this very moment
+        reentered.append(None)
+        detach()
+
+    observation._detach[0] = detach_and_again
+    observation.detach()
+    observation.detach()
+
+    assert reentered == [None]
+    kept.detach()
+    assert bus._core.observers == ()
