@@ -27,11 +27,9 @@ class Topic(Protocol):
     """What a module has that measures something.
 
     Attributes:
-        TITLE: Of its part of the page.
         PACKAGES: Distributions whose versions matter.
     """
 
-    TITLE: str
     PACKAGES: Sequence[str]
 
     def measure(self, effort: Effort) -> Iterator[Comparison]:
@@ -120,8 +118,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.topics) - set(TOPICS):
         parser.error(f"there is no {', '.join(sorted(unknown))}; choose of {', '.join(TOPICS)}")
-    # Several contenders log what others keep silent about; a terminal is nobody's cost.
-    logging.getLogger().addHandler(logging.NullHandler())
     verdicts: list[Verdict] = []
     for name in options.topics or TOPICS:
         results = run(name, QUICK if options.quick else FULL)
@@ -136,4 +132,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Several contenders log what others keep silent about; a terminal is nobody's cost.
+    logging.getLogger().addHandler(logging.NullHandler())
     sys.exit(main())

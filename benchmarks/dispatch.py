@@ -37,7 +37,6 @@ from benchmarks.peers import ASYNCIO, PEERS, Handler, Ordered, awaited, load, on
 from benchmarks.report import Bar, Panel, drawing, grid, milliseconds, number, ratio, table
 from eventkit import EventBus
 
-TITLE = "Dispatch"
 PACKAGES = ("anyio", "trio", "uvloop", "aiosqlite", *(peer.name for peer in PEERS))
 
 FLOOR = "for h in handlers: await h(event)"
@@ -98,7 +97,7 @@ async def _case(loop: str, waits: str, size: int, port: int, effort: Effort) -> 
             {"loop": loop, "waiting": waits, "handlers": size},
             contenders,
             handlers,
-            effort.fewer(5) if waits in WAITING else effort,
+            effort.fewer(3 if size > 10 else 5) if waits in WAITING else effort,
         )
 
 
@@ -361,7 +360,8 @@ def tables(results: Results) -> str:
 
 
 def _peers() -> str:
-    return table(["library", "the handlers of one event"], [[p.name, p.note] for p in PEERS])
+    rows = [[peer.name, peer.note] for peer in PEERS]
+    return table(["library", "the handlers of one event"], rows, text=2)
 
 
 def _table(results: Results, loop: str, waits: str) -> str:

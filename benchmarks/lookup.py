@@ -27,7 +27,6 @@ from benchmarks.report import grid, milliseconds, nanoseconds
 from eventkit import DomainEvent, EventBus
 from eventkit._bus import core_of
 
-TITLE = "Lookup, events, import"
 PACKAGES = ("anyio", "structlog", "pydantic", "bubus", "python-cqrs")
 
 DEPTH = 50

@@ -25,7 +25,6 @@ from benchmarks.peers import Ordered, load
 from benchmarks.report import Bar, Panel, drawing, grid, nanoseconds, number
 from eventkit import EventBus, EventContext
 
-TITLE = "Publish"
 PACKAGES = ("anyio", "fastapi-events")
 
 FLOOR = "deque.append"

@@ -40,7 +40,6 @@ from benchmarks.report import Bar, Panel, drawing, grid, number, spread
 from eventkit import EventBus
 from eventkit.starlette import EventContextMiddleware
 
-TITLE = "Requests"
 PACKAGES = ("anyio", "starlette", "fastapi", "uvicorn", "uvloop", "httptools", "fastapi-events")
 
 NONE = "no middleware"
@@ -252,7 +251,7 @@ def verdicts(comparisons: Sequence[Comparison]) -> Iterator[Verdict]:
         where, app, events = (found.case[key] for key in ("where", "app", "events"))
         if where != IN_PROCESS:
             continue
-        name = f"{app}, {events} events: {OURS} / {NONE}"
+        name = f"{app}, N = {events}: {OURS} / {NONE}"
         if app == BARE:
             limit, stretch = LIMITS[int(events)]
             yield Verdict(name, found.ratio(OURS).median, limit, stretch)
@@ -260,7 +259,7 @@ def verdicts(comparisons: Sequence[Comparison]) -> Iterator[Verdict]:
             yield Verdict(name, found.ratio(OURS).median, 1.05)
         elif app == FASTAPI and events == 1 and PEER in found.rounds:
             yield Verdict(
-                f"{app}, 1 event: what {OURS} adds / what {PEER} adds",
+                f"{app}, N = 1: what {OURS} adds / what {PEER} adds",
                 added(found).median,
                 1 / 5,
             )

@@ -1,6 +1,6 @@
 """The benchmarks themselves: that they compute what they say, and that they still run."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -217,6 +217,80 @@ def test_on_a_logarithmic_scale_the_same_factor_is_the_same_length() -> None:
 
     assert panel.width(100) - panel.width(10) == pytest.approx(panel.width(10) - panel.width(1))
     assert panel.width(100) == 1
+
+
+class Light:
+    """A topic that measures nothing."""
+
+    PACKAGES = ("pytest",)
+
+    def __init__(self, *measured: float) -> None:
+        self.measured = measured
+
+    def measure(self, effort: Effort) -> Iterator[Comparison]:
+        yield comparison_of(floor=[1, 1], eventkit=[2, 2])
+
+    def verdicts(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        return [Verdict("as fast as light", measured, limit=1) for measured in self.measured]
+
+    def tables(self, results: Results) -> str:
+        return "| light |"
+
+    def plots(self, results: Results) -> dict[str, str]:
+        return {"light.svg": "<svg/>"}
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> Callable[[Light], None]:
+    """Have that topic found instead of any other."""
+
+    def take(found: Light) -> None:
+        def topic(name: str) -> Light:
+            return found
+
+        monkeypatch.setattr("benchmarks.__main__.topic", topic)
+
+    return take
+
+
+@pytest.mark.parametrize(
+    ("arguments", "measured", "code"),
+    [
+        (["--check"], (0.5, 1.05), 0),
+        (["--check"], (0.5, 2), 1),
+        ([], (0.5, 2), 0),
+    ],
+)
+def test_a_missed_goal_fails_the_run_that_was_asked_to_check(
+    arguments: list[str],
+    measured: tuple[float, ...],
+    code: int,
+    light: Callable[[Light], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    light(Light(*measured))
+
+    assert main(["publish", *arguments]) == code
+
+    assert "holds" in capsys.readouterr().out
+
+
+def test_results_are_kept_beside_the_page_that_shows_them(
+    light: Callable[[Light], None], tmp_path: Path
+) -> None:
+    light(Light(0.5))
+    page = tmp_path / "speed.md"
+    other = "<!-- drain: generated -->\nslow\n<!-- /drain -->\n"
+    page.write_text(f"# Speed\n<!-- publish: generated -->\nas before\n<!-- /publish -->\n{other}")
+
+    main(["publish", "--quick", "--out", str(tmp_path / "speed")])
+
+    written = page.read_text()
+    assert "as before" not in written
+    assert "\n| light |\n" in written
+    assert "| as fast as light | 0.50 | 1.00 | holds |" in written
+    assert written.endswith(other)
+    assert (tmp_path / "speed" / "light.svg").read_text() == "<svg/>"
 
 
 @pytest.mark.parametrize("name", TOPICS)
