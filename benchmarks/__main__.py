@@ -20,7 +20,7 @@ from typing import Protocol, cast
 from benchmarks.harness import FULL, QUICK, Comparison, Effort, Results, Verdict, about
 from benchmarks.report import goals, machine
 
-TOPICS = ("dispatch", "drain", "publish", "request", "lookup")
+TOPICS = ("dispatch", "drain", "publish", "request", "lookup", "dependencies")
 
 
 class Topic(Protocol):

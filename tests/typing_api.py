@@ -6,13 +6,15 @@ is unused, which is an error.
 # One ignore serves both: mypy finds unused ones in strict mode, pyright where it is told to.
 # pyright: reportUnnecessaryTypeIgnoreComment=true
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import assert_type
+from inspect import Parameter
+from typing import Annotated, assert_type
 from uuid import UUID
 
+from fastapi import Depends
 from starlette.applications import Starlette
 
 from eventkit import (
@@ -26,12 +28,15 @@ from eventkit import (
     Observation,
     Observer,
     Publisher,
+    Resolver,
+    Solver,
     Stats,
     Subscription,
     Wiring,
     current_delivery,
 )
-from eventkit.starlette import EventContextMiddleware, Outcome, succeeded
+from eventkit.fastapi import Bus, CurrentContext, FastAPIResolver
+from eventkit.starlette import EventContextMiddleware, Origin, Outcome, succeeded
 from eventkit.streams import EventStream, end_at_shutdown, stream
 
 
@@ -98,6 +103,61 @@ async def call_handlers() -> None:
     await greet()  # type: ignore[call-arg]
     audit(created)
     audit(OrderPaid())  # type: ignore[arg-type]
+
+
+# What a handler takes beside the event is its own affair; callers have to give it.
+
+
+def get_number() -> int:
+    return 1
+
+
+@bus.on(UserCreated)
+async def with_a_dependency(event: UserCreated, number: Annotated[int, Depends(get_number)]) -> str:
+    return event.email * number
+
+
+@router.on(UserCreated)
+def with_aliases(event: UserEvent, it: Bus, unit: CurrentContext) -> None:
+    assert_type(it, EventBus)
+    assert_type(unit, EventContext)
+
+
+async def call_handlers_with_dependencies() -> None:
+    assert_type(await with_a_dependency(created, 2), str)
+    await with_a_dependency(created)  # type: ignore[call-arg]
+    await with_a_dependency(created, "2")  # type: ignore[arg-type]
+    with_aliases(created, bus, bus.context())
+    with_aliases(created, bus, bus)  # type: ignore[arg-type]
+
+
+bus.subscribe(UserCreated, with_a_dependency)
+bus.subscribe(OrderPaid, with_a_dependency)  # type: ignore[arg-type]
+
+
+# A resolver is whatever has its two methods.
+
+
+class Container:
+    def provides(self, parameter: Parameter) -> bool:
+        return parameter.annotation is int
+
+    def compile(self, parameters: Sequence[Parameter]) -> Solver:
+        return make_numbers
+
+
+@asynccontextmanager
+async def make_numbers(origin: object) -> AsyncGenerator[dict[str, int]]:
+    yield {"number": 1}
+
+
+container: Resolver = Container()
+EventBus(resolver=container)
+EventBus(resolver=FastAPIResolver())
+EventBus(resolver=Container)  # type: ignore[arg-type]
+EventBus(resolver=make_numbers)  # type: ignore[arg-type]
+origin = Origin(None, {})
+assert_type(origin.app, Starlette | None)
 
 
 # A handler takes the event type, or a base of it.
