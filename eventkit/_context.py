@@ -906,10 +906,10 @@ def current_delivery() -> Delivery:
     return context._delivery
 
 
-def delivering() -> tuple[object, EventContext] | None:
-    """The bus whose handler the caller is part of, and the unit of work that the delivery is."""
+def delivering() -> dict[object, EventContext]:
+    """The bus whose handler the caller is part of, with the unit of work that the delivery is."""
     context = _active.get()
-    return None if context is None or not context._is_delivery else (context._core.bus, context)
+    return {} if context is None or not context._is_delivery else {context._core.bus: context}
 
 
 @contextmanager

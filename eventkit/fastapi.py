@@ -7,10 +7,12 @@ it, and used here alone. Knows nothing of databases.
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from functools import cache
+from types import TracebackType
 from typing import Annotated, Any, NoReturn, cast, get_args, get_origin
 
 import fastapi
@@ -95,7 +97,8 @@ class FastAPIResolver:
         dependant = self._private.get_dependant(path="/", call=_shell(parameters))
 
         def solver(origin: object) -> AbstractAsyncContextManager[Mapping[str, object]]:
-            return self._solved(dependant, origin if isinstance(origin, Origin) else None)
+            known = origin if isinstance(origin, Origin) else None
+            return _Solution(self._private, dependant, known)
 
         return solver
 
@@ -115,33 +118,64 @@ class FastAPIResolver:
                 "something else"
             )
 
-    @asynccontextmanager
-    async def _solved(
+
+class _Solution(AbstractAsyncContextManager[Mapping[str, object]]):
+    """The dependencies of one delivery: made when it is entered, cleaned up when it is left.
+
+    FastAPI keeps a stack for what ends with the endpoint, and one for what ends with the request.
+    A handler has but one end, so here they are the same, and all ends in reverse order.
+    """
+
+    __slots__ = ("_dependant", "_origin", "_private", "_stack")
+
+    def __init__(
         self,
+        private: _Private,
         dependant: Any,  # FastAPI's own
         origin: Origin | None,
-    ) -> AsyncGenerator[Mapping[str, object]]:
-        async with AsyncExitStack() as request_stack, AsyncExitStack() as function_stack:
-            scope = _Scope(
-                type="http",
-                state=dict(origin.state) if origin else {},  # as servers do it for each request
-                eventkit=dict(filter(None, [delivering()])),
-                # FastAPI takes the stacks from here since 0.121, before it is given one.
-                fastapi_inner_astack=request_stack,
-                fastapi_function_astack=function_stack,
-            )
-            app = origin and origin.app
-            if app is not None:
-                scope["app"] = app
-            values, errors = await self._private.solve(
-                _HandlerRequest(scope, _receive_nothing),
-                dependant,
-                app if isinstance(app, fastapi.FastAPI) else None,  # others know no overrides
-                request_stack,
-            )
-            if errors:
-                raise NoRequestError("valid parameters for an overriding dependency")
-            yield values
+    ) -> None:
+        self._private = private
+        self._dependant = dependant
+        self._origin = origin
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Mapping[str, object]:
+        try:
+            return await self._solve()
+        except BaseException:
+            await self._stack.__aexit__(*sys.exc_info())
+            raise
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        return await self._stack.__aexit__(exc_type, exc, traceback)
+
+    async def _solve(self) -> Mapping[str, object]:
+        origin, stack = self._origin, self._stack
+        scope = _Scope(
+            type="http",
+            state=dict(origin.state) if origin else {},  # a copy, as servers make for each request
+            eventkit=delivering(),
+            # Since 0.121 FastAPI takes the stacks from here.
+            fastapi_inner_astack=stack,
+            fastapi_function_astack=stack,
+        )
+        app = origin and origin.app
+        if app is not None:
+            scope["app"] = app
+        values, errors = await self._private.solve(
+            _HandlerRequest(scope, _receive_nothing),
+            self._dependant,
+            app if isinstance(app, fastapi.FastAPI) else None,  # others know no overrides
+            stack,
+        )
+        if errors:
+            raise NoRequestError("valid parameters for an overriding dependency")
+        return values
 
 
 def _shell(parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
@@ -172,26 +206,6 @@ def _needs_of_a_request(
         yield from _needs_of_a_request(dependency)
 
 
-class _HandlerRequest(Request):
-    """The `Request` of a handler: an application and its state, but no request."""
-
-    @property
-    def headers(self) -> Headers:
-        return cast("Headers", _Absent("headers"))
-
-    @property
-    def query_params(self) -> QueryParams:
-        return cast("QueryParams", _Absent("query parameters"))
-
-    @property
-    def path_params(self) -> dict[str, Any]:
-        return cast("dict[str, Any]", _Absent("path parameters"))
-
-    @property
-    def cookies(self) -> dict[str, str]:
-        return cast("dict[str, str]", _Absent("cookies"))
-
-
 class _Absent(Mapping[str, Any]):
     """Part of a request that is not there. Says so when it is read, not when FastAPI passes it."""
 
@@ -209,6 +223,45 @@ class _Absent(Mapping[str, Any]):
 
     def __getattr__(self, name: str) -> NoReturn:
         raise NoRequestError(self._part)
+
+
+_HEADERS = cast("Headers", _Absent("headers"))
+_QUERY = cast("QueryParams", _Absent("query parameters"))
+_PATH = cast("dict[str, Any]", _Absent("path parameters"))
+_COOKIES = cast("dict[str, str]", _Absent("cookies"))
+
+
+class _HandlerRequest(Request):
+    """The `Request` of a handler: an application and its state, but no request."""
+
+    @property
+    def headers(self) -> Headers:
+        return _HEADERS
+
+    @property
+    def query_params(self) -> QueryParams:
+        return _QUERY
+
+    @property
+    def path_params(self) -> dict[str, Any]:
+        return _PATH
+
+    @property
+    def cookies(self) -> dict[str, str]:
+        return _COOKIES
+
+
+class _HandlerResponse(Response):
+    """Stands for the response that a handler has not, so that FastAPI makes none."""
+
+    def __init__(self) -> None:
+        """Have no attributes at all."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise NoRequestError("response")
+
+
+_RESPONSE = _HandlerResponse()
 
 
 class _Scope(dict[str, Any]):
@@ -246,21 +299,24 @@ def _private_functions() -> _Private:
         get_dependant, solve_dependencies = utils.get_dependant, utils.solve_dependencies
     except (ImportError, AttributeError) as error:
         raise EventKitError(_MOVED.format(fastapi.__version__, error)) from error
-    known = inspect.signature(solve_dependencies).parameters
-    if missing := {"request", "dependant", "dependency_overrides_provider"} - known.keys():
+    known = inspect.signature(solve_dependencies).parameters.keys()
+    if missing := _REQUIRED - known:
         raise EventKitError(_MOVED.format(fastapi.__version__, f"no {sorted(missing)}"))
+    passed = _REQUIRED | (_OPTIONAL & known)
 
     async def solve(
         request: Request, dependant: Any, app: fastapi.FastAPI | None, stack: AsyncExitStack
     ) -> tuple[Mapping[str, object], Sequence[object]]:
-        # These have come, and may go.
-        options: dict[str, Any] = {"async_exit_stack": stack, "embed_body_fields": False}
-        solved: Any = await solve_dependencies(  # a tuple until FastAPI 0.112.2
-            request=request,
-            dependant=dependant,
-            dependency_overrides_provider=app,
-            **{name: value for name, value in options.items() if name in known},
-        )
+        given: dict[str, Any] = {
+            "request": request,
+            "dependant": dependant,
+            "response": _RESPONSE,
+            "dependency_overrides_provider": app,
+            "async_exit_stack": stack,
+            "embed_body_fields": False,
+        }
+        solved: Any = await solve_dependencies(**{name: given[name] for name in passed})
+        # A tuple until FastAPI 0.112.2.
         return (
             (solved.values, solved.errors) if hasattr(solved, "values") else (solved[0], solved[1])
         )
@@ -268,6 +324,8 @@ def _private_functions() -> _Private:
     return _Private(get_dependant, solve)
 
 
+_REQUIRED = {"request", "dependant", "response", "dependency_overrides_provider"}
+_OPTIONAL = {"async_exit_stack", "embed_body_fields"}  # which have come, and may go
 _MOVED = (
     "FastAPI {} has moved or changed what eventkit uses to resolve the dependencies of handlers "
     "({}): upgrade eventkit, or install an earlier FastAPI"

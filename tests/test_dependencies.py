@@ -297,6 +297,20 @@ async def test_dependencies_are_cleaned_up_in_reverse_order(bus: EventBus) -> No
     assert steps == ["second", "first"]
 
 
+async def test_what_was_made_is_cleaned_up_where_the_next_cannot_be_made(bus: EventBus) -> None:
+    async def failing(session: DbSession) -> None:
+        raise Boom
+
+    @bus.on(Ping)
+    async def handler(event: Ping, _: Annotated[None, Depends(failing)]) -> None: ...
+
+    with pytest.raises(DispatchError) as caught:
+        await bus.dispatch(Ping())
+
+    assert kinds_in(caught.value) == [Boom]
+    assert [session.steps for session in opened] == [["rolled back after Boom"]]
+
+
 async def test_a_dependency_may_publish_and_knows_its_delivery(bus: EventBus) -> None:
     seen: list[object] = []
 
@@ -683,6 +697,9 @@ async def test_a_handlers_failure_after_an_override_that_needs_a_request_says_so
     def of_the_body(names: Annotated[list[str], Body()]) -> str:
         return names[0]
 
+    def of_the_response(response: Response) -> str:
+        return response.headers["x-name"]
+
     errors: list[str] = []
 
     def report(delivery: Delivery, error: Exception) -> None:
@@ -690,13 +707,14 @@ async def test_a_handlers_failure_after_an_override_that_needs_a_request_says_so
 
     bus.report_failure = report
 
-    for overriding in (of_the_query, of_the_body):
+    for overriding in (of_the_query, of_the_body, of_the_response):
         app.dependency_overrides[provide] = overriding
         await Exchange("/publish", method="POST").run(app)
 
     assert [error.partition(":")[0] for error in errors] == [
         "a handler's Request has no query parameters",
         "a handler's Request has no valid parameters for an overriding dependency",
+        "a handler's Request has no response",
     ]
 
 
@@ -1022,7 +1040,7 @@ def test_functions_that_fastapi_has_changed_are_named(
 
     monkeypatch.setattr(utils, "solve_dependencies", solve)
 
-    with pytest.raises(EventKitError, match=r"no \['dependency_overrides_provider'\]"):
+    with pytest.raises(EventKitError, match=r"no \['dependency_overrides_provider', 'response'\]"):
         FastAPIResolver()
 
 
