@@ -114,7 +114,7 @@ BROKEN_DISPATCH: dict[RunAll, Broken] = {
     one_after_the_other: (
         DispatchContract,
         "test_a_handler_may_wait_for_a_sibling_whichever_was_subscribed_first",
-        "TimeoutError",
+        "TooSlowError",
     ),
     the_last_one_first: (
         DispatchContract,
@@ -134,7 +134,7 @@ BROKEN_DISPATCH: dict[RunAll, Broken] = {
     as_long_as_it_takes: (
         TimeoutContract,
         "test_a_handler_past_its_time_is_cancelled_and_its_siblings_are_not",
-        "TimeoutError",
+        "TooSlowError",
     ),
     deaf_to_cancellation: (
         CancellationContract,
@@ -192,16 +192,19 @@ BROKEN_UNITS: dict[str, tuple[object, Broken]] = {
 
 
 def verdict(suite: type[BusContract], test: str) -> str:
-    """What a test of the contract fails with, where nobody waits longer than an hour."""
+    """What a test of the contract fails with, where nobody waits longer than an hour.
+
+    By trio's own means: with old releases of AnyIO its virtual clock does not jump to a deadline.
+    """
 
     async def judge() -> None:
         running = suite()
-        with anyio.fail_after(3600):
+        with trio.fail_after(3600):
             await getattr(running, test)()
         running.teardown_method()
 
     try:
-        anyio.run(judge, backend="trio", backend_options={"clock": MockClock(autojump_threshold=0)})
+        trio.run(judge, clock=MockClock(autojump_threshold=0))
     except Exception as error:
         return "".join(traceback.format_exception(error))
     return ""
