@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import EllipsisType
@@ -62,6 +64,9 @@ class EventBus(Subscribing):
         max_depth: How many handlers deep events may cause events.
         resolver: What gives handlers their dependencies; left out, FastAPI's `Depends` does, which
             is looked for when the first handler that has some is subscribed.
+        debug: Whether a failure's note says where its event was published, and so does
+            `Delivery.published_from`; it makes `publish` look for its caller. Left out, it is so
+            under `python -X dev` and pytest.
 
     Attributes:
         name: As given.
@@ -83,6 +88,7 @@ class EventBus(Subscribing):
         max_events: int = 1000,
         max_depth: int = 16,
         resolver: Resolver | None = None,
+        debug: bool | None = None,
     ) -> None:
         if handler_timeout is not None and not is_duration(handler_timeout):
             raise ValueError(f"handler_timeout takes seconds above 0, not {handler_timeout!r}")
@@ -104,6 +110,7 @@ class EventBus(Subscribing):
             handler_timeout=handler_timeout,
             max_events=max_events,
             max_depth=max_depth,
+            debug=_debugging() if debug is None else debug,
             plan_for=self._registry.plan_for,
             tally=Tally(),
             report_failure=log_failure,
@@ -321,6 +328,11 @@ class EventBus(Subscribing):
 def registry_of(bus: EventBus) -> Registry:
     """Who is subscribed to the bus, for the testing kit."""
     return bus._registry  # noqa: SLF001 - the one door to it
+
+
+def _debugging() -> bool:
+    """Whether this is `python -X dev`, or pytest is running, which says so since 8.2."""
+    return sys.flags.dev_mode or "PYTEST_VERSION" in os.environ
 
 
 def core_of(bus: EventBus) -> Core:

@@ -37,7 +37,7 @@ from eventkit._events import Delivery, type_name
 from eventkit._handlers import thread_level
 from eventkit._log import bind, log
 from eventkit._observers import Observer, contained
-from eventkit._registry import Plan
+from eventkit._registry import Plan, caller
 from eventkit._stats import Outcome, Tally
 from eventkit.exceptions import (
     DispatchError,
@@ -74,6 +74,7 @@ class Core:
     handler_timeout: float | None
     max_events: int
     max_depth: int
+    debug: bool
     plan_for: Callable[[object], Plan]
     tally: Tally
     report_failure: Callable[[Delivery, Exception], None]
@@ -92,6 +93,7 @@ class _Envelope:
     published_ns: int
     number: int
     even_on_failure: bool
+    published_from: str | None = None
     released: bool = False  # observers know that it will be delivered
     section: Section | None = None  # the open transaction that decides it
 
@@ -110,6 +112,7 @@ class _Envelope:
                 attempt=1,
                 _published_ns=self.published_ns,
                 _number=(self.number, index),
+                published_from=self.published_from,
             )
             for index, subscription in enumerate(self.plan)
         ]
@@ -235,6 +238,7 @@ class EventContext:
             )
         variables = copy_context()
         now = time.time_ns()
+        place = caller() if core.debug else None
         envelopes = [
             _Envelope(
                 event=event,
@@ -245,6 +249,7 @@ class EventContext:
                 published_ns=now,
                 number=next(_numbers),
                 even_on_failure=even_on_failure,
+                published_from=place,
             )
             for event in events
         ]
@@ -368,7 +373,9 @@ class EventContext:
         kind = f"EventContext of bus {self._core.name!r}"
         if self._is_delivery:
             kind = f"{kind} for {self._delivery}"
-        return f"<{kind}, {self._state.value}, {len(self.pending)} pending>"
+        with self._core.tally.lock:
+            pending = sum(len(envelope.plan) for envelope in (*self._released, *self._staged))
+        return f"<{kind}, {self._state.value}, {pending} pending>"
 
     def _open(self, enclosing: EventContext | None, *, nested: bool = True) -> None:
         """Open it inside `enclosing`, whose events' cause it shares.

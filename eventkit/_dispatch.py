@@ -193,6 +193,8 @@ def _add_note(error: Exception, run: Run) -> None:
     """Say in its traceback which handler it came from; left out where it takes no notes."""
     event = type_name(type(run.delivery.event))
     note = f"raised by the handler {run.handler.name} ({run.handler.location}) for {event}"
+    if run.delivery.published_from is not None:
+        note = f"{note}, published at {run.delivery.published_from}"
     with suppress(Exception):  # a frozen dataclass has none, and `add_note` may be anybody's
         if note not in getattr(error, "__notes__", ()):  # one instance may be raised twice
             error.add_note(note)

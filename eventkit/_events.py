@@ -55,6 +55,7 @@ class Delivery:
         cause: The delivery whose handler published the event; None where no handler did.
         depth: How many deliveries led here; 0 for an event that no handler published.
         attempt: 1 for the first try.
+        published_from: Where the event was published, as `file:line`, if the bus is in debug mode.
     """
 
     event: object
@@ -64,6 +65,7 @@ class Delivery:
     attempt: int
     _published_ns: int
     _number: tuple[int, int]
+    published_from: str | None = None
 
     @property
     def id(self) -> UUID:

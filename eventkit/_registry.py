@@ -49,7 +49,7 @@ class Declaration:
     def refuse_twin(self, twin: Declaration | None) -> None:
         """Raise if the same handler is there for the same event type already."""
         if twin is not None:
-            again = _caller() if twin is self else self.declared_at  # a router included twice
+            again = caller() if twin is self else self.declared_at  # a router included twice
             raise DuplicateSubscriptionError(
                 self.handler.name, type_name(self.event_type), twin.declared_at, again
             )
@@ -143,7 +143,7 @@ def declare(
     """
     check_event_type(event_type)
     target = inspect_handler(handler, name=name, timeout=timeout, thread=thread)
-    return Declaration(event_type, target, _caller())
+    return Declaration(event_type, target, caller())
 
 
 def check_event_type(event_type: object) -> None:
@@ -176,7 +176,7 @@ def refuse_non_event(event: object) -> None:
         )
 
 
-def _caller() -> str:
+def caller() -> str:
     """The nearest line outside eventkit, and outside contextlib, which enters what we give."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and (

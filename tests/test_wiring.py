@@ -1,16 +1,20 @@
 """Looking at a bus: what explains who gets an event, names, and what a debugger shows."""
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from eventkit import (
     Delivery,
+    DispatchError,
     DuplicateNameError,
     EventBus,
     EventRouter,
     InvalidEventTypeError,
     Observer,
+    Publisher,
     current_delivery,
 )
 from tests.witness import nothing
@@ -264,6 +268,105 @@ async def test_a_bus_a_unit_and_a_subscription_show_themselves_with_broken_paylo
     assert repr(subscription) == (
         f"<Subscription {__name__}.OrderPaid -> {__name__}:send_receipt {place(send_receipt)}>"
     )
+
+
+# In debug mode
+
+
+async def fail(event: object) -> None:
+    raise ValueError
+
+
+def line_of_caller() -> str:
+    frame = sys._getframe(1)
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+class PlaceOrder:
+    """A use case that knows no bus."""
+
+    def __init__(self, events: Publisher) -> None:
+        self._events = events
+
+    def execute(self) -> str:
+        self._events.publish(OrderPaid())
+        return line_of_caller()
+
+
+def note(event_type: str, place: str | None) -> list[str]:
+    published = "" if place is None else f", published at {place}"
+    where = f"{fail.__code__.co_filename}:{fail.__code__.co_firstlineno}"
+    return [f"raised by the handler {__name__}:fail ({where}) for {event_type}{published}"]
+
+
+def lines_up(place: str, lines: int) -> str:
+    file, _, line = place.rpartition(":")
+    return f"{file}:{int(line) - lines}"
+
+
+async def test_in_debug_mode_the_note_of_a_failure_says_where_the_event_was_published() -> None:
+    bus = EventBus(debug=True)
+    bus.subscribe(OrderPaid, fail)
+    async with bus.context() as unit:
+        place = PlaceOrder(bus).execute()
+        report = await unit.drain()
+
+    [failure] = report.failures
+    assert failure.delivery.published_from == lines_up(place, 1)
+    assert failure.error.__notes__ == note(f"{__name__}.OrderPaid", lines_up(place, 1))
+
+
+async def test_in_debug_mode_the_place_is_that_of_a_dispatch_or_of_a_handler_that_publishes() -> (
+    None
+):
+    bus = EventBus(debug=True)
+    bus.subscribe(str, fail)
+    places: list[str] = []
+
+    @bus.on(int)
+    async def publish(event: int) -> None:
+        bus.publish("a")
+        places.append(line_of_caller())
+
+    with pytest.raises(DispatchError) as caused:
+        await bus.dispatch(1)
+    places.append(line_of_caller())
+    with pytest.raises(DispatchError) as direct:
+        await bus.dispatch("a")
+
+    assert caused.value.exceptions[0].__notes__ == note("builtins.str", lines_up(places[0], 1))
+    assert direct.value.exceptions[0].__notes__ == note("builtins.str", lines_up(places[1], -2))
+
+
+async def test_out_of_debug_mode_nobody_looks_where_an_event_was_published() -> None:
+    bus = EventBus(debug=False)
+    bus.subscribe(str, fail)
+    async with bus.context() as unit:
+        bus.publish("a")
+        report = await unit.drain()
+
+    [failure] = report.failures
+    assert failure.delivery.published_from is None
+    assert failure.error.__notes__ == note("builtins.str", None)
+
+
+@pytest.mark.parametrize(
+    ("dev_mode", "pytest_runs", "debug"),
+    [(False, False, False), (True, False, True), (False, True, True)],
+)
+def test_debug_mode_is_that_of_python_or_a_run_of_pytest(
+    monkeypatch: pytest.MonkeyPatch, dev_mode: bool, pytest_runs: bool, debug: bool
+) -> None:
+    flags = SimpleNamespace(dev_mode=dev_mode)
+    monkeypatch.setattr("eventkit._bus.sys", SimpleNamespace(flags=flags))
+    monkeypatch.setattr("os.environ", {"PYTEST_VERSION": "9"} if pytest_runs else {})
+    bus = EventBus()
+    bus.subscribe(str, nothing, thread=False)
+    with bus.context() as unit:
+        unit.publish("a")
+        [delivery] = unit.pending
+
+    assert (delivery.published_from is not None) is debug
 
 
 def test_an_observation_detached_by_many_threads_at_once_is_detached_once() -> None:

@@ -112,7 +112,8 @@ class FailureContract(BusContract):
         (error,) = await self.deliver(bus, Ping())
 
         place = f"{__file__}:{fails.__code__.co_firstlineno}"
-        assert error.__notes__ == [f"raised by the handler mailer ({place}) for {type_name(Ping)}"]
+        (note,) = error.__notes__  # in debug mode it goes on
+        assert note.startswith(f"raised by the handler mailer ({place}) for {type_name(Ping)}")
 
     async def test_parts_of_a_dispatch_error_are_dispatch_errors(self) -> None:
         bus = self.new_bus()
