@@ -233,13 +233,6 @@ class Results:
         ]
         return cls(data["about"], [Verdict(**kept) for kept in data["verdicts"]], figures)
 
-    def find(self, contender: str, **case: str | int) -> Figure | None:
-        """The figure of a contender in the case that is said to have these properties."""
-        for figure in self.figures:
-            if figure.contender == contender and case.items() <= figure.case.items():
-                return figure
-        return None
-
 
 def _without_empty(kept: dict[str, Any]) -> dict[str, Any]:
     """Leave out what says nothing, and the names in spreads: there are thousands of them."""
@@ -322,6 +315,8 @@ def about(*distributions: str) -> dict[str, str]:
         "cpu": f"{os.cpu_count()} x {processor()}",
         "system": platform.system(),
         "python": platform.python_version(),
+        "garbage collector": "on" if gc.isenabled() else "off",
+        "clock": CLOCK,
         **{name: number for name, number in versions.items() if number},
     }
 

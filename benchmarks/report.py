@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from benchmarks.harness import Figure, Results, Spread, Verdict
+from benchmarks.harness import Case, Figure, Results, Spread, Verdict
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text: int = 1) -> str:
@@ -46,30 +46,38 @@ def milliseconds(figure: Figure) -> str:
 
 def grid(
     results: Results,
-    case: dict[str, str | int],
+    case: Case,
     across: str,
     cell: Callable[[Figure], str] = ratio,
 ) -> str:
     """A row per contender, a column per value that one property of the case took.
 
-    Who took no part in any of it has no row.
+    Who took no part in any of it has no row, but stands under the table with the reason.
     """
     figures = [f for f in results.figures if case.items() <= f.case.items()]
     columns = list(dict.fromkeys(figure.case[across] for figure in figures))
     taken = dict.fromkeys(figure.contender for figure in figures if not figure.absent)
-    rows = [
-        [name, *(cell(found) if (found := at(figures, name, across, c)) else "" for c in columns)]
-        for name in taken
-    ]
-    return table(
-        ["", *(f"{column:,}" if isinstance(column, int) else column for column in columns)], rows
-    )
+    head = ["", *(f"{column:,}" if isinstance(column, int) else column for column in columns)]
+    rows = [[name, *(cell_at(figures, name, across, c, cell) for c in columns)] for name in taken]
+    absent: dict[str, list[str]] = {}
+    for figure in figures:
+        if figure.absent and figure.contender not in {*taken, *absent.get(figure.absent, ())}:
+            absent.setdefault(figure.absent, []).append(figure.contender)
+    left_out = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in absent.items())
+    return table(head, rows) + (f"\n\nNot here: {left_out}." if left_out else "")
 
 
-def at(figures: Sequence[Figure], contender: str, key: str, value: str | int) -> Figure | None:
-    """The figure of a contender where a property has a value."""
+def cell_at(
+    figures: Sequence[Figure],
+    contender: str,
+    key: str,
+    value: str | int,
+    cell: Callable[[Figure], str],
+) -> str:
+    """What a contender did where a property has a value; empty where it did nothing."""
     found = (f for f in figures if f.contender == contender and f.case.get(key) == value)
-    return next(found, None)
+    figure = next(found, None)
+    return "" if figure is None else cell(figure)
 
 
 def goals(verdicts: Sequence[Verdict]) -> str:

@@ -20,7 +20,7 @@ from benchmarks.harness import (
     compare,
     ready,
 )
-from benchmarks.report import Bar, Panel, drawing, number, table
+from benchmarks.report import Bar, Panel, drawing, grid, number, table
 
 KEPT = Path(__file__).parent.parent / "docs" / "benchmarks"
 TINY = Effort(rounds=3, seconds=1e-6, scale="smallest")
@@ -171,15 +171,6 @@ def test_results_read_back_are_what_was_written() -> None:
     assert Results.read(results.text()) == results
 
 
-def test_results_find_the_figure_of_a_case() -> None:
-    figures = [Figure({"loop": "trio", "handlers": n}, "eventkit", "ns") for n in (1, 3)]
-    results = Results({}, [], figures)
-
-    assert results.find("eventkit", handlers=3) is figures[1]
-    assert results.find("eventkit", handlers=4) is None
-    assert results.find("peer", handlers=3) is None
-
-
 @pytest.mark.parametrize(
     ("value", "text"),
     [
@@ -197,6 +188,21 @@ def test_numbers_are_written_to_three_digits_or_so(value: float, text: str) -> N
 
 def test_a_table_has_its_numbers_on_the_right() -> None:
     assert table(["", "1"], [["floor", "2"]]) == "|  | 1 |\n| --- | ---: |\n| floor | 2 |"
+
+
+def test_who_took_no_part_stands_under_the_table_with_the_reason() -> None:
+    one = Spread(1, 1, 1)
+    figures = [
+        Figure({"n": 1}, "floor", "ns", one, one),
+        Figure({"n": 3}, "floor", "ns", one, one),
+        Figure({"n": 3}, "late", "ns", one, Spread(2.5, 2, 3)),
+        *(Figure({"n": n}, name, "ns", absent="gone") for n in (1, 3) for name in ("a", "b")),
+    ]
+
+    assert grid(Results({}, [], figures), {}, "n") == (
+        "|  | 1 | 3 |\n| --- | ---: | ---: |\n| floor | 1.00 | 1.00 |\n"
+        "| late |  | 2.50 (2.00 to 3.00) |\n\nNot here: a, b: gone."
+    )
 
 
 def test_bars_are_as_long_as_their_values_and_ours_has_a_colour_of_its_own() -> None:
