@@ -4,7 +4,7 @@ import asyncio
 import gc
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from anyio import Event, create_task_group, to_thread
 from anyio.lowlevel import checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sqlalchemy import (
     Connection,
     Engine,
@@ -29,36 +31,22 @@ from sqlalchemy.ext.asyncio import (
     AsyncSession,
     async_scoped_session,
     async_sessionmaker,
-    create_async_engine,
 )
 from sqlalchemy.orm import (
-    DeclarativeBase,
-    Mapped,
     Session,
-    mapped_column,
     scoped_session,
     sessionmaker,
 )
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import StaticPool
 
-from eventkit import EventBus
+from eventkit import EventBus, Observer
 from eventkit.sqlalchemy import deliver_on_commit
+from tests.databases import Base, Row, obey, sqlite, to_await
 from tests.witness import assert_settled, freed_by_anyio, ignore, nothing, witnessed
 
 pytestmark = pytest.mark.anyio
 
 Sessions = sessionmaker[Session]
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Row(Base):
-    __tablename__ = "rows"
-
-    name: Mapped[str] = mapped_column(primary_key=True)
-    note: Mapped[str] = mapped_column(default="")
 
 
 class Wrong(Exception):
@@ -68,27 +56,10 @@ class Wrong(Exception):
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[Engine]:
     """A database of its own, with one row in it."""
-    engine = create_engine(
-        f"sqlite:///{tmp_path / 'test.db'}",
-        connect_args={"check_same_thread": False},
-        poolclass=NullPool,
-    )
-
-    @event.listens_for(engine, "connect")
-    def obey(connection: Any, _: object) -> None:  # savepoints, as SQLAlchemy's docs tell users
-        connection.isolation_level = None
-        connection.execute("PRAGMA journal_mode=WAL")  # a reader does not hold up the writer
-        connection.execute("PRAGMA synchronous=OFF")
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN")
-
-    Base.metadata.create_all(engine)
-    with engine.begin() as connection:
-        connection.execute(insert(Row).values(name="first", note=""))
-    yield engine
-    engine.dispose()
+    with sqlite(tmp_path / "test.db") as engine:
+        with engine.begin() as connection:
+            connection.execute(insert(Row).values(name="first"))
+        yield engine
 
 
 @pytest.fixture
@@ -265,7 +236,7 @@ async def test_a_commit_a_refresh_and_then_an_event_is_delivered(
 
 
 def change(session: Session) -> None:
-    session.get_one(Row, "first").note = "changed"
+    session.scalars(select(Row)).one().note = "changed"
 
 
 def flush(session: Session) -> None:
@@ -284,13 +255,13 @@ def insert_in_bulk(session: Session) -> None:
 
 def read_in_savepoint(session: Session) -> None:
     session.begin_nested()
-    session.get_one(Row, "first")
+    session.get(Row, "first")
 
 
 WRITING: dict[str, Callable[[Session], object]] = {
     "an object is added": lambda session: session.add(Row(name="ada")),
     "an object is changed": change,
-    "an object is deleted": lambda session: session.delete(session.get_one(Row, "first")),
+    "an object is deleted": lambda session: session.delete(session.scalars(select(Row)).one()),
     "a change is flushed": flush,
     "INSERT": lambda session: session.execute(insert(Row).values(name="ada")),
     "UPDATE": lambda session: session.execute(update(Row).values(note="changed")),
@@ -315,7 +286,7 @@ async def test_what_was_written_and_not_committed_takes_its_events_along(
 
 READING: dict[str, Callable[[Session], object]] = {
     "SELECT": lambda session: session.scalars(select(Row)).all(),
-    "get": lambda session: session.get_one(Row, "first"),
+    "get": lambda session: session.get(Row, "first"),
     "textual SELECT": lambda session: session.execute(text(" select 1")).one(),
     "savepoint": read_in_savepoint,
     "nothing": lambda session: session.begin(),
@@ -545,6 +516,31 @@ async def test_a_session_outside_any_unit_is_left_alone(
         assert session.get(Row, "ada") is not None
 
 
+async def test_observers_hear_of_the_decision_when_it_is_made_also_about_unhandled_events(
+    bus: EventBus, sessions: Sessions
+) -> None:
+    told: list[str] = []
+
+    class Told(Observer):
+        def released(self, events: Sequence[object]) -> None:
+            told.append(f"released {events}")
+
+        def withdrawn(self, events: Sequence[object]) -> None:
+            told.append(f"withdrawn {events}")
+
+    bus.observe(Told())
+    async with bus.context():
+        with sessions() as session:
+            bus.publish("ada", 1)
+            session.commit()
+            session.add(Row(name="bob"))
+            bus.publish("bob", 2)
+            session.rollback()
+            told.append("end")
+
+    assert told == ["released ['ada', 1]", "withdrawn ['bob', 2]", "end"]
+
+
 async def test_what_is_released_or_discarded_by_hand_is_decided(
     bus: EventBus, sessions: Sessions, seen: list[str]
 ) -> None:
@@ -688,9 +684,11 @@ async def test_a_flush_that_fails_dooms_what_is_published_until_the_rollback(
     assert caplog.records == []
 
 
+@pytest.mark.parametrize("error", [Wrong, asyncio.CancelledError])
 @pytest.mark.parametrize("rollback", [True, False])
 async def test_a_commit_that_raises_may_have_happened_and_is_reported_as_such(
     rollback: bool,
+    error: type[BaseException],
     bus: EventBus,
     engine: Engine,
     sessions: Sessions,
@@ -699,13 +697,13 @@ async def test_a_commit_that_raises_may_have_happened_and_is_reported_as_such(
 ) -> None:
     @event.listens_for(engine, "commit")
     def lose_the_connection(connection: Connection) -> None:
-        raise Wrong
+        raise error
 
     async with bus.context():
         with sessions() as session:
             session.add(Row(name="ada"))
             bus.publish("ada")
-            with pytest.raises(Wrong):
+            with pytest.raises(error):
                 session.commit()
             if rollback:
                 session.rollback()
@@ -745,6 +743,103 @@ async def test_a_session_without_autobegin_stays_without(bus: EventBus, engine: 
 
     with sessions() as session, pytest.raises(InvalidRequestError, match="Autobegin is disabled"):
         session.execute(insert(Row).values(name="ada"))
+
+
+async def test_a_commit_inside_a_tests_outer_transaction_is_a_commit(
+    bus: EventBus, engine: Engine, seen: list[str]
+) -> None:
+    with engine.connect() as connection:
+        outer = connection.begin()
+        sessions = sessionmaker(connection, join_transaction_mode="create_savepoint")
+        deliver_on_commit(bus, sessions)
+        async with bus.context():
+            with sessions() as session:
+                session.add(Row(name="ada"))
+                bus.publish("ada")
+                session.commit()
+                session.add(Row(name="bob"))
+                bus.publish("bob")
+                session.rollback()
+        outer.rollback()
+
+    assert seen == ["discarded bob", "handled ada"]
+
+
+async def test_a_prepared_transaction_that_is_rolled_back_is_in_no_doubt(
+    bus: EventBus,
+    engine: Engine,
+    seen: list[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dialect = engine.dialect  # SQLite has no first phase, so here it is the second alone
+
+    def then(step: Callable[[Any], None]) -> Callable[..., None]:
+        def do(connection: Connection, *_: object, **__: object) -> None:
+            step(connection.connection)
+
+        return do
+
+    monkeypatch.setattr(dialect, "do_begin_twophase", then(dialect.do_begin))
+    monkeypatch.setattr(dialect, "do_prepare_twophase", then(nothing))
+    monkeypatch.setattr(dialect, "do_commit_twophase", then(dialect.do_commit))
+    monkeypatch.setattr(dialect, "do_rollback_twophase", then(dialect.do_rollback))
+    sessions = sessionmaker(engine, twophase=True)
+    deliver_on_commit(bus, sessions)
+
+    async with bus.context():
+        with sessions() as session:
+            for name, end in (("ada", Session.commit), ("bob", Session.rollback)):
+                session.add(Row(name=name))
+                bus.publish(name)
+                session.prepare()
+                end(session)
+
+    assert seen == ["discarded bob", "handled ada"]
+    assert caplog.records == []
+
+
+STEPS = ["add", "publish", "begin_nested", "commit", "rollback", "close", "read", "end savepoint"]
+
+
+@given(st.lists(st.sampled_from(["add", *STEPS]), max_size=25), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_whatever_a_session_does_the_events_of_committed_rows_are_delivered(
+    steps: list[str], success: bool
+) -> None:
+    bus, delivered = EventBus(), set[str]()
+    bus.subscribe(str, delivered.add, name="remember", thread=False)
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    obey(engine)
+    Base.metadata.create_all(engine)
+    sessions = sessionmaker(engine)
+    deliver_on_commit(bus, sessions)
+
+    with suppress(Wrong), bus.context():
+        session = sessions()
+        for number, step in enumerate(steps):
+            match step:
+                case "add":
+                    session.add(Row(name=str(number)))
+                    bus.publish(str(number))
+                case "publish":
+                    bus.publish("of no row", even_on_failure=True)
+                case "read":
+                    session.scalars(select(Row)).all()
+                case "end savepoint":
+                    nested = session.get_nested_transaction()
+                    if nested is not None:
+                        (nested.rollback if number % 2 else nested.commit)()
+                case _:
+                    getattr(session, step)()
+        session.close()
+        if not success:
+            raise Wrong
+
+    with Session(engine) as session:
+        committed = set(session.scalars(select(Row.name)))
+    assert delivered - {"of no row"} == committed
+    engine.dispose()
 
 
 @freed_by_anyio
@@ -788,7 +883,7 @@ def test_a_job_without_a_loop_is_decided_by_its_commits(
 @pytest.fixture
 def async_engine(engine: Engine) -> AsyncEngine:
     """The same database, for those who await."""
-    return create_async_engine(engine.url.set(drivername="sqlite+aiosqlite"), poolclass=NullPool)
+    return to_await(engine)
 
 
 @pytest.fixture
