@@ -20,7 +20,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
 from enum import Enum
@@ -589,18 +589,46 @@ class EventContext:
     async def _deliver(self, report: Report, timeout: float | None) -> int:
         """Deliver what is released, and what comes of it; returns how many were handled."""
         core = self._core
-        handled = 0
         self._drained = anyio.Event()
+        terms = Terms(core.sequential, timeout, core.tally, report)
         try:
-            while (envelope := self._next()) is not None:
-                terms = Terms(core.sequential, core.tally, core.observers, report)
-                handled += await self._deliver_one(envelope, terms, timeout)
+            with closing(self._prepared()) as events:
+                return await run_all(events, terms)
         finally:
             self._drained.set()
             self._drained = None
             if self.closed and not self._hand_over(success=False):  # left in the meantime
                 self._abandon()
-        return handled
+
+    def _prepared(self) -> Generator[Sequence[Run]]:
+        """Each event that is released as its runs, and its end when the next one is asked for."""
+        core = self._core
+        while (envelope := self._next()) is not None:
+            runs: list[Run] = []
+            units: list[EventContext] = []
+            cancelled: list[Delivery] = []
+            for delivery, subscription in zip(envelope.deliveries(), envelope.plan, strict=True):
+                if not subscription.active:
+                    cancelled.append(delivery)
+                    continue
+                unit = self._unit_for(delivery)
+                variables = envelope.variables.copy()
+                variables.run(_enter_delivery, unit, thread_level.get(), _library.get(None))
+                event_type = type_name(type(delivery.event))
+                bind(variables, event_type=event_type, handler=delivery.handler)
+                runs.append(
+                    Run(delivery, subscription.target, self._origin, core.observers, variables)
+                )
+                units.append(unit)
+            self._skip(cancelled, Outcome.DISCARDED)
+            try:
+                if runs:
+                    yield runs
+            finally:
+                for run, unit in zip(runs, units, strict=True):
+                    unit._hand_over(success=run.outcome is Outcome.HANDLED)
+                ended = [run.delivery for run in runs if run.outcome is Outcome.UNDELIVERED]
+                _announce(self._core, ended, Outcome.UNDELIVERED)
 
     def _next(self) -> _Envelope | None:
         with self._core.tally.lock:
@@ -608,33 +636,6 @@ class EventContext:
                 return None
             self._load.events -= 1
             return self._released.popleft()
-
-    async def _deliver_one(self, envelope: _Envelope, terms: Terms, timeout: float | None) -> int:
-        """Run the handlers of one event, each in a unit of its own inside this one."""
-        runs: list[Run] = []
-        units: list[EventContext] = []
-        cancelled: list[Delivery] = []
-        for delivery, subscription in zip(envelope.deliveries(), envelope.plan, strict=True):
-            if not subscription.active:
-                cancelled.append(delivery)
-                continue
-            handler = subscription.target
-            limit = timeout if handler.timeout is ... else handler.timeout
-            unit = self._unit_for(delivery)
-            variables = envelope.variables.copy()
-            variables.run(_enter_delivery, unit, thread_level.get(), _library.get(None))
-            bind(variables, event_type=type_name(type(delivery.event)), handler=delivery.handler)
-            runs.append(Run(delivery, handler, limit, self._origin, variables))
-            units.append(unit)
-        try:
-            self._skip(cancelled, Outcome.DISCARDED)
-            await run_all(runs, terms)
-        finally:
-            for run, unit in zip(runs, units, strict=True):
-                unit._hand_over(success=run.outcome is Outcome.HANDLED)
-            ended = [run.delivery for run in runs if run.outcome is Outcome.UNDELIVERED]
-            _announce(self._core, ended, Outcome.UNDELIVERED)
-        return sum(run.outcome is Outcome.HANDLED for run in runs)
 
     def _unit_for(self, delivery: Delivery) -> EventContext:
         """The unit of work that a delivery is: of this bus only, inside this one."""
@@ -671,7 +672,7 @@ class EventContext:
         self, deliveries: Sequence[Delivery], outcome: Outcome, reason: str | None = None
     ) -> None:
         """Account for deliveries that will never run."""
-        self._core.tally.skip(outcome, len(deliveries))
+        self._core.tally.end(outcome, len(deliveries))
         _announce(self._core, deliveries, outcome, reason)
 
     def _report(self, delivery: Delivery, error: Exception) -> None:

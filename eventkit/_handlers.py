@@ -94,6 +94,7 @@ class Handler:
         timeout: Seconds it may take, None for no limit, `...` for what the unit of work says.
         solver: Makes its dependencies; None where it has none.
         named: Whether the name is an explicit one.
+        direct: Calling it does nothing but make a coroutine, and that is all there is to do.
     """
 
     function: Callable[..., object]
@@ -103,6 +104,7 @@ class Handler:
     timeout: float | None | EllipsisType = field(default=...)
     solver: Solver | None = None
     named: bool = False
+    direct: bool = False
 
     @property
     def place(self) -> str:
@@ -240,7 +242,20 @@ def inspect_handler(
         )
     in_thread = not is_async if thread is None else thread
     _check_timeout(timeout, place, in_thread=in_thread)
-    return Handler(function, called, location, in_thread, timeout, named=bool(name))
+    direct = timeout is ... and _makes_coroutine(function)
+    return Handler(function, called, location, in_thread, timeout, named=bool(name), direct=direct)
+
+
+def _makes_coroutine(function: Callable[..., object]) -> bool:
+    """Whether a call runs none of its body: not so of what is merely wrapped or marked as async."""
+    called: object = function
+    while type(called) is functools.partial:
+        called = called.func
+    if not isinstance(called, FunctionType) and not inspect.ismethod(called):
+        called = getattr(type(called), "__call__", None)  # noqa: B004 - the class's, on purpose
+    if inspect.ismethod(called):
+        called = called.__func__
+    return isinstance(called, FunctionType) and inspect.CO_COROUTINE & called.__code__.co_flags != 0
 
 
 def _layers(
@@ -361,7 +376,7 @@ def with_dependencies(handler: Handler, resolver: Resolver | None) -> Handler:
     except Exception as error:
         raise InvalidHandlerError(f"{handler.place}: {error}") from error
     _check_call(handler, provided)
-    return replace(handler, solver=solver)
+    return replace(handler, solver=solver, direct=False)
 
 
 def _beside_the_event(function: Callable[..., object]) -> list[inspect.Parameter]:

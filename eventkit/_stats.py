@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from threading import RLock
-from typing import Literal
+from typing import Literal, Protocol
 
 from eventkit._events import Delivery
 
@@ -59,14 +59,32 @@ class Stats:
     refused: int
 
 
+class Worker(Protocol):
+    """A task that runs handlers, one at a time, and keeps count of them itself.
+
+    It alone writes here, and needs no lock for it: a delivery that ends is first taken out of
+    `delivery` and then counted, so that none is ever seen twice.
+
+    Attributes:
+        handled: How many have ended well; the tally takes over the number when the worker leaves.
+    """
+
+    handled: int
+
+    @property
+    def delivery(self) -> Delivery | None:
+        """The one that is running."""
+
+
 class Tally:
     """The counters themselves.
 
     Changed by units of work and by the dispatcher, only ever with `lock` held; the same lock
     guards the queues of the bus's units of work, so that a publish from a thread is one step.
+    What is running, and what has ended well since they began, the workers know.
     """
 
-    __slots__ = ("accepted", "background", "ended", "lock", "published", "running")
+    __slots__ = ("accepted", "background", "ended", "lock", "published", "workers")
 
     def __init__(self) -> None:
         self.lock: AbstractContextManager[object] = (
@@ -74,23 +92,23 @@ class Tally:
         )  # finalizers run anywhere, also while it is held
         self.published: int = 0
         self.accepted: int = 0
-        self.running: set[Delivery] = set()
+        self.workers: set[Worker] = set()
         self.ended: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
         self.background: Counter[Background] = Counter()
 
-    def start(self, delivery: Delivery) -> None:
-        """Count one delivery as running."""
+    def enter(self, worker: Worker) -> None:
+        """Count what it runs and has handled."""
         with self.lock:
-            self.running.add(delivery)
+            self.workers.add(worker)
 
-    def end(self, delivery: Delivery, outcome: Outcome) -> None:
-        """Count one running delivery as ended."""
+    def leave(self, worker: Worker) -> None:
+        """Take over what it has handled."""
         with self.lock:
-            self.running.remove(delivery)
-            self.ended[outcome] += 1
+            self.workers.remove(worker)
+            self.ended[Outcome.HANDLED] += worker.handled
 
-    def skip(self, outcome: Outcome, deliveries: int) -> None:
-        """Count deliveries that will never run."""
+    def end(self, outcome: Outcome, deliveries: int) -> None:
+        """Count deliveries that have ended, or will never run."""
         with self.lock:
             self.ended[outcome] += deliveries
 
@@ -102,29 +120,38 @@ class Tally:
     def rewind(self, then: Stats) -> None:
         """Count on from a moment before, as if only what is in flight now had come since."""
         with self.lock:
-            in_flight = self.accepted - sum(self.ended.values())
+            counted = sum(worker.handled for worker in self.workers)  # they go on from there
+            in_flight = self.accepted - counted - sum(self.ended.values())
             self.published = then.published
             for outcome in Outcome:
                 self.ended[outcome] = getattr(then, outcome.value)
             self.accepted = sum(self.ended.values()) + in_flight
+            self.ended[Outcome.HANDLED] -= counted
             self.background["refused"] = then.refused
+
+    def running(self) -> list[Delivery]:
+        """The deliveries that are running now."""
+        with self.lock:
+            return [now for worker in self.workers if (now := worker.delivery) is not None]
 
     def running_by_handler(self) -> Counter[str]:
         """How many deliveries each handler is running."""
-        with self.lock:
-            return Counter(delivery.handler for delivery in self.running)
+        return Counter(delivery.handler for delivery in self.running())
 
     def snapshot(self) -> Stats:
         """All counters at one moment."""
         with self.lock:
+            running = len(self.running())
+            ended = Counter({outcome.value: count for outcome, count in self.ended.items()})
+            ended[Outcome.HANDLED.value] += sum(worker.handled for worker in self.workers)
             return Stats(
                 published=self.published,
                 accepted=self.accepted,
-                pending=self.accepted - len(self.running) - sum(self.ended.values()),
-                running=len(self.running),
+                pending=self.accepted - running - ended.total(),
+                running=running,
                 units_waiting=self.background["units_waiting"],
                 units_draining=self.background["units_draining"],
                 held=self.background["held"],
                 refused=self.background["refused"],
-                **{outcome.value: count for outcome, count in self.ended.items()},
+                **ended,
             )

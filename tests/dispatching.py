@@ -42,9 +42,13 @@ __all__ = [
     "kinds_in",
     "outcomes",
 ]
+from tests import task_per_handler
 
 # Each has to pass every test in `tests/dispatch`.
-IMPLEMENTATIONS = {"a-task-per-handler": run_all}
+IMPLEMENTATIONS = {
+    "continuation-stealing": run_all,
+    "a-task-per-handler": task_per_handler.run_all,
+}
 
 
 class NewBus(Protocol):

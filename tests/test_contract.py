@@ -2,7 +2,7 @@
 
 import traceback
 import unittest
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextvars import copy_context
 from dataclasses import replace
 
@@ -27,7 +27,8 @@ from eventkit.testing.contract import (
 )
 from tests.witness import ignore
 
-RunAll = Callable[[Sequence[Run], Terms], Awaitable[None]]
+Events = Iterable[Sequence[Run]]
+RunAll = Callable[[Events, Terms], Awaitable[int]]
 
 
 @pytest.mark.anyio
@@ -61,51 +62,63 @@ def test_a_bus_has_to_be_at_rest_when_its_test_has_ended() -> None:
 # Who breaks the contract
 
 
-async def one_after_the_other(runs: Sequence[Run], terms: Terms) -> None:
-    await run_all(runs, replace(terms, sequential=True))
+async def one_after_the_other(events: Events, terms: Terms) -> int:
+    return await run_all(events, replace(terms, sequential=True))
 
 
-async def the_last_one_first(runs: Sequence[Run], terms: Terms) -> None:
-    await run_all(runs[::-1], terms)
+async def the_last_one_first(events: Events, terms: Terms) -> int:
+    return await run_all((runs[::-1] for runs in events), terms)
 
 
-async def in_a_task_that_nobody_waits_for(runs: Sequence[Run], terms: Terms) -> None:
-    trio.lowlevel.spawn_system_task(run_all, runs, terms)
-    for run in runs:
-        run.outcome = Outcome.HANDLED
+async def in_a_task_that_nobody_waits_for(events: Events, terms: Terms) -> int:
+    for runs in events:
+        trio.lowlevel.spawn_system_task(run_all, [runs], terms)
+        for run in runs:
+            run.outcome = Outcome.HANDLED
+    return 0
 
 
-async def in_variables_of_its_own(runs: Sequence[Run], terms: Terms) -> None:
+async def in_variables_of_its_own(events: Events, terms: Terms) -> int:
+    return await run_all(map(with_other_variables, events), terms)
+
+
+def with_other_variables(runs: Sequence[Run]) -> Sequence[Run]:
     for run in runs:
         run.variables = copy_context()
-    await run_all(runs, terms)
+    return runs
 
 
-async def as_long_as_it_takes(runs: Sequence[Run], terms: Terms) -> None:
+async def as_long_as_it_takes(events: Events, terms: Terms) -> int:
+    return await run_all(map(without_timeouts, events), replace(terms, timeout=None))
+
+
+def without_timeouts(runs: Sequence[Run]) -> Sequence[Run]:
     for run in runs:
-        run.timeout = None
-    await run_all(runs, terms)
+        run.handler = replace(run.handler, timeout=None)
+    return runs
 
 
-async def deaf_to_cancellation(runs: Sequence[Run], terms: Terms) -> None:
+async def deaf_to_cancellation(events: Events, terms: Terms) -> int:
     with anyio.move_on_after(60, shield=True):
-        await run_all(runs, terms)
+        return await run_all(events, terms)
+    return 0
 
 
-async def silent_about_failures(runs: Sequence[Run], terms: Terms) -> None:
-    await run_all(runs, replace(terms, report=ignore))
+async def silent_about_failures(events: Events, terms: Terms) -> int:
+    return await run_all(events, replace(terms, report=ignore))
 
 
-async def silent_about_interrupts(runs: Sequence[Run], terms: Terms) -> None:
+async def silent_about_interrupts(events: Events, terms: Terms) -> int:
     try:
-        await run_all(runs, terms)
+        return await run_all(events, terms)
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        pass
+        return 0
 
 
-async def counting_twice(runs: Sequence[Run], terms: Terms) -> None:
-    await run_all(runs, terms)
-    terms.tally.skip(Outcome.HANDLED, len(runs))
+async def counting_twice(events: Events, terms: Terms) -> int:
+    handled = await run_all(events, terms)
+    terms.tally.end(Outcome.HANDLED, 1)
+    return handled
 
 
 Broken = tuple[type[BusContract], str, str]  # a part of the contract, its test, what that says

@@ -94,13 +94,13 @@ async def test_a_shielded_handler_finishes_although_the_dispatching_task_is_canc
     release = anyio.Event()
 
     @bus.on(Ping)
+    async def open_to_it(event: Ping) -> None:
+        await sleep_forever()
+
+    @bus.on(Ping)
     async def shielded(event: Ping) -> None:
         with CancelScope(shield=True):
             await release.wait()
-
-    @bus.on(Ping)
-    async def open_to_it(event: Ping) -> None:
-        await sleep_forever()
 
     task = asyncio.create_task(deliver(bus, Ping()))
     await all_tasks_blocked()

@@ -177,8 +177,8 @@ async def by_drain(bus: EventBus, event: object) -> list[Exception]:
     """Publish the event in a unit of work, and drain that."""
     async with bus.context() as unit:
         unit.publish(event)
-        report = await unit.drain()
-    return [failure.error for failure in report.failures]
+        # Not kept in a local variable: a handler's traceback leads to its callers, and so to it.
+        return [failure.error for failure in (await unit.drain()).failures]
 
 
 async def cancelled_by_scope(work: Callable[[], Awaitable[object]]) -> None:
