@@ -13,9 +13,6 @@ import pytest
 
 pytest_plugins = ["pytester"]
 
-# Its asserts say what they compared, as those of the tests do.
-pytest.register_assert_rewrite("eventkit.testing.contract")
-
 # What AnyIO's plugin takes as a backend: its name and the options of its runner.
 Backend = tuple[str, dict[str, Any]]
 
