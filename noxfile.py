@@ -56,6 +56,14 @@ def matrix(session: nox.Session) -> None:
     )
 
 
+@nox.session(python="3.11")
+def plugin(session: nox.Session) -> None:
+    """Run the testing kit's tests on its oldest pytest, in random order, beside pytest-asyncio."""
+    session.install("-e", ".", *group("plugin"))
+    options = ["-c", "tests/kit/oldest.ini", "--rootdir", "."]
+    session.run("pytest", *options, *(session.posargs or ["tests/kit"]))
+
+
 @nox.session
 def servers(session: nox.Session) -> None:
     """Serve on uvicorn, gunicorn, hypercorn and granian, and end them with work in flight."""

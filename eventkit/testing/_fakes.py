@@ -94,9 +94,9 @@ class Fakes:
         calls = count(1)
 
         def disguise(function: Callable[..., object], in_thread: bool) -> Callable[..., object]:
-            def fail(*args: object, **kwargs: object) -> object:
+            def fail(event: object, **values: object) -> object:
                 if times is not None and next(calls) > times:
-                    return function(*args, **kwargs)
+                    return function(event, **values)
                 provoked = error if isinstance(error, Exception) else error()
                 self._provoked.append(provoked)
                 raise provoked
@@ -111,13 +111,13 @@ class Fakes:
             raise ValueError(f"delay() takes seconds, 0 or more, not {seconds!r}")
 
         def disguise(function: Callable[..., object], in_thread: bool) -> Callable[..., object]:
-            def delay_in_thread(*args: object, **kwargs: object) -> object:
+            def delay_in_thread(event: object, **values: object) -> object:
                 from_thread.run(anyio.sleep, seconds)
-                return function(*args, **kwargs)
+                return function(event, **values)
 
-            async def delay(*args: object, **kwargs: object) -> None:
+            async def delay(event: object, **values: object) -> None:
                 await anyio.sleep(seconds)
-                result = function(*args, **kwargs)
+                result = function(event, **values)
                 if inspect.isawaitable(result):
                     await result
 
