@@ -67,13 +67,7 @@ class FastAPIResolver:
     `app.dependency_overrides` of the application in whose request or lifespan the unit of work was
     opened. Each delivery has a set of its own. A `Request` has that application and the state of
     its lifespan, and nothing of any request: asked for more it raises `NoRequestError`.
-
-    Raises:
-        EventKitError: This release of FastAPI keeps elsewhere what is needed of it.
     """
-
-    def __init__(self) -> None:
-        self._private = _private_functions()
 
     def provides(self, parameter: inspect.Parameter) -> bool:
         """Whether it is declared in FastAPI's way; also if that is a way that only requests go."""
@@ -91,32 +85,34 @@ class FastAPIResolver:
 
         Raises:
             InvalidHandlerError: One of them, or something that it depends on, needs a request.
+            EventKitError: This release of FastAPI keeps elsewhere what is needed of it.
         """
+        private = _private_functions()
         for parameter in parameters:
-            self._check(parameter)
-        dependant = self._private.get_dependant(path="/", call=_shell(parameters))
+            _check(parameter, private)
+        dependant = private.get_dependant(path="/", call=_shell(parameters))
 
         def solver(origin: object) -> AbstractAsyncContextManager[Mapping[str, object]]:
             known = origin if isinstance(origin, Origin) else None
-            return _Solution(self._private, dependant, known)
+            return _Solution(private, dependant, known)
 
         return solver
 
-    def _check(self, parameter: inspect.Parameter) -> None:
-        shell = _shell([parameter])
-        try:
-            dependant = self._private.get_dependant(path="/", call=shell)
-        except Exception as error:  # by assertions, too
-            raise InvalidHandlerError(
-                f"FastAPI cannot resolve {parameter.name!r}: {error}"
-            ) from error
-        for call, what in _needs_of_a_request(dependant):
-            where = "" if call is shell else f" of {name_of(call)} ({location_of(call)})"
-            raise InvalidHandlerError(
-                f"{parameter.name!r} needs {what}{where}, which only a request has. A handler runs "
-                "after it, or without one: put what it needs into the event, or depend on "
-                "something else"
-            )
+
+def _check(parameter: inspect.Parameter, private: _Private) -> None:
+    """Refuse what FastAPI cannot resolve, or only with a request."""
+    shell = _shell([parameter])
+    try:
+        dependant = private.get_dependant(path="/", call=shell)
+    except Exception as error:  # by assertions, too
+        raise InvalidHandlerError(f"FastAPI cannot resolve {parameter.name!r}: {error}") from error
+    for call, what in _needs_of_a_request(dependant):
+        where = "" if call is shell else f" of {name_of(call)} ({location_of(call)})"
+        raise InvalidHandlerError(
+            f"{parameter.name!r} needs {what}{where}, which only a request has. A handler runs "
+            "after it, or without one: put what it needs into the event, or depend on something "
+            "else"
+        )
 
 
 class _Solution(AbstractAsyncContextManager[Mapping[str, object]]):

@@ -176,9 +176,9 @@ class EventContextMiddleware:
         self._announced = False
         # One per running event loop: a module-level app may be served by several. Numbered,
         # because older versions of AnyIO tell variables apart by their names.
-        number = next(_numbers)
-        self._drainer: RunVar[Drainer | None] = RunVar(f"eventkit_drainer_{number}", None)
-        self._lifespan: RunVar[Origin | None] = RunVar(f"eventkit_lifespan_{number}", None)
+        self._lifespan: RunVar[tuple[Drainer, Origin] | None] = RunVar(
+            f"eventkit_lifespan_{next(_numbers)}", None
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one scope, as ASGI defines it."""
@@ -189,7 +189,7 @@ class EventContextMiddleware:
         else:
             # A websocket has a bus all the same.
             scope[_SCOPE_KEY] = {**scope.get(_SCOPE_KEY, {}), self.bus: None}
-            with outside(_WEBSOCKET, self._origin_of(scope)):
+            with outside(_WEBSOCKET, self._surroundings(scope)[1]):
                 await self.app(scope, receive, send)
 
     async def _serve_request(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -200,7 +200,7 @@ class EventContextMiddleware:
             await self.app(scope, receive, send)
             return
         self._announce()
-        drainer = self._drainer_for(scope)
+        drainer, origin = self._surroundings(scope)
         if drainer is not None and not await self._has_room(drainer, scope):
             await self._refuse(scope, receive, send)
             return
@@ -210,7 +210,7 @@ class EventContextMiddleware:
         if drainer is not None:
             drainer.expect(context)
         try:
-            with entered(context, next(reversed(around.values()), None), self._origin_of(scope)):
+            with entered(context, next(reversed(around.values()), None), origin):
                 await self.app(scope, receive, response.send)
         except GeneratorExit:  # closed from outside: nothing can be awaited any more
             abandon(context)
@@ -222,16 +222,16 @@ class EventContextMiddleware:
             raise
         await self._end(context, response.outcome(None), drainer)
 
-    def _drainer_for(self, scope: Scope) -> Drainer | None:
-        """Who delivers the request's events; None where the request does so itself."""
+    def _surroundings(self, scope: Scope) -> tuple[Drainer | None, Origin]:
+        """Who delivers the request's events, None where it does so itself, and where it came in."""
+        running = self._lifespan.get()
+        if running is None:
+            return None, Origin(self._app_of(scope), dict(scope.get("state", {})))
+        drainer, origin = running  # one for all requests, that they need not have their own
         background = self._background
         if background is None:
             background = "spec_version" in scope.get("asgi", {})
-        return self._drainer.get() if background else None
-
-    def _origin_of(self, scope: Scope) -> Origin:
-        """The running lifespan's where there is one, so that requests need not have their own."""
-        return self._lifespan.get() or Origin(self._app_of(scope), dict(scope.get("state", {})))
+        return drainer if background else None, origin
 
     def _app_of(self, scope: Scope) -> Starlette | None:
         """The application around the middleware, or inside where it was wrapped by hand."""
@@ -281,13 +281,12 @@ class EventContextMiddleware:
             )
             close = partial(drainer.close, self._shutdown_timeout)
             origin = Origin(self._app_of(scope), scope.get("state", {}))
-            token, came = self._drainer.set(drainer), self._lifespan.set(origin)
+            token = self._lifespan.set((drainer, origin))
             try:
                 with outside(_LIFESPAN, origin):
                     await lifespan.run(self.app, scope, ready=self._announce, stopping=close)
             finally:
-                self._lifespan.reset(came)
-                self._drainer.reset(token)
+                self._lifespan.reset(token)
                 await close()  # where no shutdown came: the app has ended, or was cancelled
             if drainer.stuck:  # the group waits for these handlers, and the server need not
                 await lifespan.bid_farewell()

@@ -48,7 +48,7 @@ from eventkit import (
     current_delivery,
 )
 from eventkit import fastapi as adapter
-from eventkit.fastapi import Bus, CurrentContext, FastAPIResolver, get_bus
+from eventkit.fastapi import Bus, CurrentContext, get_bus
 from eventkit.starlette import EventContextMiddleware
 from tests.asgi import Backend, Exchange, client_of, lifespan_of
 from tests.dispatching import Boom, Ping, kinds_in
@@ -1041,7 +1041,21 @@ def test_functions_that_fastapi_has_changed_are_named(
     monkeypatch.setattr(utils, "solve_dependencies", solve)
 
     with pytest.raises(EventKitError, match=r"no \['dependency_overrides_provider', 'response'\]"):
-        FastAPIResolver()
+        bus.on(Ping)(taking_all)
+
+
+@pytest.mark.usefixtures("_probing")
+async def test_what_fastapi_has_moved_is_no_concern_of_plain_defaults(
+    bus: EventBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(utils, "solve_dependencies")
+
+    @bus.on(Ping)
+    async def handler(event: Ping, times: int = 3) -> None: ...
+
+    await bus.dispatch(Ping())
+
+    assert bus.stats.handled == 1
 
 
 IMPORTS = """
