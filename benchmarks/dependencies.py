@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import fields
 from functools import partial
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
 
-from benchmarks.dispatch import DRAIN, bus_with, check, dispatched, drained
+from benchmarks.dispatch import DRAIN, dispatched, drained
 from benchmarks.harness import (
     LOOPS,
     Case,
@@ -30,7 +37,7 @@ from benchmarks.harness import (
 from benchmarks.peers import Handler as Handled
 from benchmarks.peers import Ordered
 from benchmarks.report import grid
-from eventkit._handlers import Handler
+from eventkit import _dispatch
 from eventkit.fastapi import _private_functions, _shell
 
 TITLE = "Dependencies"
@@ -80,17 +87,11 @@ def measure(effort: Effort) -> Iterator[Comparison]:
             yield on_loop(loop, partial(compare, case, contenders, effort))
 
 
-class _WithoutTheQuestion(Handler):
-    """A handler that is called without being asked whether it has dependencies."""
-
-    __slots__ = ()
-
-    async def start(self, event: object, origin: object) -> Awaitable[object] | None:
-        assert not self.in_thread
-        result = self.function(event)
-        if result is None or inspect.isawaitable(result):
-            return result
-        return None
+def _begin(run: _dispatch.Run, terms: _dispatch.Terms) -> Coroutine[object, object, object]:
+    """As the dispatcher begins a run, without asking whether the handler has dependencies."""
+    if not _dispatch._is_plain(run):
+        return _dispatch._attempt(run, terms)
+    return cast("Coroutine[object, object, object]", run.handler.function(run.delivery.event))
 
 
 def unable_to_have_any(unit: int) -> Contender:
@@ -98,23 +99,16 @@ def unable_to_have_any(unit: int) -> Contender:
 
     @asynccontextmanager
     async def bus_of() -> AsyncGenerator[Run]:
-        bus = bus_with([taking_nothing])
-        (subscription,) = bus.handlers_for(Ordered)
-        handler = subscription.target
-        subscription.target = _WithoutTheQuestion(
-            *(getattr(handler, field.name) for field in fields(handler))
-        )
+        async with drained([taking_nothing], unit).open() as run:
 
-        async def run(times: int) -> float:
-            async with bus.context() as context:
-                for _ in range(times):
-                    context.publish(Ordered())
-                begun = clock()
-                await context.drain()
-                return clock() - begun
+            async def run_without(times: int) -> float:
+                asking, _dispatch._begin = _dispatch._begin, _begin
+                try:
+                    return await run(times)
+                finally:
+                    _dispatch._begin = asking
 
-        yield run
-        check(bus)
+            yield run_without
 
     return Contender(BEFORE, bus_of, batch=unit)
 

@@ -398,9 +398,12 @@ def _is_plain(run: Run) -> bool:
 
 def _begin(run: Run, terms: Terms) -> Coroutine[object, object, object]:
     """The coroutine that does the run; nothing of it has happened yet."""
-    if _is_plain(run):
-        return cast("Coroutine[object, object, object]", run.handler.function(run.delivery.event))
-    return _attempt(run, terms)
+    handler = run.handler
+    if not _is_plain(run):
+        return _attempt(run, terms)
+    if handler.solver is not None:
+        return handler.with_dependencies(handler.solver, run.delivery.event, run.origin)
+    return cast("Coroutine[object, object, object]", handler.function(run.delivery.event))
 
 
 @coroutine

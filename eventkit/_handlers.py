@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from types import CodeType, EllipsisType, FunctionType
-from typing import Any, ForwardRef, Protocol, runtime_checkable
+from typing import Any, ForwardRef, Protocol, cast, runtime_checkable
 
 from anyio import CapacityLimiter, to_thread
 from anyio.lowlevel import RunVar
@@ -94,7 +94,8 @@ class Handler:
         timeout: Seconds it may take, None for no limit, `...` for what the unit of work says.
         solver: Makes its dependencies; None where it has none.
         named: Whether the name is an explicit one.
-        direct: Calling it does nothing but make a coroutine, and that is all there is to do.
+        direct: Calling it does nothing but make a coroutine, and that is all there is to do, but
+            for its dependencies.
     """
 
     function: Callable[..., object]
@@ -130,7 +131,7 @@ class Handler:
             InvalidHandlerError: It returned a generator, whose body nobody would run.
         """
         if self.solver is not None:
-            whole = self._with_dependencies(self.solver, event, origin)
+            whole = self.with_dependencies(self.solver, event, origin)
             if not self.in_thread:
                 return whole
             await whole  # a thread has no deadline, and so neither has what it needs
@@ -149,13 +150,16 @@ class Handler:
             )
         return None
 
-    async def _with_dependencies(self, solver: Solver, event: object, origin: object) -> None:
+    async def with_dependencies(self, solver: Solver, event: object, origin: object) -> None:
         """Make the dependencies, run the function to its end, and clean up, in that order."""
         failure: BaseException | None = None
         try:
             async with solver(origin) as values:
                 try:
                     function = functools.partial(self.function, **values)
+                    if self.direct:
+                        await cast("Awaitable[object]", function(event))
+                        return
                     bare = Handler(function, self.name, self.location, self.in_thread)
                     awaitable = await bare.start(event, origin)
                     if awaitable is not None:
@@ -376,7 +380,7 @@ def with_dependencies(handler: Handler, resolver: Resolver | None) -> Handler:
     except Exception as error:
         raise InvalidHandlerError(f"{handler.place}: {error}") from error
     _check_call(handler, provided)
-    return replace(handler, solver=solver, direct=False)
+    return replace(handler, solver=solver)
 
 
 def _beside_the_event(function: Callable[..., object]) -> list[inspect.Parameter]:
