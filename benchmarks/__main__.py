@@ -114,16 +114,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("topics", nargs="*", metavar="topic", help=f"of {', '.join(TOPICS)}")
     parser.add_argument("--quick", action="store_true", help="a minute or two, and less exact")
     parser.add_argument("--out", type=Path, help="a folder for JSON and SVG")
+    parser.add_argument(
+        "--redraw", action="store_true", help="measure nothing, show what --out has"
+    )
     parser.add_argument("--check", action="store_true", help="fail if a goal is missed")
     options = parser.parse_args(arguments)
     if unknown := set(options.topics) - set(TOPICS):
         parser.error(f"there is no {', '.join(sorted(unknown))}; choose of {', '.join(TOPICS)}")
+    out: Path | None = options.out
+    if options.redraw and out is None:
+        parser.error("--redraw needs --out, the folder where the measurements are")
     verdicts: list[Verdict] = []
     for name in options.topics or TOPICS:
-        results = run(name, QUICK if options.quick else FULL)
+        if options.redraw and out is not None:
+            results = Results.read((out / f"{name}.json").read_text())
+        else:
+            results = run(name, QUICK if options.quick else FULL)
         verdicts += results.verdicts
-        if options.out is not None:
-            keep(name, results, options.out)
+        if out is not None:
+            keep(name, results, out)
     for verdict in verdicts:
         print(verdict)
     missed = sum(not verdict.holds for verdict in verdicts)

@@ -59,7 +59,7 @@ class Effort:
         return replace(self, rounds=min(rounds, self.rounds))
 
 
-FULL = Effort(rounds=11, seconds=0.02, scale="full")
+FULL = Effort(rounds=9, seconds=0.015, scale="full")
 QUICK = Effort(rounds=5, seconds=0.005, scale="quick")
 # Nothing is learnt from it but that everything runs.
 SMALLEST = Effort(rounds=1, seconds=1e-6, scale="smallest")
@@ -126,6 +126,8 @@ class Comparison:
 
     def ratio(self, contender: str, to: str | None = None) -> Spread:
         """How many times as long one took as another in the same round; the floor if left out."""
+        if contender == (to or self.floor):
+            return Spread(1.0, 1.0, 1.0)
         pairs = zip(self.rounds[contender], self.rounds[to or self.floor], strict=True)
         return Spread.of([value / base for value, base in pairs])
 

@@ -235,7 +235,7 @@ def _on_uvicorn(events: int, effort: Effort) -> Comparison:
     seconds = {"smallest": 0.1, "quick": 1.0, "full": 2.0}[effort.scale]
     rounds: dict[str, list[float]] = {name: [] for name in names}
     draw = random.Random(0)
-    for _ in range({"smallest": 1, "quick": 1, "full": 3}[effort.scale]):
+    for _ in range({"smallest": 1, "quick": 1, "full": 2}[effort.scale]):
         for name in draw.sample(names, len(names)):
             told = 0 if name == NONE else events
             found = server.measure(name, 0, seconds=seconds, connections=16, events=told)

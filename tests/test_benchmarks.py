@@ -58,6 +58,10 @@ def test_a_ratio_can_be_taken_to_any_contender() -> None:
     assert comparison.ratio("other", "one").median == 0.5
 
 
+def test_what_is_compared_with_itself_is_the_same_even_if_it_is_nothing() -> None:
+    assert comparison_of(kept=[0.0]).figures()[0].ratio == Spread(1, 1, 1)
+
+
 @pytest.mark.parametrize(
     ("values", "spread"),
     [
@@ -297,6 +301,32 @@ def test_results_are_kept_beside_the_page_that_shows_them(
     assert "| as fast as light | 0.50 | 1.00 | holds |" in written
     assert written.endswith(other)
     assert (tmp_path / "speed" / "light.svg").read_text() == "<svg/>"
+
+
+def test_what_was_measured_is_shown_anew_without_measuring(
+    light: Callable[[Light], None], tmp_path: Path
+) -> None:
+    page = tmp_path / "speed.md"
+    out = tmp_path / "speed"
+    light(Light(0.5))
+    main(["publish", "--quick", "--out", str(out)])
+    measured = (out / "publish.json").read_text()
+    (out / "light.svg").unlink()
+    page.write_text("<!-- publish: generated -->\n<!-- /publish -->")
+
+    light(Light(2))  # what it would find now
+    assert main(["publish", "--redraw", "--check", "--out", str(out)]) == 0
+
+    assert "| as fast as light | 0.50 |" in page.read_text()
+    assert (out / "light.svg").exists()
+    assert (out / "publish.json").read_text() == measured
+
+
+def test_nothing_can_be_shown_anew_from_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--redraw"])
+
+    assert "--redraw needs --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", TOPICS)
