@@ -753,7 +753,9 @@ class Section:
 
         If it wrote nothing, they go where they would have gone without it.
         """
-        if self.open and (self.wrote or self._dirty()):
+        if not self.open:
+            return
+        if self.wrote or self._dirty():
             self.rollback(reason)
         with self._unit._core.tally.lock:
             self._end()

@@ -1,6 +1,6 @@
 """Watch eventkit work: the shop under real requests, each with a timeline of what happened when.
 
-    python -m examples.demo            # five cases, a few seconds, exit code 0 if all went as told
+    python -m examples.demo            # some cases, a few seconds, exit code 0 if all went as told
     python -m examples.demo --serve    # keep the shop running and try it with curl
 
 The shop runs on uvicorn in a process of its own (`server.py`) and talks to a mail server and a

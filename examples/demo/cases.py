@@ -1,4 +1,4 @@
-"""Owns the five cases: which requests are sent, and what must be true afterwards.
+"""Owns the cases: which requests are sent, and what must be true afterwards.
 
 Every check compares moments that one process saw in order, never durations, so that a slow
 machine does not fail it. Waiting ends when the trace says so. Knows nothing of drawing.
@@ -68,6 +68,15 @@ class Stage:
         """Order so many of each."""
         lines = [{"sku": sku, "quantity": quantity} for sku, quantity in quantities.items()]
         return await self._finished(await self._send("/orders", name, {"lines": lines}))
+
+    async def check(self, name: str, **quantities: int) -> Shot:
+        """Ask whether so many of each could be ordered."""
+        lines = [{"sku": sku, "quantity": quantity} for sku, quantity in quantities.items()]
+        return await self._finished(await self._send("/orders/check", name, {"lines": lines}))
+
+    async def reserve(self, name: str, sku: str) -> Shot:
+        """Have one put aside, or wait for it."""
+        return await self._finished(await self._send("/reservations", name, {"sku": sku}))
 
     async def _send(self, path: str, name: str, form: dict[str, object]) -> Shot:
         """Send one request, and return with the answer."""
@@ -211,6 +220,35 @@ async def _plain_def(stage: Stage) -> Played:
     )
 
 
+async def _rolled_back(stage: Stage) -> Played:
+    before = len(stage.warehouse.reports)
+    shot = await stage.check("eve", tea=1)
+    runs = shot.story.runs
+    return Played(
+        [shot],
+        [
+            _answered(200, shot),
+            Check("nothing was committed", not shot.story.committed_ns),
+            Check(
+                "what was published was discarded, no handler started",
+                bool(runs) and all(_was_discarded(run) for run in runs),
+            ),
+            Check(
+                "no mail, and the warehouse heard nothing",
+                not shot.mails and len(stage.warehouse.reports) == before,
+            ),
+        ],
+    )
+
+
+async def _too_late(stage: Stage) -> Played:
+    shot = await stage.reserve("finn", "teapot")
+    return Played(
+        [shot],
+        [_answered(409, shot), _in_order(shot), _all_ended_well(shot, "audit.write_row")],
+    )
+
+
 async def _ten_at_once(stage: Stage) -> Played:
     shots: list[Shot] = []
 
@@ -266,6 +304,16 @@ CASES = (
         "A plain def endpoint",
         "The same order with the warehouse up: published in a worker thread, delivered the same.",
         _plain_def,
+    ),
+    Case(
+        "A 200 after a rollback",
+        "Could I have one? The order was placed for a moment, and rolled back: nobody hears of it.",
+        _rolled_back,
+    ),
+    Case(
+        "A 409 after a commit",
+        "Too late for the last teapot, but on the waiting list: that is committed, and audited.",
+        _too_late,
     ),
     Case(
         "Ten sign-ups at once",

@@ -22,6 +22,7 @@ The shop is up, with all its neighbours beside it. In another terminal:
       '{{"email": "ada@example.com", "lines": [{{"sku": "tea", "quantity": 2}}]}}'
       With another line for 5 "teapot": 409, what was published is discarded.
       With 90 "tea": 402, only the audit log hears of it.
+      To {shop}/orders/check: 200, and nobody hears of it.
 
   curl -X POST {warehouse}/down
       The webhook fails from now on, and nothing else does; /up mends it.

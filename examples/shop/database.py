@@ -56,6 +56,16 @@ class PaymentRow(Base):
     key: Mapped[UUID]
 
 
+class WaitingRow(Base):
+    """Somebody who wants something that was out of stock."""
+
+    __tablename__ = "waiting"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    email: Mapped[str]
+    sku: Mapped[str]
+
+
 class AuditRow(Base):
     """Something that happened. The event's id is the key, so that it is written once."""
 

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from eventkit import EventBus, Publisher
+from eventkit.sqlalchemy import deliver_on_commit
 from examples.shop.database import Database
 from examples.shop.mail import Mailer
 from examples.shop.payments import Payments
@@ -25,6 +26,8 @@ class Resources:
         self.settings = settings
         self.bus = EventBus(name="shop")
         self.database = Database(settings.database_url)
+        deliver_on_commit(self.bus, self.database.sessions)
+        deliver_on_commit(self.bus, self.database.sync_sessions)
         self.mailer = Mailer(settings.smtp_host, settings.smtp_port)
         self.http = httpx.AsyncClient(timeout=5.0)
         self.payments = Payments(self.http, settings.payments_url)

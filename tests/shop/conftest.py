@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from eventkit import EventBus
 from examples.demo.neighbours import Mail, MailServer, PaymentProvider, Warehouse
 from examples.shop.app import create_app
+from examples.shop.resources import Resources
 from examples.shop.settings import Settings
 
 
@@ -27,6 +28,7 @@ class Shop:
     """A running shop and all that is around it."""
 
     client: TestClient
+    resources: Resources
     bus: EventBus
     mails: MailServer
     warehouse: Warehouse
@@ -68,8 +70,17 @@ def shop(tmp_path: Path) -> Iterator[Shop]:
             )
         )
         with TestClient(app) as client:
-            bus: EventBus = app.state.resources.bus
-            yield Shop(client, bus, mails, warehouse, payments, database, committed_at_mail)
+            resources: Resources = app.state.resources
+            yield Shop(
+                client,
+                resources,
+                resources.bus,
+                mails,
+                warehouse,
+                payments,
+                database,
+                committed_at_mail,
+            )
 
 
 @pytest.fixture

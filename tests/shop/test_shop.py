@@ -5,12 +5,14 @@ from uuid import UUID
 
 from fastapi.testclient import TestClient
 from httpx import HTTPStatusError, TransportError
+from sqlalchemy import create_engine
 
 from eventkit.testing import EventCapture, assert_handles
 from examples.shop.app import create_app
-from examples.shop.orders.events import OrderPlaced, PaymentDeclined, StockTaken
+from examples.shop.orders.events import OrderPlaced, PaymentDeclined, StockTaken, WaitingListJoined
 from examples.shop.settings import Settings
 from examples.shop.users.events import UserCreated
+from tests.databases import obey
 
 from .conftest import Shop
 
@@ -70,6 +72,60 @@ def test_an_order_in_conflict_takes_its_events_back_with_its_rows(
     assert capevents.discarded == [StockTaken("tea", 2, left=98)]
     assert (shop.warehouse.reports, shop.mails.mails) == ([], [])
     assert shop.column("SELECT kind FROM audit") == []
+
+
+def test_an_order_that_is_only_checked_is_rolled_back_and_nobody_hears_of_it(
+    shop: Shop, capevents: EventCapture
+) -> None:
+    for teapots, possible in ((1, True), (5, False)):
+        response = shop.client.post("/orders/check", json=order(("tea", 2), ("teapot", teapots)))
+        assert (response.status_code, response.json()) == (200, {"possible": possible})
+
+    assert capevents.handled == []
+    assert shop.column("SELECT in_stock FROM products ORDER BY sku") == [100, 1]
+    assert shop.column("SELECT kind FROM audit") == []
+    assert (shop.warehouse.reports, shop.mails.mails) == ([], [])
+
+
+def test_an_order_that_could_not_be_paid_is_declined_when_it_is_checked(shop: Shop) -> None:
+    assert shop.client.post("/orders/check", json=order(("tea", 90))).status_code == 402
+
+
+def test_who_comes_too_late_is_on_the_waiting_list_although_the_answer_is_an_error(
+    shop: Shop, capevents: EventCapture
+) -> None:
+    form = {"email": "bob@example.com", "sku": "teapot"}
+    answers = [shop.client.post("/reservations", json=form) for _ in range(2)]
+
+    assert [answer.status_code for answer in answers] == [201, 409]
+    assert answers[1].json() == {"reserved": False, "waiting": True}
+    assert shop.column("SELECT email FROM waiting") == ["bob@example.com"]
+    capevents.one(WaitingListJoined, sku="teapot")
+    assert shop.column("SELECT kind FROM audit ORDER BY occurred_at") == [
+        "StockTaken",
+        "WaitingListJoined",
+    ]
+
+
+def test_a_commit_is_one_also_in_a_tests_transaction_that_is_rolled_back_in_the_end(
+    shop: Shop, capevents: EventCapture
+) -> None:
+    capevents.record_only()
+    engine = create_engine(f"sqlite:///{shop.database}")
+    obey(engine)
+
+    with engine.connect() as connection:
+        everything = connection.begin()
+        shop.resources.database.sync_sessions.configure(
+            bind=connection, join_transaction_mode="create_savepoint"
+        )
+        shop.client.post("/reservations", json={"email": "bob@example.com", "sku": "teapot"})
+        shop.client.post("/orders/check", json=order(("tea", 2)))
+        everything.rollback()
+    engine.dispose()
+
+    assert capevents.published == [StockTaken("teapot", 1, left=0)]
+    assert shop.column("SELECT in_stock FROM products WHERE sku = 'teapot'") == [1]
 
 
 def test_a_declined_order_is_rolled_back_and_audited_all_the_same(

@@ -26,6 +26,14 @@ class OrderPlaced(DomainEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class WaitingListJoined(DomainEvent):
+    """Somebody wants something that was out of stock."""
+
+    email: str
+    sku: str
+
+
+@dataclass(frozen=True, slots=True)
 class PaymentDeclined(DomainEvent):
     """An order was too large for us to trust."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from examples.shop.database import OrderRow, ProductRow
+from examples.shop.database import OrderRow, ProductRow, WaitingRow
 from examples.shop.orders.usecases import Line, OutOfStock, Taken
 
 
@@ -33,3 +33,7 @@ class SqlOrders:
         self._session.add(row)
         self._session.flush()
         return row.id
+
+    def wait(self, email: str, sku: str) -> None:
+        """Keep that somebody wants it."""
+        self._session.add(WaitingRow(email=email, sku=sku))

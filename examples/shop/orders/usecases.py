@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from eventkit import Publisher
-from examples.shop.orders.events import OrderPlaced, PaymentDeclined, StockTaken
+from examples.shop.orders.events import (
+    OrderPlaced,
+    PaymentDeclined,
+    StockTaken,
+    WaitingListJoined,
+)
 
 
 class OutOfStock(Exception):
@@ -85,3 +90,38 @@ class PlaceOrder:
         taken = self._orders.take(line)
         self._events.publish(StockTaken(line.sku, line.quantity, taken.left))
         return taken.price_cents * line.quantity
+
+
+class Shelf(Protocol):
+    """Where stock is kept, and who waits for it."""
+
+    def take(self, line: Line) -> Taken:
+        """Take it from the shelf.
+
+        Raises:
+            OutOfStock: There is not enough of it.
+        """
+        ...
+
+    def wait(self, email: str, sku: str) -> None:
+        """Keep that somebody wants it."""
+        ...
+
+
+class Reserve:
+    """Put one piece aside for somebody, or somebody on the waiting list for it."""
+
+    def __init__(self, shelf: Shelf, events: Publisher) -> None:
+        self._shelf = shelf
+        self._events = events
+
+    def execute(self, email: str, sku: str) -> bool:
+        """Return whether there was one left."""
+        try:
+            taken = self._shelf.take(Line(sku, 1))
+        except OutOfStock:
+            self._shelf.wait(email, sku)
+            self._events.publish(WaitingListJoined(email, sku))
+            return False
+        self._events.publish(StockTaken(sku, 1, taken.left))
+        return True
