@@ -15,6 +15,7 @@ from itertools import count
 from threading import RLock
 from types import EllipsisType, FrameType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, overload
+from weakref import WeakSet
 
 from eventkit._events import type_name
 from eventkit._handlers import Handler, Resolver, inspect_handler, with_dependencies
@@ -400,7 +401,7 @@ class Registry:
         resolver: Compiles the dependencies of handlers; None for FastAPI's, once one has some.
     """
 
-    __slots__ = ("_by_type", "_lasting", "_lock", "_names", "_plans", "_resolver")
+    __slots__ = ("_by_type", "_lasting", "_lock", "_names", "_plans", "_resolver", "_unhandled")
 
     def __init__(self, resolver: Resolver | None) -> None:
         self._resolver = resolver
@@ -408,6 +409,7 @@ class Registry:
         self._by_type: dict[type, dict[object, Subscription]] = {}
         self._names = _Names()
         self._plans: dict[type, Plan] = {}
+        self._unhandled: WeakSet[type] = WeakSet()  # told once: each stream drops the cache twice
         self._lasting: list[Subscription] = []  # made by an import since somebody keeps the state
 
     def add(self, declarations: Sequence[Declaration]) -> list[Subscription]:
@@ -484,7 +486,8 @@ class Registry:
         if plan is None:
             refuse_non_event(event)
             plan = self.resolve(type(event))
-            if not plan:
+            if not plan and type(event) not in self._unhandled:
+                self._unhandled.add(type(event))
                 log(logging.INFO, "nobody handles these events", event_type=type_name(type(event)))
         return plan
 

@@ -69,9 +69,20 @@ class Collected:
         """The names of the spans that it has links to."""
         return [self._named(link.context.span_id) for link in self[name].links]
 
+    def trace_of(self, name: str) -> int:
+        """The number of the trace that a span is part of."""
+        context = self[name].context
+        assert context is not None
+        number: int = context.trace_id
+        return number
+
     def _named(self, span_id: int) -> str:
-        spans = {span.context.span_id: span.name for span in self._exporter.get_finished_spans()}
-        return spans[span_id]
+        [name] = [
+            span.name
+            for span in self._exporter.get_finished_spans()
+            if span.context is not None and span.context.span_id == span_id
+        ]
+        return name
 
 
 @pytest.fixture
@@ -154,7 +165,7 @@ async def test_a_deliverys_span_is_current_in_its_handler_and_a_child_of_its_pub
     await where(bus, partial(Publish(bus, spans.tracer)))
 
     assert {name: spans.parent_of(name) for name in LINEAGE} == LINEAGE
-    assert len({spans[name].context.trace_id for name in LINEAGE}) == 1
+    assert len({spans.trace_of(name) for name in LINEAGE}) == 1
     assert spans["process first"].kind is SpanKind.CONSUMER
 
 
