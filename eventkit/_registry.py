@@ -459,11 +459,14 @@ class Registry:
         What a module has subscribed while it was imported stays: it will not be imported twice.
         """
         with self._lock:
-            then = [*self]
+            then = [each for group in self._by_type.values() for each in group.values()]
+            plans = self._plans
             self._lasting = []
 
         def restore() -> None:
             with self._lock:
+                if self._plans is plans:  # each change drops the cache, so there was none
+                    return
                 for subscription in self:
                     subscription.active = False
                 self._by_type, self._names = {}, _Names()

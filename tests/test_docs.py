@@ -5,6 +5,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,7 @@ from eventkit._context import abandon, entered
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 FENCED = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+A_FILE = re.compile(r"# (\w+\.py)\n")  # how a block begins that is a file of its own
 PROOF = re.compile(r"`((?:tests|eventkit)/\S+\.py)::(\w+)`")
 
 
@@ -26,6 +28,8 @@ def run_page(page: Path) -> ModuleType:
     sys.modules[page.stem] = module
     text = page.read_text()
     for block in FENCED.finditer(text):
+        if A_FILE.match(block[1]):  # of a project, whose tests are run below
+            continue
         line = text.count("\n", 0, block.start(1))
         code = compile(
             "\n" * line + block[1], str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
@@ -51,6 +55,24 @@ def page(request: pytest.FixtureRequest) -> Iterator[Path]:
 
 def test_every_python_block_of_the_page_runs(page: Path) -> None:
     run_page(page)
+
+
+def test_the_project_of_the_testing_page_is_tested(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are written down as they stand, and its tests run by pytest."""
+    blocks = [block[1] for block in FENCED.finditer((ROOT / "docs" / "testing.md").read_text())]
+    for block in blocks:
+        (name,) = A_FILE.match(block).groups()  # type: ignore[union-attr]
+        (pytester.path / name).write_text(block)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    installed = any(each.name == "eventkit" for each in entry_points(group="pytest11"))
+    plugin = [] if installed else ["-p", "eventkit_pytest"]
+
+    result = pytester.runpytest_subprocess("-q", "-p", "no:asyncio", "-W", "error", *plugin)
+
+    tests = sum(block.count("def test_") for block in blocks)
+    result.assert_outcomes(passed=tests + 1)  # one of them on two event loops
 
 
 def test_every_test_that_the_page_names_as_proof_exists(page: Path) -> None:

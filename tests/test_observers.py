@@ -614,3 +614,65 @@ def test_a_bare_observation_surrounds_with_nothing() -> None:
     delivery = Delivery(1, "handler", None, 0, 1, 0, (0, 0))
 
     assert isinstance(Observer().delivery(delivery), nullcontext)
+
+
+class Deciding(Observer):
+    """Notes what units of work decide about each event, and fails if asked to."""
+
+    def __init__(self, *, failing: bool = False) -> None:
+        self.decided: list[str] = []
+        self._failing = failing
+
+    def released(self, events: Sequence[object]) -> None:
+        self.decided.append(f"released {list(events)}")
+        if self._failing:
+            raise LookupError
+
+    def withdrawn(self, events: Sequence[object]) -> None:
+        self.decided.append(f"withdrawn {list(events)}")
+        if self._failing:
+            raise LookupError
+
+
+@pytest.mark.parametrize("failing", [False, True])
+async def test_what_becomes_of_each_event_is_told_once_handler_or_not(
+    bus: EventBus, failing: bool
+) -> None:
+    deciding = Deciding(failing=failing)
+    with bus.observe(deciding):
+        async with bus.context() as unit:
+            bus.publish("good", 1)
+            unit.release()
+            bus.publish("cause", 2)
+            async with bus.context() as inner:
+                bus.publish("nested", 3)
+                inner.release()
+            with suppress(LookupError):
+                async with bus.context():
+                    bus.publish("lost", 4)
+                    bus.publish(5, even_on_failure=True)
+                    raise LookupError
+
+    assert deciding.decided == [
+        "released ['good', 1]",
+        "released ['nested', 3]",
+        "withdrawn ['lost', 4]",
+        "released ['cause', 2, 5]",
+        "released ['caused']",
+    ]
+    assert_settled(bus)
+
+
+async def test_events_that_nobody_handles_fill_no_unit_of_work_that_is_watched() -> None:
+    bus = EventBus(max_events=1)
+    bus.subscribe(str, calling(int))
+    with bus.observe(Deciding()):
+        async with bus.context() as unit:
+            bus.publish(*range(10))
+            unit.discard()
+            bus.publish("one", *range(10))
+            unit.release()
+            await unit.drain()
+            bus.publish("another")
+
+    assert bus.stats.handled == 2

@@ -38,6 +38,16 @@ from eventkit import (
 from eventkit.fastapi import Bus, CurrentContext, FastAPIResolver
 from eventkit.starlette import EventContextMiddleware, Origin, Outcome, succeeded
 from eventkit.streams import EventStream, end_at_shutdown, stream
+from eventkit.testing import (
+    DeliveryList,
+    EventCapture,
+    EventList,
+    EventRecorder,
+    FailureList,
+    Fake,
+    assert_handles,
+    assert_no_orphans,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,3 +404,48 @@ app.add_middleware(EventContextMiddleware)  # type: ignore[call-arg]
 app.add_middleware(EventContextMiddleware, bus=EventBus)  # type: ignore[arg-type]
 EventContextMiddleware(app, bus, deliver_if=asking)  # type: ignore[arg-type]
 check: Callable[[Outcome], bool] = succeeded
+
+
+# The testing kit.
+
+recorder = EventRecorder()
+CreateUser(recorder)
+assert_type(recorder.published, EventList[object])
+assert_type(recorder.of(UserCreated), EventList[UserCreated])
+assert_type(recorder.one(UserCreated, user_id=1), UserCreated)
+assert_type(recorder.one(UserCreated).email, str)
+assert_type(recorder.in_order(UserCreated, OrderPaid), tuple[UserCreated, OrderPaid])
+assert_type(
+    recorder.in_order(UserCreated, OrderPaid, OrderSent), tuple[UserCreated, OrderPaid, OrderSent]
+)
+assert_type(recorder.in_order(created, OrderPaid), tuple[object, ...])
+recorder.one("UserCreated")  # type: ignore[arg-type]
+recorder.one(created)  # type: ignore[arg-type]
+no_field = recorder.one(UserCreated).phone  # type: ignore[attr-defined]
+
+
+async def captured() -> None:
+    with EventCapture(bus) as events:
+        assert_type(events, EventCapture)
+        assert_type(events.published.of(OrderPaid), EventList[OrderPaid])
+        assert_type(events.failures, FailureList)
+        assert_type(events.handled.by(greet), DeliveryList)
+        assert_type(await events.wait_for(OrderPaid, paid=True), OrderPaid)
+        assert_type(events.wait_for_sync(OrderPaid), OrderPaid)
+        with events.record_only(OrderPaid, except_=OrderSent) as fake:
+            assert_type(fake, Fake)
+        events.fail(greet, ValueError("no"), times=2)
+        events.fail("greet", ValueError)
+        events.delay(greet, 1)
+        events.record_only(created)  # type: ignore[arg-type]
+        events.fail(greet, "no")  # type: ignore[arg-type]
+        events.fail(greet, KeyboardInterrupt)  # type: ignore[arg-type]
+        events.delay(1, 1)  # type: ignore[arg-type]
+        events.idle()  # type: ignore[unused-coroutine]
+        CreateUser(events)  # type: ignore[arg-type]
+
+
+assert_handles(bus, UserCreated, greet, "audit")
+assert_handles(bus, created, greet)  # type: ignore[arg-type]
+assert_no_orphans(bus, [UserCreated, OrderPaid])
+assert_no_orphans(bus, UserCreated)  # type: ignore[arg-type]

@@ -373,6 +373,8 @@ class EventCapture(Recording):
         Units of work that are still open are their owners' business. On an event loop there is no
         waiting.
         """
+        if self._ledger.quiet and not self._last_steps():
+            return None
         deadline = self._deadline(0 if on_event_loop() else None)
         explain = partial(self._busy, "the test is over, but these go on; wait with `idle()`:")
         try:

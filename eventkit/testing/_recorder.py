@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, Generic, TypeVar, overload
 
@@ -161,15 +162,15 @@ def _were(found: Sequence[object]) -> str:
     return "was" if len(found) == 1 else "were"
 
 
-class Recording:
+class Recording(ABC):
     """What can be asked of everything that records events; see `EventList`."""
 
     __slots__ = ()
 
     @property
+    @abstractmethod
     def published(self) -> EventList[object]:
         """The events that were published, in order."""
-        raise NotImplementedError
 
     def of(self, event_type: type[E], /, **fields: object) -> EventList[E]:
         """Those published of a type, with these values in their fields. See `EventList.of`."""

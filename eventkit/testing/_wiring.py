@@ -52,9 +52,13 @@ def assert_no_orphans(bus: EventBus, event_types: Iterable[type]) -> None:
     Raises:
         AssertionError: Naming the events that nobody handles.
         InvalidEventTypeError: One of them is not a class.
+        ValueError: There are none, so nothing would be checked.
     """
     __tracebackhide__ = True
-    orphans = [each for each in event_types if not bus.handlers_for(each)]
+    checked = list(event_types)
+    if not checked:
+        raise ValueError("no event types were given, so nothing was checked: are they imported?")
+    orphans = [each for each in checked if not bus.handlers_for(each)]
     if orphans:
         lines = [f"  {type_name(each)}" for each in orphans]
         raise AssertionError("\n".join([f"nobody on bus {bus.name!r} handles:", *lines]))

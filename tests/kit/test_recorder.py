@@ -151,6 +151,7 @@ def test_a_plain_class_has_the_fields_that_its_instances_have() -> None:
 
     assert events.of(Plain, number=1) == events
     assert EventList[object]().of(Plain, anything=1) == []
+    assert EventList[object]().of(Data, number=1) == []
     assert message(lambda: events.of(Plain, numbr=1), TypeError) == (
         "Plain has no field 'numbr'. Did you mean 'number'?"
     )

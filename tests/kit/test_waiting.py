@@ -1,7 +1,8 @@
 """Waiting until all has ended, or for one event: on any loop, in threads, and in vain."""
 
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+import types
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from starlette.testclient import TestClient
 from eventkit import EventBus, EventContextUsageError
 from eventkit.starlette import EventContextMiddleware
 from eventkit.testing import EventCapture
+from eventkit.testing._stuck import where
 from tests.kit.orders import OrderPlaced, ReceiptSent, Viewed, make_bus
 from tests.witness import assert_settled
 
@@ -470,3 +472,31 @@ async def test_many_waits_end_at_once(bus: EventBus, events: EventCapture) -> No
         await publish(bus, *map(OrderPlaced, range(100, 120)))
 
     assert len(found) == 20
+
+
+@types.coroutine
+def pause() -> Generator[None]:
+    yield
+
+
+async def here(event: object) -> None:
+    await pause()
+
+
+def test_a_line_of_ones_own_is_told_as_it_is_and_one_from_elsewhere_with_its_path() -> None:
+    event = Viewed("/")
+    waiting = here(event)
+    waiting.send(None)
+    assert where(here, event) == f"{line_of(pause, 'yield')} in pause"
+    waiting.close()
+    assert where(here, event) is None
+
+    source = "import types\n@types.coroutine\ndef pause(): yield\n"
+    source += "async def there(event): await pause()"
+    namespace: dict[str, Any] = {}
+    exec(compile(source, "/elsewhere/app.py", "exec"), namespace)
+    waiting = namespace["there"](event)
+    waiting.send(None)
+    assert where(namespace["there"], Viewed("/")) is None
+    assert where(namespace["there"], event) == "/elsewhere/app.py:3 in pause"
+    waiting.close()
