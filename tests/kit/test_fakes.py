@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import anyio
 import pytest
+import trio
 import trio.testing
 from anyio import create_task_group, to_thread
 from fastapi import Depends
@@ -293,7 +294,7 @@ def test_an_hour_of_delay_takes_no_time_on_a_virtual_clock(name: str) -> None:
         return anyio.current_time() - began
 
     clock = trio.testing.MockClock(autojump_threshold=0)
-    assert anyio.run(main, backend="trio", backend_options={"clock": clock}) >= 3600
+    assert trio.run(main, clock=clock) >= 3600
 
 
 async def in_task(event: OrderPlaced) -> None: ...

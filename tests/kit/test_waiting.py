@@ -8,6 +8,7 @@ from typing import Any
 
 import anyio
 import pytest
+import trio
 import trio.testing
 from anyio import CancelScope, create_task_group, to_thread
 from starlette.applications import Starlette
@@ -356,7 +357,7 @@ def test_hours_of_a_virtual_clock_are_no_time(bus: EventBus) -> None:
             assert events.handled == [OrderPlaced(1), ReceiptSent(1)]
 
     clock = trio.testing.MockClock(autojump_threshold=0)
-    anyio.run(main, backend="trio", backend_options={"clock": clock})
+    trio.run(main, clock=clock)
 
 
 @pytest.fixture
