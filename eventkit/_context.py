@@ -32,10 +32,10 @@ import anyio
 from anyio import from_thread
 from anyio.lowlevel import current_token
 
-from eventkit._dispatch import Run, Terms, run_all
+from eventkit._dispatch import Terms, run_all
 from eventkit._events import Delivery, type_name
-from eventkit._handlers import thread_level
-from eventkit._log import bind, log
+from eventkit._handlers import Handler, thread_level
+from eventkit._log import bind, binds, log
 from eventkit._observers import Observer, contained
 from eventkit._registry import Plan, caller
 from eventkit._stats import Outcome, Tally
@@ -50,7 +50,7 @@ from eventkit.exceptions import (
     NoEventContextError,
 )
 
-_active: ContextVar[EventContext | None] = ContextVar("eventkit_active", default=None)
+_active: ContextVar[EventContext | _Run | None] = ContextVar("eventkit_active", default=None)
 _outside: ContextVar[str | None] = ContextVar("eventkit_outside", default=None)
 _origin: ContextVar[object] = ContextVar("eventkit_origin", default=None)
 _begun: ContextVar[Section | None] = ContextVar("eventkit_begun", default=None)
@@ -103,19 +103,90 @@ class _Envelope:
         self.section = None
 
     def deliveries(self) -> list[Delivery]:
-        return [
-            Delivery(
-                event=self.event,
-                handler=subscription.name,
-                cause=self.cause,
-                depth=self.depth,
-                attempt=1,
-                _published_ns=self.published_ns,
-                _number=(self.number, index),
-                published_from=self.published_from,
-            )
-            for index, subscription in enumerate(self.plan)
-        ]
+        return [self.delivery(index) for index in range(len(self.plan))]
+
+    def delivery(self, index: int) -> Delivery:
+        """The delivery to the handler at this place of the plan."""
+        return Delivery(
+            event=self.event,
+            handler=self.plan[index].name,
+            cause=self.cause,
+            depth=self.depth,
+            attempt=1,
+            _published_ns=self.published_ns,
+            _number=(self.number, index),
+            published_from=self.published_from,
+        )
+
+
+class _Run:
+    """A delivery on its way through the dispatcher: what that calls a `Run`.
+
+    Most handlers neither publish nor ask for their delivery, so both the unit of work that it is
+    and the `Delivery` are made when somebody asks. Until then this stands for the unit in the
+    handler's context variables.
+    """
+
+    # Here and not in `__init__`, for this is made once for every delivery.
+    outcome: Outcome | None = None
+    steps: Coroutine[object, object, object] | None = None
+    ended = False
+    unit: EventContext | None = None
+    _delivery: Delivery | None = None
+
+    def __init__(
+        self,
+        handler: Handler,
+        observers: tuple[Observer, ...],
+        variables: Context,
+        envelope: _Envelope,
+        index: int,
+        outer: EventContext,
+    ) -> None:
+        self.event = envelope.event
+        self.handler = handler
+        self.observers = observers
+        self.variables = variables
+        self._envelope = envelope
+        self._index = index
+        self._outer = outer
+
+    @property
+    def origin(self) -> object:
+        return self._outer._origin
+
+    @property
+    def delivery(self) -> Delivery:
+        if self._delivery is None:
+            self._delivery = self._envelope.delivery(self._index)
+        return self._delivery
+
+    def as_unit(self) -> EventContext:
+        """The unit of work: of this bus only, inside the one that is drained."""
+        outer = self._outer
+        with outer._core.tally.lock:
+            if self.unit is None:
+                unit = EventContext(outer._core)
+                unit._state = _State.OPEN
+                unit._outer = outer
+                unit._load = outer._load
+                unit._origin = outer._origin
+                unit._delivery = self.delivery
+                unit._is_delivery = True
+                self.unit = unit
+                if self.ended:  # looked at last: whoever ends it meanwhile finds the unit
+                    unit._state = _State.CLOSED
+            return self.unit
+
+    def end(self) -> None:
+        """End the unit of work, if there is one; nobody gets an open one any more."""
+        self.ended = True
+        if self.unit is not None:
+            self.unit._hand_over(success=self.outcome is Outcome.HANDLED)
+        self.variables = _NONE  # in which this is the active unit: they would hold each other
+
+
+_NONE = Context()
 
 
 @dataclass(slots=True, eq=False)
@@ -189,6 +260,7 @@ class EventContext:
         "_core",
         "_delivery",
         "_drained",
+        "_draining",
         "_enclosing",
         "_is_delivery",
         "_load",
@@ -211,7 +283,8 @@ class EventContext:
         self._sections: list[Section] = []  # open ones here and in units inside, oldest first
         self._delivery: Delivery | None = None  # the delivery that it is, or that it is inside
         self._is_delivery = False
-        self._drained: anyio.Event | None = None  # there while a drain is running
+        self._draining = False
+        self._drained: anyio.Event | None = None  # there while somebody waits for the drain's end
         self._before: EventContext | None = None  # what was active when it became so
         self._origin: object = None  # which application it belongs to; for resolvers alone
 
@@ -314,7 +387,7 @@ class EventContext:
                 "publishes is delivered when the handlers of its event have ended. To wait for "
                 "handlers, use `await bus.dispatch(event)`"
             )
-        if self._drained is not None:
+        if self._draining:
             raise DrainInProgressError(
                 f"this event context of bus {self._core.name!r} is being drained by another task"
             )
@@ -401,11 +474,11 @@ class EventContext:
 
     def _enter(self) -> None:
         """Open it, and make it the active one."""
-        self._open(_active.get())
+        self._open(_current())
         self._activate()
 
     def _activate(self) -> None:
-        self._before = _active.get()
+        self._before = _current()
         _active.set(self)
 
     def _leave(self) -> None:
@@ -415,7 +488,7 @@ class EventContext:
         who became active in the meantime stays so.
         """
         before = self._before
-        if _active.get() is self:
+        if _current() is self:
             while before is not None and before.closed:
                 before = before._enclosing
             _active.set(before)
@@ -441,7 +514,7 @@ class EventContext:
         """Whether it, or who asks, is inside a handler of this bus."""
         return any(
             unit._core is self._core and unit._is_delivery and not unit.closed
-            for innermost in (self, _active.get())
+            for innermost in (self, _current())
             for unit in _outward(innermost)
         )
 
@@ -527,7 +600,7 @@ class EventContext:
                 return False
             self._state = _State.CLOSED
             left: list[_Envelope] = []
-            if self._drained is None:
+            if not self._draining:
                 left.extend(self._released)
                 self._released.clear()
             dropped: list[_Envelope] = []
@@ -567,7 +640,7 @@ class EventContext:
         else:
             self.discard()
         with self._core.tally.lock:
-            idle = not self._released and not self._staged and self._drained is None
+            idle = not self._released and not self._staged and not self._draining
             if idle:
                 self._state = _State.CLOSED
             return idle
@@ -579,9 +652,10 @@ class EventContext:
         """Deliver what is to be delivered, then close; what a cancellation left is undelivered."""
         try:
             while not self._close_if_idle(success=success):
-                if self._drained is None:
+                if not self._draining:
                     await self._deliver(report, timeout)
                 else:  # another task is at it; what it leaves is ours
+                    self._drained = self._drained or anyio.Event()
                     await self._drained.wait()
         finally:
             self._abandon()
@@ -589,46 +663,51 @@ class EventContext:
     async def _deliver(self, report: Report, timeout: float | None) -> int:
         """Deliver what is released, and what comes of it; returns how many were handled."""
         core = self._core
-        self._drained = anyio.Event()
+        self._draining = True
         terms = Terms(core.sequential, timeout, core.tally, report)
         try:
             with closing(self._prepared()) as events:
                 return await run_all(events, terms)
         finally:
-            self._drained.set()
-            self._drained = None
+            self._draining = False
+            if self._drained is not None:
+                self._drained.set()
+                self._drained = None
             if self.closed and not self._hand_over(success=False):  # left in the meantime
                 self._abandon()
 
-    def _prepared(self) -> Generator[Sequence[Run]]:
+    def _prepared(self) -> Generator[Sequence[_Run]]:
         """Each event that is released as its runs, and its end when the next one is asked for."""
         core = self._core
+        level, library = thread_level.get(), _library.get(None)
         while (envelope := self._next()) is not None:
-            runs: list[Run] = []
-            units: list[EventContext] = []
+            observers, logs = core.observers, binds()
+            captured = _on_this_loop(envelope.variables, level, library)
+            runs: list[_Run] = []
             cancelled: list[Delivery] = []
-            for delivery, subscription in zip(envelope.deliveries(), envelope.plan, strict=True):
+            for index, subscription in enumerate(envelope.plan):
                 if not subscription.active:
-                    cancelled.append(delivery)
+                    cancelled.append(envelope.delivery(index))
                     continue
-                unit = self._unit_for(delivery)
-                variables = envelope.variables.copy()
-                variables.run(_enter_delivery, unit, thread_level.get(), _library.get(None))
-                event_type = type_name(type(delivery.event))
-                bind(variables, event_type=event_type, handler=delivery.handler)
-                runs.append(
-                    Run(delivery, subscription.target, self._origin, core.observers, variables)
-                )
-                units.append(unit)
-            self._skip(cancelled, Outcome.DISCARDED)
+                handler, variables = subscription.target, captured.copy()
+                run = _Run(handler, observers, variables, envelope, index, self)
+                variables.run(_active.set, run)
+                if logs:
+                    event_type = type_name(type(envelope.event))
+                    bind(variables, event_type=event_type, handler=handler.name)
+                runs.append(run)
+            if cancelled:
+                self._skip(cancelled, Outcome.DISCARDED)
             try:
                 if runs:
                     yield runs
             finally:
-                for run, unit in zip(runs, units, strict=True):
-                    unit._hand_over(success=run.outcome is Outcome.HANDLED)
-                ended = [run.delivery for run in runs if run.outcome is Outcome.UNDELIVERED]
-                _announce(self._core, ended, Outcome.UNDELIVERED)
+                undelivered: list[Delivery] = []
+                for run in runs:
+                    run.end()
+                    if run.outcome is Outcome.UNDELIVERED:
+                        undelivered.append(run.delivery)
+                _announce(core, undelivered, Outcome.UNDELIVERED)
 
     def _next(self) -> _Envelope | None:
         with self._core.tally.lock:
@@ -636,17 +715,6 @@ class EventContext:
                 return None
             self._load.events -= 1
             return self._released.popleft()
-
-    def _unit_for(self, delivery: Delivery) -> EventContext:
-        """The unit of work that a delivery is: of this bus only, inside this one."""
-        unit = EventContext(self._core)
-        unit._state = _State.OPEN
-        unit._outer = self
-        unit._load = self._load
-        unit._origin = self._origin
-        unit._delivery = delivery
-        unit._is_delivery = True
-        return unit
 
     def _abandon(self) -> None:
         """Close it; what is left will not be delivered."""
@@ -806,7 +874,7 @@ def begin(
         dirty: Says whether there are changes that are still to be written in it.
         around: The transaction or savepoint that it is a savepoint in.
     """
-    unit = _find(_active.get(), core)
+    unit = _find(_current(), core)
     if unit is None:
         return None
     section = Section(unit, dirty, around)
@@ -869,7 +937,7 @@ def _announce_withdrawn(core: Core, envelopes: Sequence[_Envelope]) -> None:
 async def dispatch(core: Core, event: object) -> None:
     """Run the handlers of one event, and of all that comes of it. See `EventBus.dispatch`."""
     unit = EventContext(core)
-    unit._open(_active.get(), nested=False)
+    unit._open(_current(), nested=False)
     unit.publish(event)
     failures: list[Failure] = []
 
@@ -895,7 +963,7 @@ def active(core: Core) -> EventContext:
     Raises:
         NoEventContextError: There is none; the message names the likely cause.
     """
-    context = _find(_active.get(), core)
+    context = _find(_current(), core)
     if context is None:
         raise NoEventContextError(core.name, _why_none())
     return context
@@ -910,7 +978,7 @@ def current_delivery() -> Delivery:
     Raises:
         NoDeliveryError: Called outside a handler.
     """
-    context = _active.get()
+    context = _current()
     if context is None or context._delivery is None:
         raise NoDeliveryError("current_delivery() is for handlers; this is not one")
     return context._delivery
@@ -918,7 +986,7 @@ def current_delivery() -> Delivery:
 
 def delivering() -> dict[object, EventContext]:
     """The bus whose handler the caller is part of, with the unit of work that the delivery is."""
-    context = _active.get()
+    context = _current()
     return {} if context is None or not context._is_delivery else {context._core.bus: context}
 
 
@@ -978,18 +1046,26 @@ def close_if_idle(context: EventContext, *, success: bool) -> bool:
 
 def _running() -> Delivery | None:
     """The delivery that the caller is part of, whichever unit of work it publishes to."""
-    context = _active.get()
+    context = _current()
     return None if context is None or context.closed else context._delivery
 
 
-def _enter_delivery(unit: EventContext, level: int, library: str | None) -> None:
-    """Make the captured context variables those of a delivery on the loop that drains it.
+def _current() -> EventContext | None:
+    """The unit of work that surrounds the caller, open or not."""
+    active = _active.get()
+    return active.as_unit() if isinstance(active, _Run) else active
+
+
+def _on_this_loop(captured: Context, level: int, library: str | None) -> Context:
+    """The captured context variables, as they are to be on the event loop that drains.
 
     They are the publisher's, who may have been in a thread, or on another kind of event loop.
     """
-    _active.set(unit)
-    thread_level.set(level)
-    _library.set(library)
+    if captured.get(thread_level, 0) != level or captured.get(_library) != library:
+        captured = captured.copy()
+        captured.run(thread_level.set, level)
+        captured.run(_library.set, library)
+    return captured
 
 
 def _outward(innermost: EventContext | None) -> Iterator[EventContext]:
@@ -1004,7 +1080,7 @@ def _find(innermost: EventContext | None, core: Core) -> EventContext | None:
 
 
 def _why_none() -> str:
-    enclosing = _active.get()
+    enclosing = _current()
     reason = _outside.get()
     if enclosing is not None:
         return (

@@ -42,14 +42,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from contextvars import Context, ContextVar
 from dataclasses import dataclass, field
+from operator import length_hint
 from traceback import StackSummary
 from types import FrameType, coroutine
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from anyio import (
     CancelScope,
@@ -68,6 +68,8 @@ from eventkit._observers import Observer, watched
 from eventkit._stats import Outcome, Tally
 from eventkit.exceptions import HandlerCancelledError, HandlerTimeoutError
 
+_Steps = Coroutine[object, object, object]
+
 _ENDED = object()  # in the place of a trap: the handler has ended
 
 # So many events in a row may pass without a handler that waits, before other tasks get their turn
@@ -78,27 +80,32 @@ _BREATH = 100
 _stepped_from: ContextVar[object] = ContextVar("eventkit_stepped_from", default=None)
 
 
-@dataclass(slots=True, eq=False)
-class Run:
+class Run(Protocol):
     """One delivery that is about to happen.
 
     Attributes:
-        delivery: What observers are told.
+        event: What is delivered.
         handler: What to run.
-        origin: Where the unit of work comes from, for the handler's dependencies.
         observers: Whom to tell.
         variables: The context variables to run it in, nobody else's.
-        outcome: Set by `run_all`, and by nobody else.
-        steps: The coroutine of the handler, once it has begun.
+        outcome: None before; set by `run_all`, and by nobody else.
+        steps: The coroutine of the handler, once it waits; set by `run_all`.
     """
 
-    delivery: Delivery
+    event: object
     handler: Handler
-    origin: object
     observers: tuple[Observer, ...]
     variables: Context
-    outcome: Outcome | None = None
-    steps: Coroutine[object, object, object] | None = None
+    outcome: Outcome | None
+    steps: _Steps | None
+
+    @property
+    def delivery(self) -> Delivery:
+        """What observers are told; made when it is asked for."""
+
+    @property
+    def origin(self) -> object:
+        """Where the unit of work comes from, for the handler's dependencies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,17 +143,18 @@ async def run_all(events: Iterable[Sequence[Run]], terms: Terms) -> int:
     """
     result = _Result()
     first = _Worker(terms, result, events=events)
+    terms.tally.enter(first)
     try:
-        with first.counted():
-            await checkpoint_if_cancelled()
-            await first.take_cancellation()
-            while not result.fatal and first.has_event():
-                if first.may_need_help():
-                    async with create_task_group() as tasks:
-                        await first.work(tasks)
-                else:
-                    await first.work(None)
+        await checkpoint_if_cancelled()
+        await first.take_cancellation()
+        while not result.fatal and first.has_event():
+            if first.may_need_help():
+                async with create_task_group() as tasks:
+                    await first.work(tasks)
+            else:
+                await first.work(None)
     finally:
+        first.leave()
         for run in first.event:
             if run.outcome is None:  # it never began
                 run.outcome = Outcome.UNDELIVERED
@@ -175,6 +183,7 @@ class _Worker:
         "_events",
         "_helped",
         "_is_first",
+        "_needs_task",
         "_requests",
         "_rest",
         "_result",
@@ -190,14 +199,15 @@ class _Worker:
         result: _Result,
         *,
         events: Iterable[Sequence[Run]] | None = None,
-        rest: deque[Run] | None = None,
+        rest: Iterable[Run] = (),
     ) -> None:
         self._terms = terms
         self._result = result
         self._is_first = events is not None
         self._events = iter(events or ())
-        self._rest = rest or deque()  # what is this worker's to begin
+        self._rest = iter(rest)  # what is this worker's to begin
         self._helped = False  # it was, and another worker has it
+        self._needs_task = False  # what is next has to have a task of its own
         self._requests = 0
         self.event: Sequence[Run] = ()
         self.run: Run | None = None  # what has begun and not ended
@@ -210,42 +220,37 @@ class _Worker:
 
     def has_event(self) -> bool:
         """Whether there is an event to go on with: the one at hand, or else the next one."""
-        if not self._rest:
+        if not length_hint(self._rest):
             self.event = next(self._events, ())
-            self._rest = deque(self.event)
+            self._rest = iter(self.event)
             self._helped = False
-        return bool(self._rest)
+        return bool(self.event)
 
     def may_need_help(self) -> bool:
         """Whether a task group has to be there before the next handler begins.
 
         Opened later, while it waits, the group would stand in the midst of its scopes.
         """
-        if self._rest[0].handler.in_thread:
-            return self._is_first
-        return len(self._rest) > 1 and not self._terms.sequential
+        return self._needs_task or (len(self.event) > 1 and not self._terms.sequential)
 
     async def help(self, tasks: TaskGroup) -> None:
         """Do this worker's part in a task of its own, which only a cancellation leaves as such."""
+        self._terms.tally.enter(self)
         try:
-            with self.counted():
-                await checkpoint_if_cancelled()
-                await self.work(tasks)
+            await checkpoint_if_cancelled()
+            await self.work(tasks)
         except get_cancelled_exc_class():
             if not _cancel_requests() and _in_cancelled_scope():
                 raise  # a trio nursery learns from its children that it was cancelled
             # On asyncio the waiting task is told itself. Raised here too, the cancellation of this
             # task alone would reach its siblings, and AnyIO would keep it and the event in a ring.
-
-    @contextmanager
-    def counted(self) -> Generator[None]:
-        """Have the tally see this worker during the block."""
-        self._terms.tally.enter(self)
-        try:
-            yield
         finally:
-            self._terms.tally.leave(self)
-            self._result.handled += self.handled
+            self.leave()
+
+    def leave(self) -> None:
+        """Give up the work, and the count of it."""
+        self._terms.tally.leave(self)
+        self._result.handled += self.handled
 
     async def work(self, tasks: TaskGroup | None) -> None:
         """Run handlers, until none is left or it is not for this worker to begin the next."""
@@ -298,61 +303,68 @@ class _Worker:
 
         What leaves this as an exception came out of `self.run`, where there is one.
         """
+        terms = self._terms
         breath = _BREATH
-        while self._may_begin(tasks):
+        while True:
             waited = False
-            while self._rest and not waited:
-                run = self._rest[0]
-                if run.handler.in_thread and self._is_first:
+            for run in self._rest:
+                handler = run.handler
+                plain = handler.direct and not run.observers  # else there is more around it
+                if not plain and handler.in_thread and self._is_first:
                     # It is sure to wait, and a native cancellation would not wait for its thread.
                     # That can only reach the task that dispatches, so it goes to another one.
+                    self._rest = iter([run, *self._rest])
+                    self._needs_task = tasks is None
                     self._get_help(tasks)
                     break
-                self.run = self._rest.popleft()
+                self.run = run
                 try:
-                    steps = run.steps = _begin(run, self._terms)
+                    steps: _Steps
+                    if not plain:
+                        steps = _attempt(run, terms)
+                    elif handler.solver is None:
+                        steps = handler.function(run.event)
+                    else:
+                        steps = handler.with_dependencies(handler.solver, run.event, run.origin)
                     trap = run.variables.run(next, steps.__await__(), _ENDED)
                     if trap is not _ENDED:
                         waited = True
-                        if not self._terms.sequential:
+                        run.steps = steps
+                        if not terms.sequential:
                             self._get_help(tasks)
-                        await self._wait_for(run, trap, scope)
+                        await self._wait_for(run, trap, scope if plain else None)
                 except Exception as error:  # noqa: BLE001 - the policy
                     self._fail(run, error)
                 else:
                     run.outcome = Outcome.HANDLED
                     self.run = None
                     self.handled += 1
+                if waited:
+                    break
             if scope is not None and scope.cancel_called:
                 return True
-            if waited:
+            if waited and self._is_first:
                 await self._pass_cancellation()
+            if self._helped or not self.has_event():
+                return False  # what is left is for others, or for nobody
+            if tasks is None and self.may_need_help():
+                return False
             breath -= 1
             if not breath:
                 await checkpoint()
                 breath = _BREATH
-        return False
-
-    def _may_begin(self, tasks: TaskGroup | None) -> bool:
-        """Whether the next handler is there, and this worker's to begin.
-
-        It is not while others are at the same event, nor without a task group that it may need.
-        """
-        if not self._rest and (self._helped or not self.has_event()):
-            return False
-        return tasks is not None or not self.may_need_help()
 
     def _get_help(self, tasks: TaskGroup | None) -> None:
         """Have another worker begin what has not begun."""
-        if tasks is not None and self._rest:
+        if tasks is not None and length_hint(self._rest):
             helper = _Worker(self._terms, self._result, rest=self._rest)
             tasks.start_soon(helper.help, tasks, name="eventkit handlers")
-            self._rest = deque()
+            self._rest = iter(())
             self._helped = True
 
     async def _wait_for(self, run: Run, trap: object, scope: CancelScope | None) -> None:
         """Go on with a handler that waits, until it ends or its time is up."""
-        if scope is None or self._terms.timeout is None or not _is_plain(run):
+        if scope is None or self._terms.timeout is None:
             await _drive(run, trap)
             return
         scope.deadline = current_time() + self._terms.timeout
@@ -391,21 +403,6 @@ class _Worker:
             raise asyncio.CancelledError
 
 
-def _is_plain(run: Run) -> bool:
-    """Whether the handler's own coroutine can be stepped as it is, with nothing around it."""
-    return run.handler.direct and not run.observers
-
-
-def _begin(run: Run, terms: Terms) -> Coroutine[object, object, object]:
-    """The coroutine that does the run; nothing of it has happened yet."""
-    handler = run.handler
-    if not _is_plain(run):
-        return _attempt(run, terms)
-    if handler.solver is not None:
-        return handler.with_dependencies(handler.solver, run.delivery.event, run.origin)
-    return cast("Coroutine[object, object, object]", handler.function(run.delivery.event))
-
-
 @coroutine
 def _drive(run: Run, trap: object) -> Generator[object, object, None]:
     """What `await` is from the second step on: the pipe between the event loop and the handler.
@@ -414,7 +411,7 @@ def _drive(run: Run, trap: object) -> Generator[object, object, None]:
     them: trio runs what a thread calls by `from_thread.run` in the task that waits for the thread,
     and in the thread's context variables.
     """
-    steps = cast("Coroutine[object, object, object]", run.steps)
+    steps = cast("_Steps", run.steps)
     elsewhere, here = _stepped_from.get(), object()
     sent: object = None
     thrown: BaseException | None = None
@@ -453,7 +450,7 @@ async def _attempt(run: Run, terms: Terms) -> None:
     requests = _cancel_requests()
     with watched(run.observers, run.delivery):
         try:
-            awaitable = await run.handler.start(run.delivery.event, run.origin)
+            awaitable = await run.handler.start(run.event, run.origin)
             if awaitable is not None:
                 await _await_in_time(awaitable, run, terms)
         except Exception:
@@ -513,7 +510,7 @@ def _verdict(error: BaseException, run: Run | None, requests: int) -> BaseExcept
 
 def _add_note(error: Exception, run: Run) -> None:
     """Say in its traceback which handler it came from; left out where it takes no notes."""
-    event = type_name(type(run.delivery.event))
+    event = type_name(type(run.event))
     note = f"raised by the handler {run.handler.name} ({run.handler.location}) for {event}"
     if run.delivery.published_from is not None:
         note = f"{note}, published at {run.delivery.published_from}"

@@ -98,7 +98,7 @@ class Handler:
             for its dependencies.
     """
 
-    function: Callable[..., object]
+    function: Callable[..., Any]  # Any: what a call gives is looked at when it is there
     name: str
     location: str
     in_thread: bool

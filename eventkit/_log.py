@@ -53,7 +53,11 @@ def _write(
     getattr(logger, logging.getLevelName(level).lower())(message, **facts)
 
 
+def binds() -> bool:
+    """Whether there is somebody to `bind` for."""
+    return structlog.is_configured()
+
+
 def bind(variables: Context, **facts: object) -> None:
     """Add facts to the log lines that code in these context variables writes with structlog."""
-    if structlog.is_configured():
-        variables.run(structlog.contextvars.bind_contextvars, **facts)
+    variables.run(structlog.contextvars.bind_contextvars, **facts)
