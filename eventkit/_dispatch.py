@@ -224,7 +224,7 @@ class _Worker:
             self.event = next(self._events, ())
             self._rest = iter(self.event)
             self._helped = False
-        return bool(self.event)
+        return length_hint(self._rest) > 0
 
     def may_need_help(self) -> bool:
         """Whether a task group has to be there before the next handler begins.
@@ -345,14 +345,14 @@ class _Worker:
                 return True
             if waited and self._is_first:
                 await self._pass_cancellation()
-            if self._helped or not self.has_event():
-                return False  # what is left is for others, or for nobody
-            if tasks is None and self.may_need_help():
-                return False
             breath -= 1
             if not breath:
                 await checkpoint()
                 breath = _BREATH
+            if self._helped or not self.has_event():
+                return False  # what is left is for others, or for nobody
+            if tasks is None and self.may_need_help():
+                return False
 
     def _get_help(self, tasks: TaskGroup | None) -> None:
         """Have another worker begin what has not begun."""

@@ -1,0 +1,504 @@
+"""Dispatch: what goes wrong when handlers are stepped by hand, and does not go wrong here."""
+
+import asyncio
+import functools
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextvars import ContextVar
+from types import coroutine
+from typing import Any
+
+import anyio
+import pytest
+import trio
+from anyio import CancelScope, create_task_group, from_thread, get_current_task, to_thread
+from anyio.lowlevel import checkpoint
+from trio.testing import MockClock
+
+from eventkit import Delivery, EventBus, _dispatch
+from eventkit._bus import core_of
+from eventkit._dispatch import whereabouts
+from tests.dispatching import (
+    Boom,
+    Deliver,
+    NewBus,
+    Ping,
+    all_tasks_blocked,
+    by_dispatch,
+    by_drain,
+    outcomes,
+)
+
+pytestmark = pytest.mark.anyio
+
+stealing = pytest.mark.parametrize("implementation", ["continuation-stealing"], indirect=True)
+
+value: ContextVar[str] = ContextVar("value", default="unset")
+
+
+# Whose task it is
+
+
+@stealing
+async def test_handlers_that_do_not_wait_share_the_task_that_dispatches(
+    bus: EventBus, deliver: Deliver
+) -> None:
+    tasks: list[int] = []
+
+    async def handler(event: Ping) -> None:
+        tasks.append(get_current_task().id)
+
+    for _ in range(3):
+        bus.subscribe(Ping, functools.partial(handler))
+
+    await deliver(bus, Ping())
+
+    assert tasks == [get_current_task().id] * 3
+
+
+@stealing
+async def test_what_begins_while_a_handler_waits_begins_in_another_task(
+    bus: EventBus, deliver: Deliver
+) -> None:
+    tasks: list[int] = []
+
+    async def handler(event: Ping, waits: bool) -> None:
+        tasks.append(get_current_task().id)
+        if waits:
+            await all_tasks_blocked()
+            assert get_current_task().id in tasks
+
+    for waits in (False, True, False, True, False):
+        bus.subscribe(Ping, functools.partial(handler, waits=waits))
+
+    await deliver(bus, Ping())
+
+    first, second, third, fourth, fifth = tasks
+    assert first == second == get_current_task().id
+    assert third == fourth
+    assert len({second, third, fifth}) == 3
+
+
+async def test_a_child_that_a_handler_starts_is_a_child_of_its_own_scopes(
+    bus: EventBus, deliver: Deliver
+) -> None:
+    ended: list[int] = []
+
+    async def child(number: int) -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            ended.append(number)
+
+    async def handler(event: Ping, number: int) -> None:
+        async with create_task_group() as tasks:
+            tasks.start_soon(child, number)
+            await checkpoint()
+            tasks.cancel_scope.cancel()
+        assert number in ended
+        await checkpoint()
+
+    for number in range(4):
+        bus.subscribe(Ping, functools.partial(handler, number=number))
+
+    assert await deliver(bus, Ping()) == []
+    assert sorted(ended) == [0, 1, 2, 3]
+
+
+# What a handler may wait for
+
+
+@coroutine
+def bare(times: int) -> Generator[None, None, str]:
+    for _ in range(times):
+        yield
+    return "returned"
+
+
+class Plainly:
+    """Its iterator is no generator: it has neither `send` nor `throw`."""
+
+    def __await__(self) -> Any:  # Any: a type checker wants a generator
+        return iter([None, None])
+
+
+async def numbers() -> AsyncGenerator[int]:
+    for number in range(3):
+        await checkpoint()
+        yield number
+
+
+async def waits_for_bare_yields(event: Ping) -> None:
+    assert await bare(3) == "returned"
+
+
+async def waits_for_a_plain_iterator(event: Ping) -> None:
+    await Plainly()
+
+
+async def waits_for_sleep(event: Ping) -> None:
+    await asyncio.sleep(0)
+    await asyncio.sleep(0.001)
+
+
+async def waits_for_a_future(event: Ping) -> None:
+    future = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_soon(future.set_result, "done")
+    assert await future == "done"
+
+
+async def waits_for_a_failing_future(event: Ping) -> None:
+    future = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_soon(future.set_exception, Boom())
+    with pytest.raises(Boom):
+        await future
+    await asyncio.sleep(0)
+
+
+async def waits_for_a_task(event: Ping) -> None:
+    assert await asyncio.create_task(asyncio.sleep(0, "done")) == "done"
+
+
+async def waits_in_an_async_generator(event: Ping) -> None:
+    assert [number async for number in numbers()] == [0, 1, 2]
+
+
+async def leaves_an_async_generator(event: Ping) -> None:
+    generator = numbers()
+    assert await anext(generator) == 0
+    await generator.aclose()
+
+
+ANYWHERE = [waits_in_an_async_generator, leaves_an_async_generator]
+ON_ASYNCIO = [
+    waits_for_bare_yields,
+    waits_for_a_plain_iterator,
+    waits_for_sleep,
+    waits_for_a_future,
+    waits_for_a_failing_future,
+    waits_for_a_task,
+]
+
+
+@pytest.mark.parametrize("handler", [*ANYWHERE, *ON_ASYNCIO])
+@pytest.mark.parametrize("count", [1, 3])
+async def test_a_handler_may_wait_for_whatever_can_be_awaited(
+    bus: EventBus,
+    deliver: Deliver,
+    anyio_backend_name: str,
+    handler: Callable[[Ping], Awaitable[None]],
+    count: int,
+) -> None:
+    if handler in ON_ASYNCIO and anyio_backend_name != "asyncio":
+        pytest.skip("about asyncio alone")
+    for _ in range(count):
+        bus.subscribe(Ping, functools.partial(handler))
+
+    assert await deliver(bus, Ping()) == []
+    assert outcomes(bus) == (count, 0, 0)
+
+
+async def test_what_a_thread_calls_on_the_loop_sees_the_context_variables_of_the_thread(
+    bus: EventBus, deliver: Deliver
+) -> None:
+    seen: list[str] = []
+
+    async def look() -> None:
+        seen.append(value.get())
+        await checkpoint()
+        seen.append(value.get())
+
+    def in_thread() -> None:
+        value.set("thread")
+        from_thread.run(look)
+
+    @bus.on(Ping)
+    async def handler(event: Ping) -> None:
+        value.set("handler")
+        await to_thread.run_sync(in_thread)
+        seen.append(value.get())
+        await checkpoint()
+        seen.append(value.get())
+
+    assert await deliver(bus, Ping()) == []
+    assert seen == ["thread", "thread", "handler", "handler"]
+    assert value.get() == "unset"
+
+
+async def test_sequential_handlers_stay_so_where_some_begin_in_threads(
+    new_bus: NewBus, deliver: Deliver
+) -> None:
+    bus = new_bus(sequential=True)
+    steps: list[str] = []
+
+    async def waits(event: Ping, name: str) -> None:
+        steps.append(f"{name} begins")
+        await all_tasks_blocked()
+        steps.append(f"{name} ends")
+
+    def in_thread(event: Ping, name: str) -> None:
+        steps.append(f"{name} begins")
+        from_thread.run(checkpoint)
+        steps.append(f"{name} ends")
+
+    for number, handler in enumerate([waits, in_thread, waits, waits, in_thread]):
+        bus.subscribe(Ping, functools.partial(handler, name=str(number)))
+
+    assert await deliver(bus, Ping()) == []
+    assert steps == [f"{number} {what}" for number in range(5) for what in ("begins", "ends")]
+
+
+async def test_a_failure_is_reported_in_the_context_variables_of_its_handler(
+    bus: EventBus,
+) -> None:
+    seen: list[str] = []
+
+    def report(delivery: Delivery, error: Exception) -> None:
+        seen.append(value.get())
+
+    bus.report_failure = report
+
+    async def fails(event: Ping, number: int) -> None:
+        value.set(f"handler {number}")
+        if number:
+            await checkpoint()
+        raise Boom
+
+    for number in range(3):
+        bus.subscribe(Ping, functools.partial(fails, number=number))
+
+    await by_drain(bus, Ping())
+
+    assert sorted(seen) == ["handler 0", "handler 1", "handler 2"]
+
+
+# Cancellation
+
+
+@stealing
+@pytest.mark.usefixtures("on_asyncio")
+async def test_a_task_that_was_cancelled_natively_before_starts_no_handler(bus: EventBus) -> None:
+    started: list[Ping] = []
+
+    @bus.on(Ping)
+    async def handler(event: Ping) -> None:
+        started.append(event)
+        await checkpoint()
+
+    async def cancelled() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await bus.dispatch(Ping())
+
+    task = asyncio.ensure_future(cancelled())
+    await asyncio.wait([task])
+
+    assert task.cancelled()
+    assert started == []
+    assert outcomes(bus) == (0, 0, 1)
+
+
+@pytest.mark.usefixtures("on_asyncio")
+async def test_a_task_that_has_caught_a_native_cancellation_can_dispatch(
+    bus: EventBus, deliver: Deliver
+) -> None:
+    @bus.on(Ping)
+    async def handler(event: Ping) -> None:
+        await checkpoint()
+
+    async def cancelled() -> list[Exception]:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        return await deliver(bus, Ping())
+
+    assert await asyncio.ensure_future(cancelled()) == []
+    assert outcomes(bus) == (1, 0, 0)
+
+
+@stealing
+@pytest.mark.usefixtures("on_asyncio")
+async def test_a_native_cancellation_reaches_the_handler_in_the_dispatching_task_through_shields(
+    bus: EventBus, deliver: Deliver
+) -> None:
+    @bus.on(Ping)
+    async def shielded(event: Ping) -> None:
+        with CancelScope(shield=True):
+            await anyio.sleep_forever()
+
+    task = asyncio.ensure_future(deliver(bus, Ping()))
+    await all_tasks_blocked()
+    task.cancel()
+    await asyncio.wait([task])
+
+    assert task.cancelled()
+    assert outcomes(bus) == (0, 0, 1)
+
+
+@stealing
+@pytest.mark.usefixtures("on_asyncio")
+@pytest.mark.parametrize("cleanup_fails", [False, True])
+async def test_a_dispatch_that_is_closed_closes_the_handler_that_waits(
+    bus: EventBus, cleanup_fails: bool
+) -> None:
+    steps: list[str] = []
+
+    @bus.on(Ping)
+    async def handler(event: Ping) -> None:
+        value.set("handler")
+        try:
+            await bare(2)
+        finally:
+            steps.append(value.get())
+            if cleanup_fails:
+                raise Boom
+
+    dispatch = bus.dispatch(Ping())
+    assert dispatch.send(None) is None
+    dispatch.close()
+
+    assert steps == ["handler"]
+    assert outcomes(bus) == (0, 0, 1)
+
+
+@stealing
+async def test_a_long_drain_of_handlers_that_do_not_wait_lets_others_run(bus: EventBus) -> None:
+    seen: list[str] = []
+
+    @bus.on(Ping)
+    async def handler(event: Ping) -> None:
+        seen.append("handler")
+
+    async def other() -> None:
+        for _ in range(3):
+            await checkpoint()
+            seen.append("other")
+
+    async with bus.context() as unit, create_task_group() as tasks:
+        unit.publish(*map(Ping, range(6 * _dispatch._BREATH)))
+        tasks.start_soon(other)
+        await unit.drain()
+        assert seen.count("other") == 3
+
+
+@stealing
+async def test_a_long_drain_of_handlers_that_do_not_wait_can_be_cancelled(bus: EventBus) -> None:
+    scope = CancelScope()
+
+    @bus.on(Ping)
+    async def handler(event: Ping) -> None:
+        if event.number == 10:
+            scope.cancel()
+
+    async with bus.context() as unit:
+        unit.publish(*map(Ping, range(4 * _dispatch._BREATH)))
+        with scope:
+            await unit.drain()
+        assert bus.stats.handled == _dispatch._BREATH
+        await unit.drain()
+
+    assert bus.stats.handled == 4 * _dispatch._BREATH
+
+
+@pytest.mark.parametrize(
+    "anyio_backend", [("trio", {"clock": MockClock(autojump_threshold=0)})], ids=["trio"]
+)
+@pytest.mark.parametrize("count", [1, 3])
+async def test_every_event_of_a_drain_has_its_whole_time(new_bus: NewBus, count: int) -> None:
+    bus = new_bus(handler_timeout=30)
+
+    async def takes_long(event: Ping) -> None:
+        await anyio.sleep(31 if event.number == 2 else 29)
+
+    for _ in range(count):
+        bus.subscribe(Ping, functools.partial(takes_long))
+    started = trio.current_time()
+
+    async with bus.context() as unit:
+        unit.publish(*map(Ping, range(4)))
+        report = await unit.drain()
+
+    assert (report.handled, len(report.failures)) == (3 * count, count)
+    assert trio.current_time() - started == pytest.approx(29 * 3 + 30)
+
+
+# Exceptions that end more than a handler
+
+
+@pytest.mark.parametrize("count", [1, 3])
+async def test_an_interrupt_out_of_a_report_propagates_bare(bus: EventBus, count: int) -> None:
+    def report(delivery: Delivery, error: Exception) -> None:
+        raise KeyboardInterrupt
+
+    bus.report_failure = report
+
+    async def fails(event: Ping) -> None:
+        raise Boom
+
+    for _ in range(count):
+        bus.subscribe(Ping, functools.partial(fails))
+
+    with pytest.raises(KeyboardInterrupt):
+        await by_drain(bus, Ping())
+
+
+@stealing
+async def test_dispatching_into_the_depth_ends_in_a_failure_and_the_bus_works_on(
+    new_bus: NewBus,
+) -> None:
+    bus = new_bus(max_depth=100_000)
+    depth = 0
+
+    @bus.on(Ping)
+    async def deeper(event: Ping) -> None:
+        nonlocal depth
+        depth += 1
+        if event.number:
+            await bus.dispatch(event)
+
+    (error,) = await by_dispatch(bus, Ping(1))
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+
+    assert isinstance(error, RecursionError)
+    assert depth > 16
+    assert await by_dispatch(bus, Ping(0)) == []
+    await checkpoint()
+
+
+# Where it is stuck
+
+
+@stealing
+async def test_it_can_be_told_at_which_line_each_handler_waits(bus: EventBus) -> None:
+    event, release = anyio.Event(), threading.Event()
+
+    async def deeper() -> None:
+        await event.wait()
+
+    @bus.on(Ping, name="first")
+    async def first(event: Ping) -> None:
+        await deeper()
+
+    @bus.on(Ping, name="plain")
+    def plain(event: Ping) -> None:
+        release.wait(10)
+
+    @bus.on(Ping, name="quick")
+    async def quick(event: Ping) -> None:
+        pass
+
+    async with create_task_group() as tasks:
+        tasks.start_soon(bus.dispatch, Ping())
+        await all_tasks_blocked()
+        stuck = {run.handler: stack for run, stack in whereabouts(core_of(bus).tally).items()}
+        event.set()
+        release.set()
+
+    assert sorted(stuck) == ["first", "plain"]
+    assert [frame.name for frame in stuck["first"]][:3] == ["first", "deeper", "wait"]
+    assert "run_sync" in [frame.name for frame in stuck["plain"]]
+    assert whereabouts(core_of(bus).tally) == {}
