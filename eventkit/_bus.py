@@ -228,8 +228,12 @@ class EventBus(Subscribing):
         A unit of work of its own: what it delivered stays delivered if an outer one fails. Not
         for use inside an open transaction, whose changes the handlers' own sessions cannot see:
         publish there instead. It has no timeout but those given to a subscription; cancelling it,
-        for instance by a timeout around it, cancels the handlers. With no handler it returns at
-        once, and is no checkpoint.
+        for instance by a timeout around it, cancels the handlers. With no handler, and with
+        handlers that do not wait, it is no checkpoint.
+
+        All handlers run at the same time, and only those that wait cost a task: the others are
+        called in the task that dispatches, and share its identity. Asyncio's own `Task.cancel()`
+        reaches one waiting handler there, through shields. `docs/dispatch.md` has all of it.
 
         Raises:
             DispatchError: Handlers failed; the group has every failure.

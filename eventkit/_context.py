@@ -936,6 +936,10 @@ def _announce_withdrawn(core: Core, envelopes: Sequence[_Envelope]) -> None:
 
 async def dispatch(core: Core, event: object) -> None:
     """Run the handlers of one event, and of all that comes of it. See `EventBus.dispatch`."""
+    if not core.plan_for(event) and not core.observers:
+        with core.tally.lock:
+            core.tally.published += 1
+        return
     unit = EventContext(core)
     unit._open(_current(), nested=False)
     unit.publish(event)

@@ -282,6 +282,9 @@ class Subscribing:
     ) -> Callable[[Callable[..., R]], Callable[..., R]]:
         """Declare the decorated function a handler, and return it unchanged.
 
+        The handlers of an event run at the same time, each in its own context variables. What is
+        kept per task may be shared: only handlers that wait have a task to themselves.
+
         Args:
             event_types: The classes whose instances it takes; subclasses are included. A handler
                 runs once per event, however many of them match.
