@@ -89,7 +89,6 @@ class _Envelope:
     plan: Plan
     variables: Context
     cause: Delivery | None
-    depth: int
     published_ns: int
     number: int
     even_on_failure: bool
@@ -111,7 +110,7 @@ class _Envelope:
             event=self.event,
             handler=self.plan[index].name,
             cause=self.cause,
-            depth=self.depth,
+            depth=0 if self.cause is None else self.cause.depth + 1,
             attempt=1,
             _published_ns=self.published_ns,
             _number=(self.number, index),
@@ -318,7 +317,6 @@ class EventContext:
                 plan=core.plan_for(event),
                 variables=variables,
                 cause=cause,
-                depth=depth,
                 published_ns=now,
                 number=next(_numbers),
                 even_on_failure=even_on_failure,
@@ -635,10 +633,8 @@ class EventContext:
         """Decide what is staged; close it if then nothing is left to deliver."""
         if self._sections:
             self._close_sections()
-        if success:
-            self.release()
-        else:
-            self.discard()
+        if self._staged:  # what comes after this look is seen by the next one, which is the last
+            (self.release if success else self.discard)()
         with self._core.tally.lock:
             idle = not self._released and not self._staged and not self._draining
             if idle:
@@ -718,13 +714,16 @@ class EventContext:
 
     def _abandon(self) -> None:
         """Close it; what is left will not be delivered."""
-        self._drop(self._clear(), Outcome.UNDELIVERED)
+        if left := self._clear():
+            self._drop(left, Outcome.UNDELIVERED)
 
     def _clear(self) -> list[_Envelope]:
         """Close it, and return what is left, of which nobody has been told."""
         with self._core.tally.lock:
             self._state = _State.CLOSED
             left = [*self._released, *self._take_staged()]
+            if not left:
+                return left
             self._released.clear()
             self._load.events -= sum(1 for envelope in left if envelope.plan)
             return left
