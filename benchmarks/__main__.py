@@ -20,7 +20,16 @@ from typing import Protocol, cast
 from benchmarks.harness import FULL, QUICK, Comparison, Effort, Results, Verdict, about
 from benchmarks.report import goals, machine
 
-TOPICS = ("dispatch", "drain", "publish", "request", "lookup", "dependencies")
+TOPICS = (
+    "dispatch",
+    "drain",
+    "publish",
+    "request",
+    "lookup",
+    "dependencies",
+    "transactions",
+    "testing",
+)
 
 
 class Topic(Protocol):

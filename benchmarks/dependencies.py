@@ -21,7 +21,9 @@ from fastapi import Depends, Request
 
 from benchmarks.dispatch import DRAIN, dispatched, drained
 from benchmarks.harness import (
+    FINE_SLACK,
     LOOPS,
+    SLACK,
     Case,
     Comparison,
     Contender,
@@ -145,7 +147,8 @@ def verdicts(comparisons: Sequence[Comparison]) -> Iterator[Verdict]:
         floor, limit = limits[found.case["handler"]]
         if found.case["loop"] != "uvloop" and {floor, DRAIN} <= found.rounds.keys():
             goal = f"{found.case['loop']}, {found.case['handler']}: {DRAIN} / {floor}"
-            yield Verdict(goal, found.ratio(DRAIN).median, limit)
+            slack = FINE_SLACK if floor == BEFORE else SLACK
+            yield Verdict(goal, found.ratio(DRAIN).median, limit, slack=slack)
 
 
 def tables(results: Results) -> str:

@@ -39,6 +39,11 @@ def nanoseconds(figure: Figure) -> str:
     return "" if figure.value is None else spread(figure.value)
 
 
+def microseconds(figure: Figure) -> str:
+    """Per operation."""
+    return "" if figure.value is None else spread(figure.value, 1e-3)
+
+
 def milliseconds(figure: Figure) -> str:
     """Per operation."""
     return "" if figure.value is None else spread(figure.value, 1e-6)

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from benchmarks import load as server
 from benchmarks.harness import (
+    FINE_SLACK,
     Case,
     Comparison,
     Effort,
@@ -36,7 +37,7 @@ from benchmarks.harness import (
     ready,
 )
 from benchmarks.peers import Ordered, load
-from benchmarks.report import Bar, Panel, drawing, grid, number, spread
+from benchmarks.report import Bar, Panel, drawing, grid, microseconds, number
 from eventkit import EventBus
 from eventkit.starlette import EventContextMiddleware
 
@@ -256,7 +257,7 @@ def verdicts(comparisons: Sequence[Comparison]) -> Iterator[Verdict]:
             limit, stretch = LIMITS[int(events)]
             yield Verdict(name, found.ratio(OURS).median, limit, stretch)
         elif app == FASTAPI and events == 0:
-            yield Verdict(name, found.ratio(OURS).median, 1.05)
+            yield Verdict(name, found.ratio(OURS).median, 1.05, slack=FINE_SLACK)
         elif app == FASTAPI and events == 1 and PEER in found.rounds:
             yield Verdict(
                 f"{app}, N = 1: what {OURS} adds / what {PEER} adds",
@@ -284,11 +285,6 @@ def tables(results: Results) -> str:
         + grid(results, {"where": ON_UVICORN}, "events", per_second)
     )
     return "\n\n".join(parts)
-
-
-def microseconds(figure: Figure) -> str:
-    """Per request."""
-    return "" if figure.value is None else spread(figure.value, 1e-3)
 
 
 def per_second(figure: Figure) -> str:

@@ -1,11 +1,9 @@
-"""What `capevents` costs a test: the capture around a call of Starlette's `TestClient`.
+"""What `capevents` costs a test: the capture around a call of Starlette's `TestClient`."""
 
-Run with `python -m benchmarks.testing`. The goal is 5 % of the call at most.
-"""
-
-import statistics
-import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -13,12 +11,27 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from benchmarks.harness import (
+    FINE_SLACK,
+    Comparison,
+    Effort,
+    Results,
+    Run,
+    Verdict,
+    clock,
+    compare,
+    on_loop,
+    ready,
+)
+from benchmarks.report import grid, microseconds
 from eventkit import EventBus
 from eventkit.starlette import EventContextMiddleware
 from eventkit.testing import EventCapture
 
-ROUNDS = 200
-CALLS = 5
+PACKAGES = ("anyio", "starlette", "httpx2")
+
+PLAIN = "a call of TestClient"
+CAPTURED = "eventkit, the same captured"
 
 
 def make_app() -> tuple[EventBus, Starlette]:
@@ -40,35 +53,48 @@ def make_app() -> tuple[EventBus, Starlette]:
     return bus, app
 
 
-def seconds_per_test(client: TestClient, bus: EventBus, *, captured: bool) -> float:
-    """Processor time, of all threads, that a test takes which does one call."""
-    began = time.process_time()
-    for _ in range(CALLS):
-        around: AbstractContextManager[object] = EventCapture(bus) if captured else nullcontext()
-        with around:
-            client.get("/")
-    return (time.process_time() - began) / CALLS
+def measure(effort: Effort) -> Iterator[Comparison]:
+    """Measure the one case, in many short rounds: a few per cent are what counts."""
+    yield on_loop("asyncio", partial(_capture, replace(effort, rounds=4 * effort.rounds)))
 
 
-def main() -> None:
-    """Measure both in turn, and print the ratio of the medians."""
+async def _capture(effort: Effort) -> Comparison:
     bus, app = make_app()
     client = TestClient(app)
-    seconds_per_test(client, bus, captured=True)
-    plain: list[float] = []
-    captured: list[float] = []
-    for _ in range(ROUNDS):
-        plain.append(seconds_per_test(client, bus, captured=False))
-        captured.append(seconds_per_test(client, bus, captured=True))
-    low, median, high = (
-        more / less
-        for more, less in zip(
-            statistics.quantiles(captured, n=4), statistics.quantiles(plain, n=4), strict=True
-        )
+    contenders = [
+        ready(PLAIN, called(client, nullcontext)),
+        ready(CAPTURED, called(client, partial(EventCapture, bus))),
+    ]
+    return await compare({"calls": 1}, contenders, effort)
+
+
+def called(client: TestClient, around: Callable[[], AbstractContextManager[object]]) -> Run:
+    """A test that does one call; the client brings an event loop of its own, in a thread."""
+
+    async def run(times: int) -> float:
+        begun = clock()
+        for _ in range(times):
+            with around():
+                client.get("/")
+        return clock() - begun
+
+    return run
+
+
+def verdicts(comparisons: Sequence[Comparison]) -> Iterator[Verdict]:
+    """What the capture adds."""
+    for found in comparisons:
+        ratio = found.ratio(CAPTURED).median
+        yield Verdict(f"{CAPTURED} / {PLAIN}", ratio, 1.05, slack=FINE_SLACK)
+
+
+def tables(results: Results) -> str:
+    """Microseconds per test."""
+    return (
+        f"Microseconds per test, by number of calls\n\n{grid(results, {}, 'calls', microseconds)}"
     )
-    print(f"a call of TestClient: {statistics.median(plain) * 1e3:.2f} ms")
-    print(f"with a capture around it: x{median:.3f} (quartiles x{low:.3f} and x{high:.3f})")
 
 
-if __name__ == "__main__":
-    main()
+def plots(results: Results) -> dict[str, str]:
+    """A few per cent need no drawing."""
+    return {}

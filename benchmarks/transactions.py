@@ -1,31 +1,47 @@
 """Measures what `deliver_on_commit` adds to a small transaction on SQLite, with and without events.
 
 Each transaction runs in a unit of work of its own, through a session factory that is tied to the
-bus and through one that is not, in turns. `python -m benchmarks.transactions --quick` is enough
-for a first look.
+bus and through one that is not, in turns.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import anyio
 from sqlalchemy import create_engine, select, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from benchmarks.harness import Comparison, Contender, Effort, Run, clock, compare
+from benchmarks.harness import (
+    FINE_SLACK,
+    Case,
+    Comparison,
+    Contender,
+    Effort,
+    Results,
+    Run,
+    Verdict,
+    clock,
+    compare,
+    on_loop,
+)
+from benchmarks.report import grid, microseconds
 from eventkit import EventBus
 from eventkit.sqlalchemy import deliver_on_commit
 
+PACKAGES = ("anyio", "sqlalchemy")
+
+NOT_TIED = "sessions that are not tied"
+TIED = "eventkit, deliver_on_commit"
 GOAL = 1.05
-FULL = Effort(rounds=21, seconds=0.2, scale="full")
-QUICK = Effort(rounds=7, seconds=0.05, scale="quick")
+
+ON_DISK = "a file"
+IN_MEMORY = "in memory"
 
 
 class Base(DeclarativeBase):
@@ -98,36 +114,40 @@ async def transactions(
         engine.dispose()
 
 
-async def measure(name: str, events: int, in_memory: bool, effort: Effort) -> Comparison:
-    """Compare sessions that are not tied with those that are."""
-    opening = partial(transactions, TRANSACTIONS[name], events, in_memory=in_memory)
-    contenders = [
-        Contender("not tied", partial(opening, tied=False)),
-        Contender("deliver_on_commit", partial(opening, tied=True)),
-    ]
-    return await compare({"transaction": name, "events": events}, contenders, effort)
+def measure(effort: Effort) -> Iterator[Comparison]:
+    """Measure each kind of transaction, longer than others are: a few per cent are what counts."""
+    longer = replace(effort, rounds=2 * effort.rounds, seconds=4 * effort.seconds)
+    for place in (ON_DISK, IN_MEMORY):
+        for kind in TRANSACTIONS:
+            for events in (0, 1):
+                yield on_loop("asyncio", partial(_transaction, place, kind, events, longer))
 
 
-def main() -> None:
-    """Print one line for each case."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
-    parser.add_argument("--in-memory", action="store_true", help="nothing is written to a disk")
-    options = parser.parse_args()
-    effort = QUICK if options.quick else FULL
-    print(f"{'transaction':<22}{'events':>8}{'µs':>8}{'tied':>8}   ratio (goal {GOAL})")
-    for name in TRANSACTIONS:
-        for events in (0, 1):
-            found = anyio.run(measure, name, events, options.in_memory, effort)
-            alone, tied = (figure.value for figure in found.figures())
-            assert alone is not None
-            assert tied is not None
-            ratio = found.ratio("deliver_on_commit")
-            print(
-                f"{name:<22}{events:>8}{alone.median / 1000:>8.0f}{tied.median / 1000:>8.0f}   "
-                f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
-            )
+async def _transaction(place: str, kind: str, events: int, effort: Effort) -> Comparison:
+    opening = partial(transactions, TRANSACTIONS[kind], events, in_memory=place == IN_MEMORY)
+    contenders = [Contender(name, partial(opening, tied=name == TIED)) for name in (NOT_TIED, TIED)]
+    case: Case = {"database": place, "transaction": kind, "events": events}
+    return await compare(case, contenders, effort)
 
 
-if __name__ == "__main__":
-    main()
+def verdicts(comparisons: Sequence[Comparison]) -> Iterator[Verdict]:
+    """Each kind of transaction, with and without an event."""
+    for found in comparisons:
+        place, kind, events = found.case.values()
+        name = f"SQLite {place}, {kind}, N = {events}: {TIED} / {found.floor}"
+        yield Verdict(name, found.ratio(TIED).median, GOAL, slack=FINE_SLACK)
+
+
+def tables(results: Results) -> str:
+    """Microseconds per transaction."""
+    return "\n\n".join(
+        f"**{kind}, SQLite {place}**, microseconds per transaction, by number of events\n\n"
+        + grid(results, {"database": place, "transaction": kind}, "events", microseconds)
+        for place in (ON_DISK, IN_MEMORY)
+        for kind in TRANSACTIONS
+    )
+
+
+def plots(results: Results) -> dict[str, str]:
+    """A few per cent need no drawing."""
+    return {}

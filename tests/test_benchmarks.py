@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.__main__ import TOPICS, keep, main, part, run, topic
 from benchmarks.harness import (
+    FINE_SLACK,
     SMALLEST,
     Comparison,
     Contender,
@@ -159,6 +160,11 @@ def test_a_goal_holds_up_to_its_limit_and_a_tenth(measured: float, holds: bool, 
     verdict = Verdict("as fast as light", measured, limit=2.0)
 
     assert (verdict.holds, verdict.word) == (holds, word)
+
+
+def test_a_goal_for_nearly_nothing_has_less_slack() -> None:
+    assert not Verdict("free", 1.1, limit=1.05, slack=FINE_SLACK).holds
+    assert Verdict("free", 1.06, limit=1.05, slack=FINE_SLACK).holds
 
 
 def test_results_read_back_are_what_was_written() -> None:
