@@ -129,7 +129,8 @@ class _Run:
     # Here and not in `__init__`, for this is made once for every delivery.
     outcome: Outcome | None = None
     steps: Coroutine[object, object, object] | None = None
-    ended = False
+    cancelled: bool = False
+    ended: bool = False
     unit: EventContext | None = None
     _delivery: Delivery | None = None
 

@@ -90,6 +90,7 @@ class Run(Protocol):
         variables: The context variables to run it in, nobody else's.
         outcome: None before; set by `run_all`, and by nobody else.
         steps: The coroutine of the handler, once it waits; set by `run_all`.
+        cancelled: False before; whether its task was cancelled natively; set by `run_all`.
     """
 
     event: object
@@ -98,14 +99,17 @@ class Run(Protocol):
     variables: Context
     outcome: Outcome | None
     steps: _Steps | None
+    cancelled: bool
 
     @property
     def delivery(self) -> Delivery:
         """What observers are told; made when it is asked for."""
+        ...
 
     @property
     def origin(self) -> object:
         """Where the unit of work comes from, for the handler's dependencies."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +173,7 @@ class _Result:
     """What all workers have come to; `fatal` is what ends it all."""
 
     handled: int = 0
-    fatal: list[BaseException] = field(default_factory=list)
+    fatal: list[BaseException] = field(default_factory=list[BaseException])
 
 
 class _Worker:
@@ -286,14 +290,15 @@ class _Worker:
             run = cast("Run", self.run)
             self._fail(run, _late(run, cast("float", limit), stopped))
         except BaseException as error:  # noqa: BLE001 - the policy
-            verdict = _verdict(error, self.run, self._requests)
+            now = self.run
+            verdict = _verdict(error, now, self._requests)
             try:
-                if self.run is None or not isinstance(verdict, Exception):
+                if now is None or not isinstance(verdict, Exception):
                     raise verdict from verdict.__cause__
-                self._fail(self.run, verdict)
+                self._fail(now, verdict)
             finally:
                 del verdict  # or this frame and its traceback keep each other alive
-            await self._pass_cancellation()
+            await self._pass_cancellation(now)
         finally:
             del stopped  # likewise
         return True
@@ -306,7 +311,7 @@ class _Worker:
         terms = self._terms
         breath = _BREATH
         while True:
-            waited = False
+            waited: Run | None = None
             for run in self._rest:
                 handler = run.handler
                 plain = handler.direct and not run.observers  # else there is more around it
@@ -328,7 +333,7 @@ class _Worker:
                         steps = handler.with_dependencies(handler.solver, run.event, run.origin)
                     trap = run.variables.run(next, steps.__await__(), _ENDED)
                     if trap is not _ENDED:
-                        waited = True
+                        waited = run
                         run.steps = steps
                         if not terms.sequential:
                             self._get_help(tasks)
@@ -339,12 +344,12 @@ class _Worker:
                     run.outcome = Outcome.HANDLED
                     self.run = None
                     self.handled += 1
-                if waited:
+                if waited is not None:
                     break
             if scope is not None and scope.cancel_called:
                 return True
-            if waited and self._is_first:
-                await self._pass_cancellation()
+            if waited is not None and self._is_first:
+                await self._pass_cancellation(waited)
             breath -= 1
             if not breath:
                 await checkpoint()
@@ -393,14 +398,16 @@ class _Worker:
             await checkpoint()
             self._requests = _cancel_requests()
 
-    async def _pass_cancellation(self) -> None:
-        """Raise the cancellation of this task, if a handler that has ended kept it to itself.
+    async def _pass_cancellation(self, run: Run) -> None:
+        """Raise the cancellation of this task, if the handler that has ended kept it to itself.
 
         What a scope cancels is told again at each checkpoint; asyncio itself tells it only once.
         """
         await checkpoint_if_cancelled()
-        if _cancel_requests() > self._requests:
+        requests = _cancel_requests()
+        if requests > self._requests and run.cancelled:
             raise asyncio.CancelledError
+        self._requests = requests  # older releases of AnyIO leave some behind
 
 
 @coroutine
@@ -428,6 +435,7 @@ def _drive(run: Run, trap: object) -> Generator[object, object, None]:
                 raise
             except BaseException as error:  # noqa: BLE001 - it is the handler's
                 thrown = error
+                run.cancelled = run.cancelled or _is_native(error)
             step = run.variables.run if _stepped_from.get() is here else _call
             if thrown is None:
                 trap = step(steps.send, sent)
@@ -553,6 +561,11 @@ def _frames(awaited: object) -> Iterator[tuple[FrameType, int]]:
         if frame is not None:
             yield frame, frame.f_lineno
         awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
+
+
+def _is_native(error: BaseException) -> bool:
+    """Whether it is asyncio's own cancellation of a task, which AnyIO's scopes mark as theirs."""
+    return isinstance(error, asyncio.CancelledError) and "cancel scope" not in str(error)
 
 
 def _in_cancelled_scope() -> bool:

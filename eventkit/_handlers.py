@@ -252,7 +252,7 @@ def inspect_handler(
 
 def _makes_coroutine(function: Callable[..., object]) -> bool:
     """Whether a call runs none of its body: not so of what is merely wrapped or marked as async."""
-    called: object = function
+    called: Any = function  # Any: it is narrowed by looking
     while type(called) is functools.partial:
         called = called.func
     if not isinstance(called, FunctionType) and not inspect.ismethod(called):
