@@ -61,8 +61,10 @@ async def stream(
 
     Raises:
         InvalidEventTypeError: `event_type` is not a class.
+        TypeError: `bus` is no bus.
         ValueError: `buffer` is not above 0, or there is no such `overflow`.
     """
+    _check("stream(bus, OrderPaid)", bus)
     if buffer < 1:
         raise ValueError(f"buffer is how many events may wait, at least 1, not {buffer!r}")
     if overflow not in ("drop_oldest", "raise"):
@@ -215,7 +217,11 @@ def end_at_shutdown(
 
     Python hears of signals in its main thread only: in another one (`TestClient` runs the app in
     one) only the end of the block counts.
+
+    Raises:
+        TypeError: `bus` is no bus.
     """
+    _check("end_at_shutdown(bus)", bus)
     before: dict[signal.Signals, Any] = {}  # Any: a function, or one of two constants
     left = False
 
@@ -241,6 +247,12 @@ def end_at_shutdown(
         for number, handler in before.items():
             if signal.getsignal(number) is end:  # or somebody hands on to us
                 signal.signal(number, handler)
+
+
+def _check(call: str, bus: object) -> None:
+    if not isinstance(bus, EventBus):
+        name, _, _ = call.partition("(")
+        raise TypeError(f"{name}() takes an EventBus first, not {bus!r}: {call}")
 
 
 def _end_all(bus: EventBus) -> None:

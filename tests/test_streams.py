@@ -441,6 +441,19 @@ async def test_wrong_options_say_what_is_right(
     assert bus.describe() == []
 
 
+async def test_what_is_no_bus_is_refused_with_the_right_call(bus: EventBus) -> None:
+    wrong: Any = str
+    with pytest.raises(TypeError) as swapped:
+        async with stream(wrong, bus):  # type: ignore[arg-type]
+            pass
+    with pytest.raises(TypeError) as app, end_at_shutdown(wrong):
+        pass
+
+    refused = "takes an EventBus first, not <class 'str'>"
+    assert str(swapped.value) == f"stream() {refused}: stream(bus, OrderPaid)"
+    assert str(app.value) == f"end_at_shutdown() {refused}: end_at_shutdown(bus)"
+
+
 async def test_a_stream_is_of_a_class(bus: EventBus) -> None:
     wrong: Any = "OrderPaid"
     with pytest.raises(InvalidEventTypeError, match="an event type is a class, not 'OrderPaid'"):

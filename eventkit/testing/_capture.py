@@ -341,7 +341,9 @@ class EventCapture(Recording):
             return
         if self._unexpected and not self._failures_allowed:
             raise UnexpectedFailures(
-                "handlers failed, and the test neither looked at `failures` nor allowed them",
+                "handlers failed, and the test did not expect it. If it should, look at "
+                "`failures`, provoke them with `fail`, or call `allow_failures()`, in pytest "
+                "@pytest.mark.eventkit_allow_failures",
                 self._unexpected,
             ) from late
         if late is not None:
@@ -413,7 +415,7 @@ class EventCapture(Recording):
     def _missing(self, event_type: type, fields: Mapping[str, object]) -> str:
         """What was published instead, and what has not ended."""
         head = f"no {expectation(event_type, fields)} was published"
-        lines = [f"{head}, and nothing else"]
+        lines = [f"{head}, nor anything else"]
         if published := self.published:
             instead = nearest_first(published, event_type, fields)
             lines = [f"{head}; instead, nearest first:", *instead]

@@ -88,7 +88,7 @@ class EventList(list[E], Generic[E]):
             head = f"expected one {wanted}, but {len(found)} were {self._what}:"
             raise AssertionError("\n".join([head, *listed(found)]))
         head = f"expected one {wanted}, but none was {self._what}"
-        lines = [f"{head}, and nothing else"]
+        lines = [f"{head}, nor anything else"]
         if self:
             lines = [f"{head}; instead, nearest first:", *nearest_first(self, event_type, fields)]
         dropped = [event for event in self._dropped if matches(event, event_type, fields)]

@@ -223,8 +223,9 @@ def test_without_the_bus_nobody_looks():
     result.stdout.fnmatch_lines(
         [
             "*ERROR at teardown of test_unnoticed *",
-            "*UnexpectedFailures: handlers failed, and the test neither looked at `failures` nor "
-            "allowed them (1 sub-exception)",
+            "*UnexpectedFailures: handlers failed, and the test did not expect it. If it should, "
+            "look at `failures`, provoke them with `fail`, or call `allow_failures()`, in pytest "
+            "@pytest.mark.eventkit_allow_failures (1 sub-exception)",
             "*File *app.py*, line *, in send_receipt",
             '*raise ValueError("no receipt for 13")',
             "*raised by the handler app:send_receipt (*app.py:*) for app.OrderPlaced*",

@@ -197,7 +197,7 @@ def test_exactly_one_is_asked_for_and_the_rest_is_listed_nearest_first(
         "  GiftPlaced(order_id=2, email='ada@example.org', wish='tea')"
     )
     assert message(lambda: EventList[object]().one(OrderPlaced)) == (
-        "expected one OrderPlaced, but none was recorded, and nothing else"
+        "expected one OrderPlaced, but none was recorded, nor anything else"
     )
 
 
