@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import pkgutil
 import re
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import anyio
 import pytest
 from starlette.testclient import TestClient
 
+import eventkit
 from eventkit._context import abandon, entered
 
 ROOT = Path(__file__).parent.parent
@@ -65,14 +67,40 @@ def test_the_project_of_the_testing_page_is_tested(
     for block in blocks:
         (name,) = A_FILE.match(block).groups()  # type: ignore[union-attr]
         (pytester.path / name).write_text(block)
+
+    tests = sum(block.count("def test_") for block in blocks)
+    run_project(pytester, monkeypatch, passed=tests + 1)  # one of them on two event loops
+
+
+def test_the_readmes_tests_test_the_readmes_program(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, *blocks = [block[1] for block in FENCED.finditer((ROOT / "README.md").read_text())]
+    (tests,) = [block for block in blocks if A_FILE.match(block)]
+    (pytester.path / "hello.py").write_text(program)
+    (pytester.path / "test_hello.py").write_text(tests)
+
+    run_project(pytester, monkeypatch, passed=tests.count("def test_"))
+
+
+def run_project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, passed: int) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     installed = any(each.name == "eventkit" for each in entry_points(group="pytest11"))
     plugin = [] if installed else ["-p", "eventkit_pytest"]
 
     result = pytester.runpytest_subprocess("-q", "-p", "no:asyncio", "-W", "error", *plugin)
+    result.assert_outcomes(passed=passed)
 
-    tests = sum(block.count("def test_") for block in blocks)
-    result.assert_outcomes(passed=tests + 1)  # one of them on two event loops
+
+def test_contributing_names_every_module_and_every_session() -> None:
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    modules = {each.name for each in pkgutil.iter_modules(eventkit.__path__)}
+    sessions = re.findall(r"^@nox\.session.*\ndef (\w+)\(", (ROOT / "noxfile.py").read_text(), re.M)
+
+    assert {"_bus", "testing"} <= modules
+    assert {"tests", "plugin"} <= {*sessions}
+    for name in (*modules, *sessions):
+        assert f"`{name}`" in contributing, f"CONTRIBUTING.md does not name {name}"
 
 
 def test_every_test_that_the_page_names_as_proof_exists(page: Path) -> None:
@@ -90,7 +118,6 @@ def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
 
 def test_the_readmes_program_greets_after_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
     module = run_page(ROOT / "README.md")
-    capsys.readouterr()  # the README's own test greeted, too
     try:
         with TestClient(module.app) as client:
             answer = client.post("/users/Ada")
