@@ -59,7 +59,7 @@ def matrix(session: nox.Session) -> None:
 @nox.session(python="3.11")
 def plugin(session: nox.Session) -> None:
     """Run the testing kit's tests on its oldest pytest, in random order, beside pytest-asyncio."""
-    session.install("-e", ".", *group("plugin"))
+    session.install("-e", ".", "pytest==8.0.*", *group("plugin"))
     options = ["-c", "tests/kit/oldest.ini", "--rootdir", "."]
     session.run("pytest", *options, *(session.posargs or ["tests/kit"]))
 
