@@ -47,7 +47,6 @@ from contextlib import nullcontext, suppress
 from contextvars import Context, ContextVar
 from dataclasses import dataclass, field
 from operator import length_hint
-from traceback import StackSummary
 from types import FrameType, coroutine
 from typing import Any, Protocol, cast
 
@@ -541,26 +540,33 @@ def _failures_in(error: BaseException) -> BaseException | None:
     return error
 
 
-def whereabouts(tally: Tally) -> dict[Delivery, StackSummary]:
-    """What runs now, each with the lines at which it waits, the handler's own line first.
+def whereabouts(tally: Tally) -> dict[Delivery, list[FrameType]]:
+    """What runs now, each with the frames in which it waits, the outermost first.
 
     For messages that say where it is stuck; reads the coroutines' frames, and costs nothing before.
     Of a plain function in a worker thread it shows where the event loop waits for the thread.
     """
     return {
-        worker.run.delivery: StackSummary.extract(_frames(worker.run.steps))
+        worker.run.delivery: list(_frames(worker.run.steps))
         for worker in [*tally.workers]
         if isinstance(worker, _Worker) and worker.run is not None
     }
 
 
-def _frames(awaited: object) -> Iterator[tuple[FrameType, int]]:
+def _frames(awaited: object) -> Iterator[FrameType]:
     """The frames of a coroutine and of all that it awaits."""
     while awaited is not None:
-        frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)
-        if frame is not None:
-            yield frame, frame.f_lineno
-        awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
+        # Any: coroutines, generators and async generators call the same things differently.
+        waiting = cast("Any", awaited)
+        for kind, next_one in (("cr", "await"), ("gi", "yieldfrom"), ("ag", "await")):
+            if hasattr(waiting, f"{kind}_frame"):
+                frame = getattr(waiting, f"{kind}_frame")
+                if frame is not None:
+                    yield frame
+                awaited = getattr(waiting, f"{kind}_{next_one}")
+                break
+        else:
+            return
 
 
 def _is_native(error: BaseException) -> bool:

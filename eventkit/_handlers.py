@@ -239,8 +239,8 @@ def inspect_handler(
     place = f"{called} ({location})"
     _refuse_generators(function, place)
     _check_signature(function, place)
-    is_async = any(map(inspect.iscoroutinefunction, _layers(function)))
-    if thread and any(map(inspect.iscoroutinefunction, _layers(function, wrapped=False))):
+    is_async = any(map(inspect.iscoroutinefunction, layers(function)))
+    if thread and any(map(inspect.iscoroutinefunction, layers(function, wrapped=False))):
         raise InvalidHandlerError(
             f"{place} is async and runs on the event loop: remove thread=True"
         )
@@ -262,7 +262,7 @@ def _makes_coroutine(function: Callable[..., object]) -> bool:
     return isinstance(called, FunctionType) and inspect.CO_COROUTINE & called.__code__.co_flags != 0
 
 
-def _layers(
+def layers(
     function: Callable[..., object], *, wrapped: bool = True
 ) -> Iterator[Callable[..., object]]:
     """The callable and what calling it calls: of partials, methods, objects with `__call__`.
@@ -299,7 +299,7 @@ def name_of(function: Callable[..., object]) -> str:
 
 def location_of(function: Callable[..., object]) -> str:
     """Where a callable is defined, as `file:line`."""
-    for layer in reversed(list(_layers(function))):
+    for layer in reversed(list(layers(function))):
         code = getattr(layer, "__code__", None)
         if type(code) is CodeType:  # a mock's is only said to be one
             return f"{code.co_filename}:{code.co_firstlineno}"
@@ -307,7 +307,7 @@ def location_of(function: Callable[..., object]) -> str:
 
 
 def _refuse_generators(function: Callable[..., object], place: str) -> None:
-    for layer in _layers(function):
+    for layer in layers(function):
         if inspect.isasyncgenfunction(layer) or inspect.isgeneratorfunction(layer):
             raise InvalidHandlerError(
                 f"{place} is a generator function: calling it runs none of its body. "
@@ -388,11 +388,11 @@ def _beside_the_event(function: Callable[..., object]) -> list[inspect.Parameter
     signature = _signature(function)
     if signature is None:
         return []
-    layers = list(_layers(function))
+    called = list(layers(function))
     bound = {
-        name for layer in layers if isinstance(layer, functools.partial) for name in layer.keywords
+        name for layer in called if isinstance(layer, functools.partial) for name in layer.keywords
     }
-    functions = [layer for layer in layers if isinstance(layer, FunctionType)]
+    functions = [layer for layer in called if isinstance(layer, FunctionType)]
     namespace = functions[-1].__globals__ if functions else {}
     return [
         parameter.replace(annotation=_evaluated(parameter.annotation, namespace))

