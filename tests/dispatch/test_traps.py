@@ -5,8 +5,7 @@ import functools
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextvars import ContextVar
-from traceback import StackSummary
-from types import coroutine
+from types import FrameType, coroutine
 from typing import Any
 
 import anyio
@@ -492,7 +491,7 @@ async def test_it_can_be_told_at_which_line_each_handler_waits(bus: EventBus) ->
     async def quick(event: Ping) -> None:
         pass
 
-    stuck: dict[str, StackSummary] = {}
+    stuck: dict[str, list[FrameType]] = {}
     async with create_task_group() as tasks:
         tasks.start_soon(bus.dispatch, Ping())
         await all_tasks_blocked()
