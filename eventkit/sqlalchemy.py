@@ -7,18 +7,12 @@ is used in: they only mark, and no handler runs in them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-from sqlalchemy import Connection, Executable, TextClause, event
+from sqlalchemy import Executable, TextClause, event
 from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker
-from sqlalchemy.orm import (
-    Session,
-    SessionTransaction,
-    scoped_session,
-    sessionmaker,
-)
+from sqlalchemy.orm import Session, SessionTransaction, scoped_session, sessionmaker
 
 from eventkit._bus import EventBus, core_of
 from eventkit._context import Section, begin
@@ -28,8 +22,8 @@ __all__ = ["CommitTie", "deliver_on_commit"]
 # A factory is invariant in the class of its sessions, which does not matter here.
 _Factory = sessionmaker[Any] | async_sessionmaker[Any]
 
-# Which buses each factory is tied to. Changed by `CommitTie` alone.
-_tied: WeakKeyDictionary[_Factory, set[EventBus]] = WeakKeyDictionary()
+# The bus that each class of sessions was made for. Changed by `CommitTie` alone.
+_tied: WeakKeyDictionary[type, EventBus] = WeakKeyDictionary()
 
 
 def deliver_on_commit(
@@ -74,7 +68,7 @@ def deliver_on_commit(
             "deliver_on_commit() takes the sessionmaker or async_sessionmaker that makes the "
             f"application's sessions, not {sessions!r}. Make one of an engine: sessionmaker(engine)"
         )
-    if bus in _tied.get(factory, ()):
+    if any(_tied.get(each) is bus for each in _session_class(factory).__mro__):
         raise ValueError(
             f"{bus!r} is tied to {factory!r} already: call deliver_on_commit() once, where the "
             "application is wired"
@@ -83,16 +77,12 @@ def deliver_on_commit(
 
 
 class CommitTie:
-    """The tie between a bus and a session factory; `detach()` ends it. Also a context manager.
-
-    Made by `deliver_on_commit`.
-    """
+    """What `deliver_on_commit` has tied, until `detach()`. Also a context manager."""
 
     def __init__(self, bus: EventBus, factory: _Factory) -> None:
-        self._bus = bus
+        self._core = core_of(bus)
         self._factory = factory
-        self._replaced = _session_class(factory)
-        self._watching = self._subclass(self._replaced)
+        self._watching = self._subclass(_session_class(factory))
         self._hooks: dict[str, Callable[..., None]] = {
             "after_transaction_create": self._began,
             "before_commit": self._committing,
@@ -103,19 +93,15 @@ class CommitTie:
         for name, hook in self._hooks.items():
             event.listen(self._watching, name, hook)
         _use_session_class(factory, self._watching)
-        _tied.setdefault(factory, set()).add(bus)
+        _tied[self._watching] = bus
 
     def detach(self) -> None:
-        """Have its transactions decide nothing any more.
-
-        One that is open counts as closed without a commit.
-        """
-        if self._bus in _tied[self._factory]:
-            _tied[self._factory].remove(self._bus)
+        """Decide nothing any more; a transaction that is open counts as closed without a commit."""
+        if _tied.pop(self._watching, None) is not None:
             for name, hook in self._hooks.items():
                 event.remove(self._watching, name, hook)
             if _session_class(self._factory) is self._watching:
-                _use_session_class(self._factory, self._replaced)
+                _use_session_class(self._factory, self._watching.__bases__[0])
 
     def __enter__(self) -> CommitTie:
         return self
@@ -129,35 +115,28 @@ class CommitTie:
         SQLAlchemy's hook for statements would cost each of them 20 µs.
         """
 
-        def executing(method: Callable[..., Any]) -> Callable[..., Any]:
-            def execute(session: Session, statement: object, *args: Any, **options: Any) -> Any:
+        def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+            def call(session: Session, *args: Any, **options: Any) -> Any:
                 try:
-                    return method(session, statement, *args, **options)
+                    return method(session, *args, **options)
                 finally:
-                    if not _selects(statement):
+                    if not _selects(*args, **options):  # nor does who asks for the connection
                         self._wrote(session)
 
-            return execute
-
-        def connection(session: Session, *args: Any, **options: Any) -> Connection:
-            connection = configured.connection(session, *args, **options)
-            self._wrote(session)  # as far as anyone can know
-            return connection
+            return call
 
         def expunge_all(session: Session) -> None:  # the first thing that closing does
-            section = self._innermost(session)
-            if section is not None and not section.wrote:
-                section.wrote = _dirty(session)
+            if _dirty(session):
+                self._wrote(session)
             configured.expunge_all(session)
 
-        members: dict[str, object] = {
-            name: executing(getattr(configured, name)) for name in ("execute", "scalar", "scalars")
-        }
-        members |= {"connection": connection, "expunge_all": expunge_all}
+        names = ("connection", "execute", "scalar", "scalars")
+        members: dict[str, object] = {name: watched(getattr(configured, name)) for name in names}
+        members["expunge_all"] = expunge_all
         return type(configured.__name__, (configured,), members)
 
-    def _open(self, session: Session) -> list[Section | None]:
-        """The session's transaction and the savepoints in it, innermost last.
+    def _sections(self, session: Session) -> list[Section | None]:
+        """Those of its transaction and of the savepoints in it, innermost last.
 
         None stands for one that no unit of work knows.
         """
@@ -165,41 +144,34 @@ class CommitTie:
         return sections
 
     def _innermost(self, session: Session) -> Section | None:
-        sections = self._open(session)
-        return sections[-1] if sections else None
+        return next(reversed(self._sections(session)), None)
 
     def _wrote(self, session: Session) -> None:
-        section = self._innermost(session)
-        if section is not None:
+        if section := self._innermost(session):
             section.wrote = True
 
     def _began(self, session: Session, transaction: SessionTransaction) -> None:
         if transaction.parent is not None and not transaction.nested:
             self._wrote(session)  # it is part of a flush, or of one of the bulk methods
             return
-        sections = self._open(session)
-        if transaction.parent is None:
-            _close(sections)  # left where a connection was lost while it was being closed
-        core, dirty = core_of(self._bus), partial(_dirty, ref(session))
-        around = sections[-1] if sections else None
-        if transaction.parent is None or around is not None:
-            sections.append(begin(core, dirty, around=around))
-        else:
-            sections.append(None)
+        if not transaction.nested:
+            self._close(session)  # left where a connection was lost while it was being closed
+        around, weakly = self._innermost(session), ref(session)
+        section = None
+        if around is not None or not transaction.nested:
+            section = begin(self._core, lambda: _dirty(weakly()), around=around)
+        self._sections(session).append(section)
 
     def _committing(self, session: Session) -> None:
-        section = self._innermost(session)
-        if section is not None and len(self._open(session)) == 1:
+        if (section := self._innermost(session)) and len(self._sections(session)) == 1:
             section.in_doubt = True
 
     def _committed(self, session: Session) -> None:
-        section = self._innermost(session)
-        if section is not None:
+        if section := self._innermost(session):
             section.commit()
 
     def _rolled_back(self, session: Session) -> None:
-        section = self._innermost(session)
-        if section is not None:
+        if section := self._innermost(session):
             # What is prepared can be rolled back for sure, and changes are left where the flush
             # that goes before a commit has failed; else it may be the commit itself that failed.
             if session.twophase or _dirty(session):
@@ -207,27 +179,23 @@ class CommitTie:
             section.rollback()
 
     def _ended(self, session: Session, transaction: SessionTransaction) -> None:
-        sections = self._open(session)
-        if transaction.parent is None:
-            _close(sections)
-        elif transaction.nested:
-            _close(sections, down_to=len(sections) - 1)
+        if transaction.nested or transaction.parent is None:
+            self._close(session, innermost_only=transaction.nested)
+
+    def _close(self, session: Session, *, innermost_only: bool = False) -> None:
+        sections = self._sections(session)
+        for _ in sections[-1:] if innermost_only else sections[:]:
+            if section := sections.pop():
+                section.close()
 
 
-def _close(sections: list[Section | None], *, down_to: int = 0) -> None:
-    while len(sections) > down_to:
-        section = sections.pop()
-        if section is not None:
-            section.close()
-
-
-def _dirty(session: Session | ref[Session]) -> bool:
+def _dirty(session: Session | None) -> bool:
     """Whether it has changes that are still to be flushed."""
-    at_hand = session() if isinstance(session, ref) else session
-    return at_hand is not None and bool(at_hand.new or at_hand.dirty or at_hand.deleted)
+    return session is not None and bool(session.new or session.dirty or session.deleted)
 
 
-def _selects(statement: object) -> bool:
+def _selects(statement: object = None, *_: object, **__: object) -> bool:
+    """Whether that is all that a call with these arguments does."""
     if isinstance(statement, TextClause):
         return statement.text.lstrip()[:6].upper() == "SELECT"
     return isinstance(statement, Executable) and statement.is_select

@@ -1066,6 +1066,24 @@ async def test_ties_may_be_detached_in_any_order(
     assert seen == ["discarded ada"]
 
 
+async def test_a_tie_that_was_detached_leaves_a_later_one_alone(
+    bus: EventBus, engine: Engine, seen: list[str]
+) -> None:
+    sessions = sessionmaker(engine)
+    earlier = deliver_on_commit(bus, sessions)
+    earlier.detach()
+    deliver_on_commit(bus, sessions)
+    earlier.detach()
+
+    async with bus.context():
+        with sessions() as session:
+            session.add(Row(name="ada"))
+            bus.publish("ada")
+            session.rollback()
+
+    assert seen == ["discarded ada"]
+
+
 async def test_a_tie_has_no_hold_on_sessions_made_before_it_nor_on_what_follows_it(
     bus: EventBus, engine: Engine, seen: list[str]
 ) -> None:
