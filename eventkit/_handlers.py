@@ -145,8 +145,8 @@ class Handler:
             return result
         if inspect.isgenerator(result) or inspect.isasyncgen(result):
             raise InvalidHandlerError(
-                f"{self.name} ({self.location}) returned a generator, whose body nobody runs. "
-                "Return None or an awaitable"
+                f"{self.place} returned a generator, whose body nobody runs. Return None or an "
+                "awaitable"
             )
         return None
 
@@ -252,9 +252,10 @@ def inspect_handler(
 
 def _makes_coroutine(function: Callable[..., object]) -> bool:
     """Whether a call runs none of its body: not so of what is merely wrapped or marked as async."""
-    called: Any = function  # Any: it is narrowed by looking
-    while type(called) is functools.partial:
-        called = called.func
+    plain = type(function) is functools.partial  # a subclass may call it as it likes
+    if isinstance(function, functools.partial):
+        return plain and _makes_coroutine(function.func)
+    called: object = function
     if not isinstance(called, FunctionType) and not inspect.ismethod(called):
         called = getattr(type(called), "__call__", None)  # noqa: B004 - the class's, on purpose
     if inspect.ismethod(called):
