@@ -117,7 +117,7 @@ class EventStream(Generic[E]):
         self._lock = RLock()  # signal handlers run anywhere, also while it is held
         self._arrival = Event()  # set, and never cleared: each wait has a new one
         self._token = current_token()
-        self._call_soon = _threadsafe_call_of(self._token)
+        self._call_soon = threadsafe_call_of(self._token)
 
     def __aiter__(self) -> Self:
         return self
@@ -262,7 +262,7 @@ def _end_all(bus: EventBus) -> None:
             events.end()
 
 
-def _threadsafe_call_of(token: object) -> Callable[[Callable[[], object]], object]:
+def threadsafe_call_of(token: object) -> Callable[[Callable[[], object]], object]:
     """How to have a function called on an event loop from anywhere, without waiting for it.
 
     AnyIO's own way into a loop waits until the call has been made: two loops that tell each other

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from threading import Timer
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 from anyio import Event
 from anyio.lowlevel import checkpoint, current_token
 
 from eventkit._bus import EventBus
 from eventkit._events import Delivery
+from eventkit.streams import threadsafe_call_of
 from eventkit.testing._ledger import Fate, Ledger
 from eventkit.testing._matching import describe
 from eventkit.testing._stuck import where
@@ -38,7 +39,7 @@ async def until(
     """
     __tracebackhide__ = True
     await checkpoint()
-    call_soon = _thread_safe_call()
+    call_soon = threadsafe_call_of(current_token())
     timer: Timer | None = None
     try:
         while True:
@@ -94,17 +95,6 @@ def on_event_loop() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _thread_safe_call() -> Callable[[Callable[[], object]], object]:
-    """What has the running event loop call something soon, from any thread."""
-    token = current_token()
-    # Any: the loop itself, as its library defines it; older releases of AnyIO give nothing else.
-    loop = cast("Any", getattr(token, "native_token", token))
-    call: Callable[[Callable[[], object]], object] = (
-        getattr(loop, "call_soon_threadsafe", None) or loop.run_sync_soon
-    )
-    return call
 
 
 def _set(event: Event, call_soon: Callable[[Callable[[], object]], object]) -> None:
