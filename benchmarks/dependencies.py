@@ -43,7 +43,6 @@ from benchmarks.report import grid
 from eventkit import _dispatch
 from eventkit.fastapi import _private_functions, _shell
 
-TITLE = "Dependencies"
 PACKAGES = ("anyio", "trio", "fastapi", "starlette")
 
 BEFORE = "eventkit, drain, unable to have any"

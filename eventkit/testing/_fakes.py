@@ -32,7 +32,7 @@ class Fake:
     order; the end of the test ends all.
     """
 
-    __slots__ = ("_begun", "_end")
+    __slots__ = ("_end",)
 
     def __init__(self, end: Callable[[Fake], None]) -> None:
         self._end = end
