@@ -434,7 +434,10 @@ def _of_fastapi(handler: Handler, parameters: Sequence[str]) -> Resolver:
 
 
 def _unprovided(handler: Handler, parameter: inspect.Parameter) -> str:
-    text = f"{handler.place} takes {parameter.name!r}, which is neither the event nor "
+    text = (
+        f"{handler.place} takes {parameter.name!r}, "
+        "which is neither the event (that comes first) nor "
+    )
     if isinstance(parameter.annotation, str):
         return (
             f"{text}seen to be a dependency: its annotation {parameter.annotation!r} cannot be "

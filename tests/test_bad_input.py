@@ -413,10 +413,10 @@ NO_SIGNATURE = "It needs a positional parameter for the event"
         (None, "a handler is a callable that takes the event, not None"),
         (
             takes_two,
-            f"{place(takes_two)} takes 'other', which is neither the event nor a dependency, and "
-            "has no default. A handler has no request, so neither query, path nor body: put what "
-            "it needs into the event, or say where it comes from, with FastAPI `other: "
-            "Annotated[..., Depends(...)]`",
+            f"{place(takes_two)} takes 'other', which is neither the event (that comes first) nor "
+            "a dependency, and has no default. A handler has no request, so neither query, path "
+            "nor body: put what it needs into the event, or say where it comes from, with FastAPI "
+            "`other: Annotated[..., Depends(...)]`",
         ),
         (
             takes_none,

@@ -865,7 +865,8 @@ def test_a_parameter_without_a_source_is_refused(bus: EventBus) -> None:
     async def handler(event: Ping, page: Annotated[int, Field(gt=0)]) -> None: ...
 
     assert refusal(bus, handler).startswith(
-        f"{place(handler)} takes 'page', which is neither the event nor a dependency"
+        f"{place(handler)} takes 'page', "
+        "which is neither the event (that comes first) nor a dependency"
     )
 
 

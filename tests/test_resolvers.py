@@ -470,10 +470,10 @@ def test_a_parameter_that_nobody_provides_is_refused(bus: EventBus) -> None:
     def handler(event: Ping, tool: Tool, page: int) -> None: ...
 
     assert refusal(bus, handler) == (
-        f"{place(handler)} takes 'page', which is neither the event nor a dependency, and has no "
-        "default. A handler has no request, so neither query, path nor body: put what it needs "
-        "into the event, or say where it comes from, with FastAPI `page: Annotated[..., "
-        "Depends(...)]`"
+        f"{place(handler)} takes 'page', which is neither the event (that comes first) nor "
+        "a dependency, and has no default. A handler has no request, so neither query, path nor "
+        "body: put what it needs into the event, or say where it comes from, with FastAPI "
+        "`page: Annotated[..., Depends(...)]`"
     )
 
 
@@ -481,9 +481,9 @@ def test_an_annotation_that_cannot_be_evaluated_is_named(bus: EventBus) -> None:
     handler = handler_from("def handler(event: Ping, tool: sheds.Tool): ...")
 
     assert refusal(bus, handler) == (
-        "somewhere:handler (somewhere.py:2) takes 'tool', which is neither the event nor seen to "
-        "be a dependency: its annotation 'sheds.Tool' cannot be evaluated. Import what it names at "
-        "module level, and not for type checkers alone"
+        "somewhere:handler (somewhere.py:2) takes 'tool', which is neither the event (that "
+        "comes first) nor seen to be a dependency: its annotation 'sheds.Tool' cannot be "
+        "evaluated. Import what it names at module level, and not for type checkers alone"
     )
 
 
