@@ -148,7 +148,11 @@ async def run_all(events: Iterable[Sequence[Run]], terms: Terms) -> int:
     first = _Worker(terms, result, events=events)
     terms.tally.enter(first)
     try:
-        await checkpoint_if_cancelled()
+        if _in_cancelled_scope():
+            await checkpoint()
+            # Still here, it was begun by a worker thread whose task had been cancelled. On asyncio
+            # AnyIO tells it nothing, and `checkpoint_if_cancelled` would wait for that for ever.
+            raise asyncio.CancelledError
         await first.take_cancellation()
         while not result.fatal and first.has_event():
             if first.may_need_help():

@@ -522,6 +522,32 @@ async def test_threads_that_wait_for_handlers_in_threads_hold_no_thread_that_tho
     assert sorted(handled) == list(range(40))
 
 
+async def test_a_dispatch_from_a_thread_that_was_cancelled_meanwhile_ends_undelivered(
+    bus: EventBus, seen: list[str]
+) -> None:
+    cancelled = threading.Event()
+    running = anyio.Event()
+
+    @bus.on(int)
+    def outer(event: int) -> None:
+        from_thread.run_sync(running.set)
+        cancelled.wait(30)
+        from_thread.run(bus.dispatch, str(event))
+
+    with anyio.fail_after(30):
+        async with create_task_group() as tasks:
+            tasks.start_soon(bus.dispatch, 1)
+            await running.wait()
+            tasks.cancel_scope.cancel()
+            with CancelScope(shield=True):
+                await wait_all_tasks_blocked()  # all know of it, and wait for the thread
+            cancelled.set()
+
+    assert seen == ["undelivered 1", "undelivered 1"]
+    stats = bus.stats
+    assert (stats.accepted, stats.handled, stats.pending, stats.running) == (2, 0, 0, 0)
+
+
 async def test_handlers_run_on_the_loop_that_drains_whatever_loop_published(bus: EventBus) -> None:
     seen: list[str] = []
 
