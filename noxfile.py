@@ -21,8 +21,14 @@ nox.options.sessions = ["tests"]
 
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 BACKENDS = ["asyncio", "asyncio-eager", "uvloop", "trio"]
-LOOP_TESTS = ["tests/dispatch", "tests/test_contract.py", "tests/test_context.py"]
-LOOP_TESTS += ["tests/test_drainer.py", "tests/test_lifespan.py", "tests/test_streams.py"]
+LOOP_TESTS = [
+    "tests/dispatch",
+    "tests/test_contract.py",
+    "tests/test_context.py",
+    "tests/test_drainer.py",
+    "tests/test_lifespan.py",
+    "tests/test_streams.py",
+]
 CHECKED = ["eventkit", "eventkit_pytest.py", "tests", "examples", "benchmarks", "noxfile.py"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")

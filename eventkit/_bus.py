@@ -218,7 +218,8 @@ class EventBus(Subscribing):
             EventContextClosedError: It has ended.
             EventContextFullError: More than `max_events` would wait in it.
             EventDepthError: A handler published this, too many handlers deep.
-            InvalidEventTypeError: A class was given instead of an instance of it.
+            InvalidEventTypeError: A class was given instead of an instance of it, or a list or the
+                like that nobody handles instead of the events in it.
         """
         _context.active(self._core).publish(*events, even_on_failure=even_on_failure)
 
@@ -238,7 +239,8 @@ class EventBus(Subscribing):
         Raises:
             DispatchError: Handlers failed; the group has every failure.
             EventDepthError: Handlers dispatch to handlers, too many deep.
-            InvalidEventTypeError: A class was given instead of an instance of it.
+            InvalidEventTypeError: A class was given instead of an instance of it, or a list or the
+                like that nobody handles instead of the events in it.
         """
         await _context.dispatch(self._core, event)
 

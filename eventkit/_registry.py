@@ -36,6 +36,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _order = count()
+_COLLECTIONS = {list, tuple, set, frozenset}  # events that were not taken out of it, most likely
 _IMPORTLIB = "<frozen importlib._bootstrap>"
 
 
@@ -486,12 +487,18 @@ class Registry:
         """The subscriptions that an event reaches, in start order.
 
         Raises:
-            InvalidEventTypeError: It is a class.
+            InvalidEventTypeError: It is a class, or a collection that nobody handles.
         """
         plan = self._plans.get(type(event))
         if plan is None:
             refuse_non_event(event)
             plan = self.resolve(type(event))
+            if not plan and type(event) in _COLLECTIONS:
+                self._plans.pop(type(event), None)  # or the next one would pass
+                raise InvalidEventTypeError(
+                    f"a {type(event).__name__} is no event that anybody handles: publish the "
+                    "events in it, publish(*events)"
+                )
             if not plan and type(event) not in self._unhandled:
                 self._unhandled.add(type(event))
                 log(logging.INFO, "nobody handles these events", event_type=type_name(type(event)))

@@ -110,10 +110,7 @@ class CommitTie:
         self.detach()
 
     def _subclass(self, configured: type[Session]) -> type[Session]:
-        """A class for the factory's sessions alone, which sees what no hook tells.
-
-        SQLAlchemy's hook for statements would cost each of them 20 µs.
-        """
+        """A class for the factory's sessions alone, which sees what no hook tells."""
 
         def watched(method: Callable[..., Any]) -> Callable[..., Any]:
             def call(session: Session, *args: Any, **options: Any) -> Any:

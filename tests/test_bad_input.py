@@ -277,6 +277,26 @@ async def test_publishing_a_class_says_that_an_event_is_an_instance(
     assert bus.stats.published == 0
 
 
+@pytest.mark.parametrize("collection", [list, tuple, set, frozenset])
+async def test_a_collection_is_an_event_only_where_somebody_handles_it(
+    bus: EventBus, collection: type
+) -> None:
+    events = collection([1, 2])
+    told = (
+        f"a {collection.__name__} is no event that anybody handles: publish the events in it, "
+        "publish(*events)"
+    )
+    async with bus.context():
+        assert refusal(InvalidEventTypeError, bus.publish, events) == told
+        assert refusal(InvalidEventTypeError, bus.publish, events) == told
+    seen = list[object]()
+    with bus.subscribe(collection, seen.append, thread=False):
+        await bus.dispatch(events)
+
+    assert seen == [events]
+    assert bus.stats.published == 1
+
+
 async def test_an_event_that_nobody_handles_is_no_error_and_leaves_one_line_per_type(
     bus: EventBus, caplog: pytest.LogCaptureFixture
 ) -> None:
