@@ -12,7 +12,7 @@ from contextvars import copy_context
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from anyio import CancelScope, Event, get_cancelled_exc_class, move_on_after
+from anyio import CancelScope, Event, create_task_group, get_cancelled_exc_class, move_on_after
 from anyio.abc import TaskGroup
 
 from eventkit._context import Core, EventContext, abandon, close_if_idle, finish
@@ -176,8 +176,11 @@ class Drainer:
 
     async def _drain(self, ended: _Ended) -> None:
         try:
+            # A handler that leaves a cancel scope open spoils the task it ran in, whose end raises
+            # in the group around it: so that is not the group of everybody.
             with self._draining[ended]:
-                await finish(ended.context, success=ended.success)
+                async with create_task_group() as own:
+                    own.start_soon(self._finish, ended)
         except get_cancelled_exc_class():
             raise
         except BaseException as error:  # noqa: BLE001 - it would end the deliveries of everybody
@@ -187,6 +190,14 @@ class Drainer:
             self._core.tally.shift("units_draining", -1)
             self._start()
             self._changed()
+
+    async def _finish(self, ended: _Ended) -> None:
+        try:
+            await finish(ended.context, success=ended.success)
+        except get_cancelled_exc_class():
+            raise
+        except BaseException as error:  # noqa: BLE001 - asyncio would end the loop for some
+            log(logging.CRITICAL, "a drain was ended", error=error, bus=self._core.name)
 
     def _make_room(self) -> None:
         if self._room is not None and not self.full:

@@ -3,7 +3,7 @@
 import logging
 import math
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -558,6 +558,33 @@ def interrupt(_: object = None) -> None:
 
 def fail(_: object = None) -> None:
     raise RuntimeError("no mail today")
+
+
+async def leave_a_scope_open(_: int) -> None:
+    CancelScope().__enter__()
+
+
+async def leave_a_task_group_open(_: int) -> None:
+    await create_task_group().__aenter__()
+
+
+@pytest.mark.parametrize("leave_open", [leave_a_scope_open, leave_a_task_group_open])
+async def test_a_handler_that_leaves_a_scope_open_ends_nobody_elses_deliveries(
+    bus: EventBus, leave_open: Callable[[int], Awaitable[None]]
+) -> None:
+    handled: list[str] = []
+    bus.subscribe(int, leave_open)
+
+    @bus.on(str)
+    async def handle(event: str) -> None:
+        await checkpoint()
+        handled.append(event)
+
+    async with draining(bus) as drainer:
+        drainer.submit(unit(bus, 1), success=True)
+        drainer.submit(unit(bus, "a"), success=True)
+
+    assert handled == ["a"]
 
 
 @pytest.mark.parametrize(
