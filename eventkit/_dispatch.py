@@ -559,15 +559,14 @@ def whereabouts(tally: Tally) -> dict[Delivery, list[FrameType]]:
 
 def _frames(awaited: object) -> Iterator[FrameType]:
     """The frames of a coroutine and of all that it awaits."""
-    while awaited is not None:
+    while True:
         # Any: coroutines, generators and async generators call the same things differently.
         waiting = cast("Any", awaited)
-        for kind, next_one in (("cr", "await"), ("gi", "yieldfrom"), ("ag", "await")):
-            if hasattr(waiting, f"{kind}_frame"):
-                frame = getattr(waiting, f"{kind}_frame")
-                if frame is not None:
-                    yield frame
-                awaited = getattr(waiting, f"{kind}_{next_one}")
+        for kind, inner in (("cr", "await"), ("gi", "yieldfrom"), ("ag", "await")):
+            frame = getattr(waiting, f"{kind}_frame", None)
+            if frame is not None:
+                yield frame
+                awaited = getattr(waiting, f"{kind}_{inner}")
                 break
         else:
             return
