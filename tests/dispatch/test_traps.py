@@ -26,6 +26,7 @@ from tests.dispatching import (
     all_tasks_blocked,
     by_dispatch,
     by_drain,
+    ignore,
     outcomes,
 )
 
@@ -446,10 +447,11 @@ async def test_an_interrupt_out_of_a_report_propagates_bare(bus: EventBus, count
 
 
 @stealing
-async def test_dispatching_into_the_depth_ends_in_a_failure_and_the_bus_works_on(
-    new_bus: NewBus,
-) -> None:
-    bus = new_bus(max_depth=100_000)
+async def test_dispatching_into_the_depth_ends_in_a_failure_and_the_bus_works_on() -> None:
+    # Not one of those whose books are checked: where the stack is full, so it is for the accounts
+    # of the innermost dispatch. `max_depth` is there so that nobody gets so far.
+    bus = EventBus(max_depth=100_000)
+    bus.report_failure = ignore
     depth = 0
 
     @bus.on(Ping)
