@@ -75,10 +75,8 @@ class NestingContract(BusContract):
                     async with bus.context() as nested:
                         bus.publish("a")
                         nested.release()
-                        if nested_fails:
-                            raise LookupError
-                if outer_fails:
-                    raise LookupError
+                        _fail_if(nested_fails)
+                _fail_if(outer_fails)
 
         assert seen == ["handled a"]
 
@@ -417,3 +415,8 @@ class NestingContract(BusContract):
             go_on.set()
 
         assert seen == ["handled 1", "handled late"]
+
+
+def _fail_if(wanted: bool) -> None:
+    if wanted:
+        raise LookupError
