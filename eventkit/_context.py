@@ -404,7 +404,7 @@ class EventContext:
             failures.clear()  # a handler's traceback leads to `report`, which would close a ring
 
     def __enter__(self) -> Self:
-        if _loop_is_running():
+        if on_event_loop():
             raise EventContextUsageError(
                 "`with bus.context()` would block the running event loop while it drains: use "
                 "`async with bus.context()`"
@@ -1095,7 +1095,7 @@ def _why_none() -> str:
         )
     if reason is not None:
         return reason
-    if _loop_is_running() or _in_worker_thread():
+    if on_event_loop() or _in_worker_thread():
         return (
             "no request or job surrounds the caller. In a web application install the middleware: "
             "app.add_middleware(EventContextMiddleware, bus=bus). Elsewhere, open a unit of work: "
@@ -1114,7 +1114,8 @@ def _why_none() -> str:
     )
 
 
-def _loop_is_running() -> bool:
+def on_event_loop() -> bool:
+    """Whether the caller is called by an event loop, which must not be blocked."""
     try:
         current_token()
     except RuntimeError:

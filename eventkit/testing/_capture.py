@@ -11,14 +11,14 @@ from typing import Literal, Self, TypeVar
 from anyio.lowlevel import checkpoint
 
 from eventkit._bus import EventBus, core_of, registry_of
-from eventkit._context import Failure
+from eventkit._context import Failure, on_event_loop
 from eventkit._events import Delivery
 from eventkit.exceptions import EventContextUsageError, NoEventContextError
 from eventkit.testing._fakes import Fake, Fakes, Named, subscriptions_of
 from eventkit.testing._ledger import Fate, Ledger
 from eventkit.testing._matching import describe, expectation, nearest_first
 from eventkit.testing._recorder import EventList, Recording
-from eventkit.testing._waiting import block_until, on_event_loop, until, what_goes_on
+from eventkit.testing._waiting import block_until, until, what_goes_on
 
 E = TypeVar("E")
 

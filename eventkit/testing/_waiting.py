@@ -88,15 +88,6 @@ def what_goes_on(ledger: Ledger, bus: EventBus) -> list[str]:
     return [*lines[:_NAMED], *more]
 
 
-def on_event_loop() -> bool:
-    """Whether the caller is called by an event loop, which must not be blocked."""
-    try:
-        current_token()
-    except RuntimeError:
-        return False
-    return True
-
-
 def _set(event: Event, call_soon: Callable[[Callable[[], object]], object]) -> None:
     with suppress(RuntimeError):  # the loop is gone, and with it who waited
         call_soon(event.set)
