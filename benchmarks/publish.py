@@ -1,7 +1,5 @@
 """Saying that something happened: what `publish` costs the code that calls it."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import asynccontextmanager

@@ -17,22 +17,23 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
 from enum import Enum
 from itertools import count
+from operator import attrgetter
+from time import time_ns
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import anyio
 from anyio import from_thread
 from anyio.lowlevel import current_token
 
-from eventkit._dispatch import Terms, run_all
+from eventkit._dispatch import Seat, Terms, Turn, run_all
 from eventkit._events import Delivery, type_name
 from eventkit._handlers import Handler, thread_level
 from eventkit._log import bind, binds, log
@@ -50,11 +51,12 @@ from eventkit.exceptions import (
     NoEventContextError,
 )
 
-_active: ContextVar[EventContext | _Run | None] = ContextVar("eventkit_active", default=None)
+_active: ContextVar[EventContext | Seat | None] = ContextVar("eventkit_active", default=None)
 _outside: ContextVar[str | None] = ContextVar("eventkit_outside", default=None)
 _origin: ContextVar[object] = ContextVar("eventkit_origin", default=None)
 _begun: ContextVar[Section | None] = ContextVar("eventkit_begun", default=None)
 _numbers = count()
+_is_active, _target = attrgetter("active"), attrgetter("target")
 try:  # which event loop a task runs on, where AnyIO leaves that to sniffio
     from sniffio import current_async_library_cvar as _library
 except ImportError:  # pragma: no cover - newer releases of AnyIO do without it
@@ -81,20 +83,43 @@ class Core:
     observers: tuple[Observer, ...] = ()
 
 
-@dataclass(slots=True, eq=False)
 class _Envelope:
     """One published event with its deliveries, none of which has started."""
 
-    event: object
-    plan: Plan
-    variables: Context
-    cause: Delivery | None
-    published_ns: int
-    number: int
-    even_on_failure: bool
-    published_from: str | None = None
-    released: bool = False  # observers know that it will be delivered
-    section: Section | None = None  # the open transaction that decides it
+    __slots__ = (
+        "cause",
+        "even_on_failure",
+        "event",
+        "number",
+        "plan",
+        "published_from",
+        "published_ns",
+        "released",
+        "section",
+        "variables",
+    )
+
+    def __init__(
+        self,
+        event: object,
+        plan: Plan,
+        variables: Context,
+        cause: Delivery | None,
+        published_ns: int,
+        number: int,
+        even_on_failure: bool,
+        published_from: str | None,
+    ) -> None:
+        self.event = event
+        self.plan = plan
+        self.variables = variables
+        self.cause = cause
+        self.published_ns = published_ns
+        self.number = number
+        self.even_on_failure = even_on_failure
+        self.published_from = published_from
+        self.released = False  # observers know that it will be delivered
+        self.section: Section | None = None  # the open transaction that decides it
 
     def decide(self) -> None:
         """It will be delivered, whatever becomes of its unit of work."""
@@ -118,75 +143,77 @@ class _Envelope:
         )
 
 
-class _Run:
-    """A delivery on its way through the dispatcher: what that calls a `Run`.
+class _Turn:
+    """An event on its way through the dispatcher: what that calls a `Turn`.
 
     Most handlers neither publish nor ask for their delivery, so both the unit of work that it is
-    and the `Delivery` are made when somebody asks. Until then this stands for the unit in the
-    handler's context variables.
+    and the `Delivery` are made when somebody asks. Until then the pair of this and the handler's
+    place stands for the unit in the handler's context variables.
     """
 
-    # Here and not in `__init__`, for this is made once for every delivery.
-    outcome: Outcome | None = None
-    steps: Coroutine[object, object, object] | None = None
-    cancelled: bool = False
-    ended: bool = False
-    unit: EventContext | None = None
-    _delivery: Delivery | None = None
+    # Here and not in `__init__`, for this is made once for every event.
+    _ended = False
+    _units: dict[int, EventContext] | None = None
+    _deliveries: dict[int, Delivery] | None = None
 
     def __init__(
         self,
-        handler: Handler,
-        observers: tuple[Observer, ...],
-        variables: Context,
         envelope: _Envelope,
-        index: int,
         outer: EventContext,
+        variables: Context,
+        handlers: Sequence[Handler],
+        places: Sequence[int],
     ) -> None:
         self.event = envelope.event
-        self.handler = handler
-        self.observers = observers
+        self.handlers = handlers
+        self.places = places
+        self.observers = outer._core.observers
         self.variables = variables
+        self.lost: dict[int, Outcome] = {}
         self._envelope = envelope
-        self._index = index
         self._outer = outer
 
     @property
     def origin(self) -> object:
         return self._outer._origin
 
-    @property
-    def delivery(self) -> Delivery:
-        if self._delivery is None:
-            self._delivery = self._envelope.delivery(self._index)
-        return self._delivery
+    def delivery(self, place: int) -> Delivery:
+        if self._deliveries is None:
+            self._deliveries = {}
+        delivery = self._deliveries.get(place)
+        if delivery is None:
+            delivery = self._deliveries[place] = self._envelope.delivery(place)
+        return delivery
 
-    def as_unit(self) -> EventContext:
-        """The unit of work: of this bus only, inside the one that is drained."""
+    def unit(self, place: int) -> EventContext:
+        """The unit of work of one delivery: of this bus only, inside the one that is drained."""
         outer = self._outer
         with outer._core.tally.lock:
-            if self.unit is None:
+            if self._units is None:
+                self._units = {}
+            unit = self._units.get(place)
+            if unit is None:
                 unit = EventContext(outer._core)
                 unit._state = _State.OPEN
                 unit._outer = outer
                 unit._load = outer._load
                 unit._origin = outer._origin
-                unit._delivery = self.delivery
+                unit._delivery = self.delivery(place)
                 unit._is_delivery = True
-                self.unit = unit
-                if self.ended:  # looked at last: whoever ends it meanwhile finds the unit
+                self._units[place] = unit
+                if self._ended:  # looked at last: whoever ends it meanwhile finds the unit
                     unit._state = _State.CLOSED
-            return self.unit
+            return unit
 
     def end(self) -> None:
-        """End the unit of work, if there is one; nobody gets an open one any more."""
-        self.ended = True
-        if self.unit is not None:
-            self.unit._hand_over(success=self.outcome is Outcome.HANDLED)
-        self.variables = _NONE  # in which this is the active unit: they would hold each other
-
-
-_NONE = Context()
+        """End the units of work that there are; nobody gets an open one any more."""
+        self._ended = True
+        for place, unit in sorted(self._units.items()) if self._units else ():
+            unit._hand_over(success=place not in self.lost)
+        if self.lost:
+            lost = sorted(at for at, how in self.lost.items() if how is Outcome.UNDELIVERED)
+            deliveries = [self.delivery(place) for place in lost]
+            _announce(self._outer._core, deliveries, Outcome.UNDELIVERED)
 
 
 @dataclass(slots=True, eq=False)
@@ -255,38 +282,23 @@ class EventContext:
     task group, so an async generator may open it around a `yield`.
     """
 
-    __slots__ = (
-        "_before",
-        "_core",
-        "_delivery",
-        "_drained",
-        "_draining",
-        "_enclosing",
-        "_is_delivery",
-        "_load",
-        "_origin",
-        "_outer",
-        "_released",
-        "_sections",
-        "_staged",
-        "_state",
-    )
+    # Here and not in `__init__`, for this is made once for every request.
+    _state = _State.NEW
+    _outer: EventContext | None = None  # the unit of this bus that this one hands to
+    _enclosing: EventContext | None = None  # the unit around it, of whichever bus
+    _delivery: Delivery | None = None  # the delivery that it is, or that it is inside
+    _is_delivery = False
+    _draining = False
+    _drained: anyio.Event | None = None  # there while somebody waits for the drain's end
+    _before: EventContext | None = None  # what was active when it became so
+    _origin: object = None  # which application it belongs to; for resolvers alone
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._state = _State.NEW
         self._staged: list[_Envelope] = []
         self._released: deque[_Envelope] = deque()
-        self._outer: EventContext | None = None  # the unit of this bus that this one hands to
-        self._enclosing: EventContext | None = None  # the unit around it, of whichever bus
         self._load = _Load()
         self._sections: list[Section] = []  # open ones here and in units inside, oldest first
-        self._delivery: Delivery | None = None  # the delivery that it is, or that it is inside
-        self._is_delivery = False
-        self._draining = False
-        self._drained: anyio.Event | None = None  # there while somebody waits for the drain's end
-        self._before: EventContext | None = None  # what was active when it became so
-        self._origin: object = None  # which application it belongs to; for resolvers alone
 
     @property
     def closed(self) -> bool:
@@ -303,43 +315,42 @@ class EventContext:
     def publish(self, *events: object, even_on_failure: bool = False) -> None:
         """Say that something happened in this unit of work. See `EventBus.publish`."""
         core = self._core
-        cause = _running() or self._delivery
-        depth = 0 if cause is None else cause.depth + 1
-        if cause is not None and depth > core.max_depth and events:
+        cause = self._delivery if _active.get() is self else _running() or self._delivery
+        if cause is not None and cause.depth >= core.max_depth and events:
             raise EventDepthError(
                 type_name(type(events[0])), core.max_depth, [str(d) for d in cause.chain()]
             )
-        variables = copy_context()
-        now = time.time_ns()
+        variables, now = copy_context(), time_ns()
         place = caller() if core.debug else None
-        envelopes = [
-            _Envelope(
-                event=event,
-                plan=core.plan_for(event),
-                variables=variables,
-                cause=cause,
-                published_ns=now,
-                number=next(_numbers),
-                even_on_failure=even_on_failure,
-                published_from=place,
+        envelopes: list[_Envelope] = []
+        waiting = deliveries = 0
+        for event in events:
+            plan, number = core.plan_for(event), next(_numbers)
+            envelopes.append(
+                _Envelope(event, plan, variables, cause, now, number, even_on_failure, place)
             )
-            for event in events
-        ]
-        waiting = [envelope for envelope in envelopes if envelope.plan]
+            if plan:
+                waiting += 1
+                deliveries += len(plan)
         load, tally = self._load, core.tally
-        with tally.lock:
+        tally.acquire()  # a `with` would cost as much again as what it does
+        try:
             if self._state is not _State.OPEN:
                 raise EventContextClosedError(self._why_not_open())
-            if load.events + len(waiting) > core.max_events:
+            if load.events + waiting > core.max_events:
                 raise EventContextFullError(core.name, core.max_events)
-            load.events += len(waiting)
-            # What has no handler is forgotten, unless somebody watches what becomes of it.
-            staged = envelopes if core.observers else waiting
+            load.events += waiting
+            staged = envelopes
+            if waiting < len(envelopes) and not core.observers:
+                # What has no handler is forgotten, unless somebody watches what becomes of it.
+                staged = [envelope for envelope in envelopes if envelope.plan]
             if self._sections:
                 self._tag(staged)
             self._staged += staged
             tally.published += len(envelopes)
-            tally.accepted += sum(len(envelope.plan) for envelope in waiting)
+            tally.accepted += deliveries
+        finally:
+            tally.release()
         for observer in core.observers:
             for envelope in envelopes:
                 with contained(observer):
@@ -570,7 +581,7 @@ class EventContext:
 
         Needs the lock.
         """
-        queue.extend(envelope for envelope in envelopes if envelope.plan)
+        queue += [envelope for envelope in envelopes if envelope.plan]
         return self._news(envelopes)
 
     def _news(self, envelopes: Sequence[_Envelope]) -> Sequence[_Envelope]:
@@ -634,13 +645,21 @@ class EventContext:
         """Decide what is staged; close it if then nothing is left to deliver."""
         if self._sections:
             self._close_sections()
-        if self._staged:  # what comes after this look is seen by the next one, which is the last
-            (self.release if success else self.discard)()
-        with self._core.tally.lock:
+        if self._staged and not success:
+            self.discard()
+        news: Sequence[_Envelope] = ()
+        tally = self._core.tally
+        tally.acquire()
+        try:
+            if self._staged and success:
+                news = self._queue(self._take_staged(), self._released)
             idle = not self._released and not self._staged and not self._draining
             if idle:
                 self._state = _State.CLOSED
-            return idle
+        finally:
+            tally.release()
+        _announce_released(self._core, news)
+        return idle
 
     async def _end(self, success: bool) -> None:
         await self._finish(self._report, self._core.handler_timeout, success=success)
@@ -655,17 +674,20 @@ class EventContext:
                     self._drained = self._drained or anyio.Event()
                     await self._drained.wait()
         finally:
-            self._abandon()
+            if not self.closed:
+                self._abandon()
 
     async def _deliver(self, report: Report, timeout: float | None) -> int:
         """Deliver what is released, and what comes of it; returns how many were handled."""
         core = self._core
         self._draining = True
-        terms = Terms(core.sequential, timeout, core.tally, report)
+        enter = _enter_for_logs if binds() else _active.set
+        terms = Terms(core.sequential, timeout, core.tally, report, enter)
+        turns = self._turns()
         try:
-            with closing(self._prepared()) as events:
-                return await run_all(events, terms)
+            return await run_all(turns, terms)
         finally:
+            turns.close()
             self._draining = False
             if self._drained is not None:
                 self._drained.set()
@@ -673,45 +695,40 @@ class EventContext:
             if self.closed and not self._hand_over(success=False):  # left in the meantime
                 self._abandon()
 
-    def _prepared(self) -> Generator[Sequence[_Run]]:
-        """Each event that is released as its runs, and its end when the next one is asked for."""
-        core = self._core
+    def _turns(self) -> Generator[Turn]:
+        """Each event that is released, and its end when the next one is asked for."""
         level, library = thread_level.get(), _library.get(None)
         while (envelope := self._next()) is not None:
-            observers, logs = core.observers, binds()
-            captured = _on_this_loop(envelope.variables, level, library)
-            runs: list[_Run] = []
-            cancelled: list[Delivery] = []
-            for index, subscription in enumerate(envelope.plan):
-                if not subscription.active:
-                    cancelled.append(envelope.delivery(index))
-                    continue
-                handler, variables = subscription.target, captured.copy()
-                run = _Run(handler, observers, variables, envelope, index, self)
-                variables.run(_active.set, run)
-                if logs:
-                    event_type = type_name(type(envelope.event))
-                    bind(variables, event_type=event_type, handler=handler.name)
-                runs.append(run)
-            if cancelled:
-                self._skip(cancelled, Outcome.DISCARDED)
-            try:
-                if runs:
-                    yield runs
-            finally:
-                undelivered: list[Delivery] = []
-                for run in runs:
-                    run.end()
-                    if run.outcome is Outcome.UNDELIVERED:
-                        undelivered.append(run.delivery)
-                _announce(core, undelivered, Outcome.UNDELIVERED)
+            variables, plan = envelope.variables, envelope.plan
+            if variables.get(thread_level, 0) != level or variables.get(_library) != library:
+                variables = _on_this_loop(variables, level, library)
+            places: Sequence[int] = range(len(plan))
+            if not all(map(_is_active, plan)):
+                places = self._still_active(envelope)
+            if places:
+                turn = _Turn(envelope, self, variables, [*map(_target, plan)], places)
+                try:
+                    yield turn
+                finally:
+                    turn.end()
+
+    def _still_active(self, envelope: _Envelope) -> list[int]:
+        """The places of a plan whose subscription was not cancelled; the others are discarded."""
+        places = [place for place, each in enumerate(envelope.plan) if each.active]
+        cancelled = [envelope.delivery(p) for p in range(len(envelope.plan)) if p not in places]
+        self._skip(cancelled, Outcome.DISCARDED)
+        return places
 
     def _next(self) -> _Envelope | None:
-        with self._core.tally.lock:
+        tally = self._core.tally
+        tally.acquire()
+        try:
             if not self._released:
                 return None
             self._load.events -= 1
             return self._released.popleft()
+        finally:
+            tally.release()
 
     def _abandon(self) -> None:
         """Close it; what is left will not be delivered."""
@@ -742,6 +759,10 @@ class EventContext:
         """Account for deliveries that will never run."""
         self._core.tally.end(outcome, len(deliveries))
         _announce(self._core, deliveries, outcome, reason)
+
+    def _report_all(self, failures: Sequence[Failure]) -> None:
+        for failure in failures:
+            self._report(failure.delivery, failure.error)
 
     def _report(self, delivery: Delivery, error: Exception) -> None:
         """Tell the bus's owner of a failure that nobody awaits."""
@@ -952,8 +973,7 @@ async def dispatch(core: Core, event: object) -> None:
         try:
             await unit._finish(collect, None, success=True)
         except BaseException:
-            for failure in failures:  # nobody else will hear of them
-                unit._report(failure.delivery, failure.error)
+            unit._report_all(failures)  # nobody else will hear of them
             raise
         if failures:
             raise _together(failures)
@@ -967,7 +987,10 @@ def active(core: Core) -> EventContext:
     Raises:
         NoEventContextError: There is none; the message names the likely cause.
     """
-    context = _find(_current(), core)
+    context = _current()
+    if context is not None and context._core is core:
+        return context
+    context = _find(context, core)
     if context is None:
         raise NoEventContextError(core.name, _why_none())
     return context
@@ -1057,18 +1080,28 @@ def _running() -> Delivery | None:
 def _current() -> EventContext | None:
     """The unit of work that surrounds the caller, open or not."""
     active = _active.get()
-    return active.as_unit() if isinstance(active, _Run) else active
+    if isinstance(active, tuple):
+        turn, place = active
+        return cast("_Turn", turn).unit(place)
+    return active
+
+
+def _enter_for_logs(seat: Seat) -> None:
+    """As `_active.set`, and what the handler logs with structlog says whose it is."""
+    _active.set(seat)
+    turn, place = seat
+    event_type = type_name(type(turn.event))
+    bind(event_type=event_type, handler=turn.handlers[place].name)
 
 
 def _on_this_loop(captured: Context, level: int, library: str | None) -> Context:
     """The captured context variables, as they are to be on the event loop that drains.
 
-    They are the publisher's, who may have been in a thread, or on another kind of event loop.
+    They are of a publisher that was in a thread, or on another kind of event loop.
     """
-    if captured.get(thread_level, 0) != level or captured.get(_library) != library:
-        captured = captured.copy()
-        captured.run(thread_level.set, level)
-        captured.run(_library.set, library)
+    captured = captured.copy()
+    captured.run(thread_level.set, level)
+    captured.run(_library.set, library)
     return captured
 
 

@@ -43,15 +43,17 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from contextvars import Context, ContextVar
-from dataclasses import dataclass, field
-from operator import length_hint
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter, length_hint
 from types import FrameType, coroutine
 from typing import Any, Protocol, cast
 
 from anyio import (
     CancelScope,
+    Event,
     create_task_group,
     current_effective_deadline,
     current_time,
@@ -78,62 +80,66 @@ _BREATH = 100
 # What `_drive` knows the context variables of its task by.
 _stepped_from: ContextVar[object] = ContextVar("eventkit_stepped_from", default=None)
 
+_direct = attrgetter("direct")
 
-class Run(Protocol):
-    """One delivery that is about to happen.
+
+class Turn(Protocol):
+    """One event whose turn has come. Each of its deliveries is known by its place in `handlers`.
 
     Attributes:
         event: What is delivered.
-        handler: What to run.
+        handlers: Whom it is delivered to.
+        places: Which of them to run, in the order in which they begin; never empty.
         observers: Whom to tell.
-        variables: The context variables to run it in, nobody else's.
-        outcome: None before; set by `run_all`, and by nobody else.
-        steps: The coroutine of the handler, once it waits; set by `run_all`.
-        cancelled: False before; whether its task was cancelled natively; set by `run_all`.
+        variables: The context variables of which each delivery gets its own copy.
+        lost: The outcomes of those that did not end well; set by `run_all`, and by nobody else.
     """
 
     event: object
-    handler: Handler
+    handlers: Sequence[Handler]
+    places: Sequence[int]
     observers: tuple[Observer, ...]
     variables: Context
-    outcome: Outcome | None
-    steps: _Steps | None
-    cancelled: bool
-
-    @property
-    def delivery(self) -> Delivery:
-        """What observers are told; made when it is asked for."""
-        ...
+    lost: dict[int, Outcome]
 
     @property
     def origin(self) -> object:
-        """Where the unit of work comes from, for the handler's dependencies."""
+        """Where the unit of work comes from, for the handlers' dependencies."""
+        ...
+
+    def delivery(self, place: int) -> Delivery:
+        """What observers are told; made when it is asked for."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
+Seat = tuple[Turn, int]  # one delivery; a tuple, because it is made for each and costs a fifth
+
+
+@dataclass(slots=True)
 class Terms:
-    """What all runs of one unit of work have in common.
+    """What all deliveries of one unit of work have in common.
 
     Attributes:
         sequential: One handler after the other, instead of all at once.
         timeout: Seconds that a handler may wait where nothing else is said, None for no limit.
         tally: The counters to keep.
         report: Called at once with every failure, in the context variables of the failed handler.
+        enter: Called in the delivery's own context variables right before its handler.
     """
 
     sequential: bool
     timeout: float | None
     tally: Tally
     report: Callable[[Delivery, Exception], None]
+    enter: Callable[[Seat], object]
 
 
-async def run_all(events: Iterable[Sequence[Run]], terms: Terms) -> int:
+async def run_all(turns: Iterable[Turn], terms: Terms) -> int:
     """Run the handlers of each event; those of the next begin when all of this one have ended.
 
     They begin in the given order, each in its own context variables. An event is asked for when
-    its turn has come, and never before; none may be empty. Afterwards every run that was given
-    has an outcome, whatever way this was left.
+    its turn has come, and never before. Afterwards every delivery of those that were given has an
+    outcome, whatever way this was left.
 
     Cancelling it cancels the handlers; those that have not begun then are undelivered.
 
@@ -144,252 +150,368 @@ async def run_all(events: Iterable[Sequence[Run]], terms: Terms) -> int:
         BaseException: What a handler raised that is neither an `Exception` nor a cancellation,
             after its siblings have been cancelled.
     """
-    result = _Result()
-    first = _Worker(terms, result, events=events)
-    terms.tally.enter(first)
+    crew = _Crew(turns, terms)
+    terms.tally.enter(crew)
     try:
         if _in_cancelled_scope():
             await checkpoint()
             # Still here, it was begun by a worker thread whose task had been cancelled. On asyncio
             # AnyIO tells it nothing, and `checkpoint_if_cancelled` would wait for that for ever.
             raise asyncio.CancelledError
-        await first.take_cancellation()
-        while not result.fatal and first.has_event():
-            if first.may_need_help():
-                async with create_task_group() as tasks:
-                    await first.work(tasks)
-            else:
-                await first.work(None)
+        await crew.work()
     finally:
-        first.leave()
-        for run in first.event:
-            if run.outcome is None:  # it never began
-                run.outcome = Outcome.UNDELIVERED
-                terms.tally.end(Outcome.UNDELIVERED, 1)
-        if result.fatal:
-            raise result.fatal.pop()
-    return result.handled
+        crew.disband()
+        terms.tally.leave(crew)
+        for place in crew.places:  # what never began
+            crew.lose(place, Outcome.UNDELIVERED)
+        if crew.fatal:
+            raise crew.fatal.pop()
+    return crew.handled
 
 
-@dataclass(slots=True, eq=False)
-class _Result:
-    """What all workers have come to; `fatal` is what ends it all."""
+class _Crew:
+    """The tasks that work on one unit of work, and what they share.
 
-    handled: int = 0
-    fatal: list[BaseException] = field(default_factory=list[BaseException])
-
-
-class _Worker:
-    """One task's part of the work: it runs handlers, one at a time.
-
-    The first one has the events and works in the task that dispatches; each of the others has the
-    rest of one event and a task of its own.
+    Attributes:
+        terms: As given.
+        turn: The event at hand.
+        places: What has not begun of it. Whoever begins a handler takes it from here.
+        alike: Whether all its handlers are bare coroutine functions under the usual limit, which
+            they then have together.
+        lacks_group: Whether there has to be a task group before the next handler begins. Opened
+            later, while that waits, the group would stand in the midst of its scopes.
+        handled: How many deliveries have ended well.
+        fatal: What ends it all.
     """
 
     __slots__ = (
-        "_events",
-        "_helped",
-        "_is_first",
-        "_needs_task",
-        "_requests",
-        "_rest",
-        "_result",
-        "_terms",
-        "event",
+        "_breath",
+        "_deadline",
+        "_joined",
+        "_scope",
+        "_tasks",
+        "_timed",
+        "_turns",
+        "_workers",
+        "alike",
+        "fatal",
         "handled",
-        "run",
+        "lacks_group",
+        "places",
+        "terms",
+        "turn",
     )
 
-    def __init__(
-        self,
-        terms: Terms,
-        result: _Result,
-        *,
-        events: Iterable[Sequence[Run]] | None = None,
-        rest: Iterable[Run] = (),
-    ) -> None:
-        self._terms = terms
-        self._result = result
-        self._is_first = events is not None
-        self._events = iter(events or ())
-        self._rest = iter(rest)  # what is this worker's to begin
-        self._helped = False  # it was, and another worker has it
-        self._needs_task = False  # what is next has to have a task of its own
-        self._requests = 0
-        self.event: Sequence[Run] = ()
-        self.run: Run | None = None  # what has begun and not ended
+    def __init__(self, turns: Iterable[Turn], terms: Terms) -> None:
+        self.terms = terms
+        self.turn: Turn
+        self.places: Iterator[int] = iter(())
+        self.alike = True
+        self.lacks_group = False
         self.handled = 0
+        self.fatal: list[BaseException] = []
+        self._turns = iter(turns)
+        self._workers: list[_Worker] = []  # the first one, then its helpers
+        self._tasks: TaskGroup | None = None  # open while there may be helpers
+        self._scope: CancelScope | None = None  # around all that the workers do
+        self._deadline = math.inf  # what the scope has for one
+        self._timed = False  # it is that of the event at hand
+        self._joined: Event | None = None  # there while the first worker waits for its helpers
+        self._breath = _BREATH
 
     @property
-    def delivery(self) -> Delivery | None:
-        """The delivery that is running, for the tally, which asks instead of being told."""
-        return self.run.delivery if self.run else None
+    def running(self) -> dict[Delivery, _Steps | None]:
+        """What has begun and not ended, each with its coroutine once it has waited."""
+        seats = [(worker.place, worker.steps) for worker in self._workers.copy()]
+        return {self.turn.delivery(place): steps for place, steps in seats if place is not None}
 
-    def has_event(self) -> bool:
-        """Whether there is an event to go on with: the one at hand, or else the next one."""
-        if not length_hint(self._rest):
-            self.event = next(self._events, ())
-            self._rest = iter(self.event)
-            self._helped = False
-        return length_hint(self._rest) > 0
+    @property
+    def spent(self) -> bool:
+        """Whether the scope is cancelled, so that no more handlers may begin in it."""
+        return self._scope is not None and self._scope.cancel_called
 
-    def may_need_help(self) -> bool:
-        """Whether a task group has to be there before the next handler begins.
+    @property
+    def late(self) -> bool:
+        """Whether it is because the time of the event at hand is up."""
+        return self.spent and not self.fatal and current_time() >= self._deadline
 
-        Opened later, while it waits, the group would stand in the midst of its scopes.
+    async def work(self) -> None:
+        """Have the handlers run, in one scope, or in several where it is spent in between."""
+        first = _Worker(self, is_first=True)
+        self._workers.append(first)
+        while not self.fatal and (length_hint(self.places) or self.next_event()):
+            await first.take_cancellation()
+            self._timed = False
+            if self.lacks_group:
+                async with create_task_group() as self._tasks:
+                    self._scope = self._tasks.cancel_scope
+                    self.lacks_group = False
+                    await first.work()
+                self._tasks = None
+                self.lacks_group = True  # for what is left of this event
+            elif self.terms.timeout is not None:
+                with CancelScope() as self._scope:
+                    await first.work()
+            else:
+                await first.work()
+            self._scope, self._deadline = None, math.inf
+
+    def next_event(self) -> bool:
+        """Turn to the next event; False where there is none, or something has to be done before."""
+        if len(self._workers) > 1 or not self._breath:
+            return False
+        turn = next(self._turns, None)
+        if turn is None:
+            return False
+        self._breath -= 1
+        self.turn = turn
+        self.places = iter(turn.places)
+        self.alike = not turn.observers and all(map(_direct, turn.handlers))
+        self._timed = False
+        if self._deadline != math.inf and not self.alike:
+            self._set_deadline(math.inf)
+        self.lacks_group = (
+            self._tasks is None and len(turn.places) > 1 and not self.terms.sequential
+        )
+        return True
+
+    async def clear_the_way(self) -> bool:
+        """Do what has to be done before the next event; False where that is not for workers."""
+        if len(self._workers) > 1:
+            self._joined = Event()
+            await self._joined.wait()
+        elif not self._breath:
+            self._breath = _BREATH
+            self._set_deadline(math.inf)
+            await checkpoint()
+        else:
+            return False
+        return not self.spent
+
+    def get_help(self) -> None:
+        """Have another worker begin what has not begun; for one that is about to wait."""
+        if not self.terms.sequential and length_hint(self.places):
+            self._hire()
+
+    def hand_over(self, place: int) -> None:
+        """Have another worker begin the handler at this place, and what follows."""
+        self.places = iter([place, *self.places])
+        self.lacks_group = self._tasks is None
+        self._hire()
+
+    def _hire(self) -> None:
+        if self._tasks is not None:
+            helper = _Worker(self, is_first=False)
+            self._workers.append(helper)
+            self._tasks.start_soon(helper.help, name="eventkit handlers")
+
+    def dismiss(self, helper: _Worker) -> None:
+        """Go on without a helper, whose task ends."""
+        self._workers.remove(helper)
+        if self._joined is not None and len(self._workers) == 1:
+            self._joined.set()
+            self._joined = None
+
+    def start_clock(self) -> None:
+        """Give the event its time, which begins when a handler first waits.
+
+        All its handlers have one deadline: they begin together, and a scope for each of them would
+        cost more than a handler that does not wait. Sequential ones have it one after the other.
         """
-        return self._needs_task or (len(self.event) > 1 and not self._terms.sequential)
+        limit = self.terms.timeout
+        if limit is not None and self.alike and not self._timed:
+            self._timed = not self.terms.sequential
+            self._set_deadline(current_time() + limit)
 
-    async def help(self, tasks: TaskGroup) -> None:
+    def _set_deadline(self, deadline: float) -> None:
+        self._deadline = deadline
+        if self._scope is not None:
+            self._scope.deadline = deadline
+
+    def disband(self) -> None:
+        """Forget who knows it, workers and exceptions in the group: a ring would keep all alive."""
+        self._workers.clear()
+        self._tasks = self._scope = None
+
+    def end(self, error: BaseException) -> None:
+        """Have everything end, and the first such error propagate."""
+        self.fatal = self.fatal or [error]
+        if self._tasks is not None:
+            self._tasks.cancel_scope.cancel()
+
+    def lose(self, place: int, outcome: Outcome) -> None:
+        """Account for a delivery that did not end well."""
+        self.turn.lost[place] = outcome
+        self.terms.tally.end(outcome, 1)
+
+
+class _Worker:
+    """One task's part of the work: it runs handlers, one at a time."""
+
+    __slots__ = ("_crew", "_is_first", "_natively", "_requests", "_told", "place", "steps")
+
+    def __init__(self, crew: _Crew, *, is_first: bool) -> None:
+        self._crew = crew
+        self._is_first = is_first  # in the task that dispatches; others are helpers
+        self._requests = 0  # how often the task was asked to cancel, as far as it knows
+        self._told = False  # the handler was told of a cancellation,
+        self._natively = False  # and of one that no scope made
+        self.place: int | None = None  # of the handler that has begun and not ended
+        self.steps: _Steps | None = None  # its coroutine, while it waits
+
+    async def help(self) -> None:
         """Do this worker's part in a task of its own, which only a cancellation leaves as such."""
-        self._terms.tally.enter(self)
         try:
-            await checkpoint_if_cancelled()
-            await self.work(tasks)
+            if _in_cancelled_scope():
+                await checkpoint()
+            await self.work()
         except get_cancelled_exc_class():
             if not _cancel_requests() and _in_cancelled_scope():
                 raise  # a trio nursery learns from its children that it was cancelled
             # On asyncio the waiting task is told itself. Raised here too, the cancellation of this
             # task alone would reach its siblings, and AnyIO would keep it and the event in a ring.
         finally:
-            self.leave()
+            self._crew.dismiss(self)
 
-    def leave(self) -> None:
-        """Give up the work, and the count of it."""
-        self._terms.tally.leave(self)
-        self._result.handled += self.handled
-
-    async def work(self, tasks: TaskGroup | None) -> None:
+    async def work(self) -> None:
         """Run handlers, until none is left or it is not for this worker to begin the next."""
+        crew = self._crew
         try:
-            while await self._work_in_time(tasks):
-                await self.take_cancellation()
+            while not crew.spent:
+                waiting = self._begin_handlers()
+                if waiting is not None:
+                    crew.get_help()
+                    await self._finish(*waiting)
+                elif not self._is_first or not await crew.clear_the_way():
+                    break
         except BaseException as error:
             if _failures_in(error) is None:
                 raise
-            if not self._result.fatal:  # one can propagate, and the first one does
-                self._result.fatal.append(error)
-            if tasks is not None:
-                tasks.cancel_scope.cancel()
+            crew.end(error)
         finally:
-            if self.run is not None:
-                self._end(self.run, Outcome.UNDELIVERED)
+            if self.place is not None:
+                self._lose(Outcome.UNDELIVERED)
 
-    async def _work_in_time(self, tasks: TaskGroup | None) -> bool:
-        """Do it in one cancel scope; True where that is spent, and another one has to be opened.
+    def _begin_handlers(self) -> tuple[Context, _Steps, object] | None:
+        """Run handlers to their end, one after the other, until there is one that waits.
 
-        It has the deadlines of all handlers that this worker runs. One for each would cost more
-        than a handler that does not wait, and a scope cannot be opened once the handler waits.
+        Returns:
+            Its context variables, its coroutine, and the trap; None where none has begun to wait.
         """
-        stopped: BaseException | None = None
-        limit = self._terms.timeout
-        try:
-            with nullcontext() if limit is None else CancelScope() as scope:
-                try:
-                    return await self._run_handlers(tasks, scope)
-                except BaseException as error:
-                    stopped = error
-                    raise
-            run = cast("Run", self.run)
-            self._fail(run, _late(run, cast("float", limit), stopped))
-        except BaseException as error:  # noqa: BLE001 - the policy
-            now = self.run
-            verdict = _verdict(error, now, self._requests)
-            try:
-                if now is None or not isinstance(verdict, Exception):
-                    raise verdict from verdict.__cause__
-                self._fail(now, verdict)
-            finally:
-                del verdict  # or this frame and its traceback keep each other alive
-            await self._pass_cancellation(now)
-        finally:
-            del stopped  # likewise
-        return True
-
-    async def _run_handlers(self, tasks: TaskGroup | None, scope: CancelScope | None) -> bool:
-        """Run one handler after the other; True where `scope` was spent on the last of them.
-
-        What leaves this as an exception came out of `self.run`, where there is one.
-        """
-        terms = self._terms
-        breath = _BREATH
+        crew = self._crew
+        enter = crew.terms.enter
         while True:
-            waited: Run | None = None
-            for run in self._rest:
-                handler = run.handler
-                plain = handler.direct and not run.observers  # else there is more around it
-                if not plain and handler.in_thread and self._is_first:
+            turn, alike = crew.turn, crew.alike
+            for place in crew.places:
+                handler = turn.handlers[place]
+                if alike and handler.solver is None:
+                    function, argument = handler.function, turn.event
+                elif handler.in_thread and self._is_first:
                     # It is sure to wait, and a native cancellation would not wait for its thread.
                     # That can only reach the task that dispatches, so it goes to another one.
-                    self._rest = iter([run, *self._rest])
-                    self._needs_task = tasks is None
-                    self._get_help(tasks)
-                    break
-                self.run = run
-                try:
-                    steps: _Steps
-                    if not plain:
-                        steps = _attempt(run, terms)
-                    elif handler.solver is None:
-                        steps = handler.function(run.event)
-                    else:
-                        steps = handler.with_dependencies(handler.solver, run.event, run.origin)
-                    trap = run.variables.run(next, steps.__await__(), _ENDED)
-                    if trap is not _ENDED:
-                        waited = run
-                        run.steps = steps
-                        if not terms.sequential:
-                            self._get_help(tasks)
-                        await self._wait_for(run, trap, scope if plain else None)
-                except Exception as error:  # noqa: BLE001 - the policy
-                    self._fail(run, error)
+                    crew.hand_over(place)
+                    return None
                 else:
-                    run.outcome = Outcome.HANDLED
-                    self.run = None
-                    self.handled += 1
-                if waited is not None:
-                    break
-            if scope is not None and scope.cancel_called:
-                return True
-            if waited is not None and self._is_first:
-                await self._pass_cancellation(waited)
-            breath -= 1
-            if not breath:
-                await checkpoint()
-                breath = _BREATH
-            if self._helped or not self.has_event():
-                return False  # what is left is for others, or for nobody
-            if tasks is None and self.may_need_help():
-                return False
+                    function, argument = partial(_attempt, turn, place), crew.terms
+                self.place = place
+                variables = turn.variables.copy()
+                try:
+                    waiting = variables.run(_begin, enter, (turn, place), function, argument)
+                except BaseException as error:
+                    if not self._settle(variables, error):
+                        raise
+                else:
+                    if waiting is not None:
+                        return variables, *waiting
+                    crew.handled += 1
+            self.place = None
+            if not self._is_first or not crew.next_event() or crew.lacks_group:
+                return None
 
-    def _get_help(self, tasks: TaskGroup | None) -> None:
-        """Have another worker begin what has not begun."""
-        if tasks is not None and length_hint(self._rest):
-            helper = _Worker(self._terms, self._result, rest=self._rest)
-            tasks.start_soon(helper.help, tasks, name="eventkit handlers")
-            self._rest = iter(())
-            self._helped = True
-
-    async def _wait_for(self, run: Run, trap: object, scope: CancelScope | None) -> None:
-        """Go on with a handler that waits, until it ends or its time is up."""
-        if scope is None or self._terms.timeout is None:
-            await _drive(run, trap)
-            return
-        scope.deadline = current_time() + self._terms.timeout
+    async def _finish(self, variables: Context, steps: _Steps, trap: object) -> None:
+        """Go on with a handler that waits, until it has ended."""
+        self.steps = steps
+        self._told = self._natively = False
+        self._crew.start_clock()
         try:
-            await _drive(run, trap)
+            await self._drive(variables, steps, trap)
+        except BaseException as error:
+            if not self._settle(variables, error):
+                raise
+        else:
+            self.place = None
+            self._crew.handled += 1
         finally:
-            scope.deadline = math.inf
+            self.steps = None
+        if self._told:
+            await self._pass_cancellation()
 
-    def _fail(self, run: Run, error: Exception) -> None:
-        _add_note(error, run)
-        run.variables.run(self._terms.report, run.delivery, error)
-        self._end(run, Outcome.FAILED)
+    @coroutine
+    def _drive(
+        self, variables: Context, steps: _Steps, trap: object
+    ) -> Generator[object, object, None]:
+        """What `await` is from the second step on: the pipe between the event loop and the handler.
 
-    def _end(self, run: Run, outcome: Outcome) -> None:
-        run.outcome = outcome
-        self.run = None
-        self._terms.tally.end(outcome, 1)
+        It steps the handler in its own context variables. Not so where the event loop has exchanged
+        them: trio runs what a thread calls by `from_thread.run` in the task that waits for the
+        thread, and in the thread's context variables.
+        """
+        elsewhere = _stepped_from.get()
+        sent: object = None
+        thrown: BaseException | None = None
+        try:
+            _stepped_from.set(self)
+            while True:
+                try:
+                    sent = yield trap
+                except GeneratorExit as closed:
+                    try:
+                        variables.run(steps.close)
+                    except Exception as broken:
+                        raise closed from broken
+                    raise
+                except BaseException as error:  # noqa: BLE001 - it is the handler's
+                    thrown = error
+                    self._told |= not isinstance(error, Exception)
+                    self._natively |= _is_native(error)
+                step = variables.run if _stepped_from.get() is self else _call
+                if thrown is None:
+                    trap = step(steps.send, sent)
+                else:
+                    trap = step(steps.throw, thrown)
+                    thrown = None
+        except StopIteration:
+            pass
+        finally:
+            _stepped_from.set(elsewhere)
+            del (
+                sent,
+                thrown,
+            )  # or this frame and the traceback of what they hold keep each other alive
+
+    def _settle(self, variables: Context, error: BaseException) -> bool:
+        """Account for what came out of the handler; False where it ends more than that."""
+        crew, place = self._crew, cast("int", self.place)
+        handler = crew.turn.handlers[place]
+        verdict = _verdict(error, handler, self._requests)
+        if isinstance(verdict, Exception):
+            self._fail(variables, verdict)
+            return True
+        if _failures_in(error) is None and crew.late:
+            self._fail(variables, _late(handler, cast("float", crew.terms.timeout), error))
+        else:
+            self._lose(Outcome.UNDELIVERED)
+        return False
+
+    def _fail(self, variables: Context, error: Exception) -> None:
+        turn, place = self._crew.turn, cast("int", self.place)
+        _add_note(error, turn, place)
+        variables.run(self._crew.terms.report, turn.delivery(place), error)
+        self._lose(Outcome.FAILED)
+
+    def _lose(self, outcome: Outcome) -> None:
+        place, self.place = cast("int", self.place), None
+        self._crew.lose(place, outcome)
 
     async def take_cancellation(self) -> None:
         """Be cancelled now, if this task was cancelled natively and does not know it yet.
@@ -401,83 +523,56 @@ class _Worker:
             await checkpoint()
             self._requests = _cancel_requests()
 
-    async def _pass_cancellation(self, run: Run) -> None:
+    async def _pass_cancellation(self) -> None:
         """Raise the cancellation of this task, if the handler that has ended kept it to itself.
 
         What a scope cancels is told again at each checkpoint; asyncio itself tells it only once.
         """
         await checkpoint_if_cancelled()
         requests = _cancel_requests()
-        if requests > self._requests and run.cancelled:
+        if requests > self._requests and self._natively:
             raise asyncio.CancelledError
         self._requests = requests  # older releases of AnyIO leave some behind
 
 
-@coroutine
-def _drive(run: Run, trap: object) -> Generator[object, object, None]:
-    """What `await` is from the second step on: the pipe between the event loop and the handler.
-
-    It steps the handler in its own context variables. Not so where the event loop has exchanged
-    them: trio runs what a thread calls by `from_thread.run` in the task that waits for the thread,
-    and in the thread's context variables.
-    """
-    steps = cast("_Steps", run.steps)
-    elsewhere, here = _stepped_from.get(), object()
-    sent: object = None
-    thrown: BaseException | None = None
-    try:
-        _stepped_from.set(here)
-        while True:
-            try:
-                sent = yield trap
-            except GeneratorExit as closed:
-                try:
-                    run.variables.run(steps.close)
-                except Exception as broken:
-                    raise closed from broken
-                raise
-            except BaseException as error:  # noqa: BLE001 - it is the handler's
-                thrown = error
-                run.cancelled = run.cancelled or _is_native(error)
-            step = run.variables.run if _stepped_from.get() is here else _call
-            if thrown is None:
-                trap = step(steps.send, sent)
-            else:
-                trap = step(steps.throw, thrown)
-                thrown = None
-    except StopIteration:
-        pass
-    finally:
-        _stepped_from.set(elsewhere)
-        del sent, thrown  # or this frame and the traceback of what they hold keep each other alive
+def _begin(
+    enter: Callable[[Seat], object],
+    seat: Seat,
+    function: Callable[[Any], _Steps],  # Any: the event, or the terms
+    argument: object,
+) -> tuple[_Steps, object] | None:
+    """Call a handler and take its first step; None if that was all, else with what it gave."""
+    enter(seat)
+    steps = function(argument)
+    trap = next(steps.__await__(), _ENDED)
+    return None if trap is _ENDED else (steps, trap)
 
 
 def _call(step: Callable[[Any], object], value: Any) -> object:
     return step(value)
 
 
-async def _attempt(run: Run, terms: Terms) -> None:
-    """Run one handler of any kind under the eyes of the observers, who are told what it raises."""
+async def _attempt(turn: Turn, place: int, terms: Terms) -> None:
+    """Run one handler of any kind, within its own limit, under the eyes of the observers."""
+    handler = turn.handlers[place]
     requests = _cancel_requests()
-    with watched(run.observers, run.delivery):
+    with watched(turn.observers, turn.delivery(place)):
         try:
-            awaitable = await run.handler.start(run.event, run.origin)
+            awaitable = await handler.start(turn.event, turn.origin)
             if awaitable is not None:
-                await _await_in_time(awaitable, run, terms)
+                await _await_in_time(awaitable, handler, terms)
         except Exception:
             raise
         except BaseException as error:  # noqa: BLE001 - the policy
-            verdict = _verdict(error, run, requests)
+            verdict = _verdict(error, handler, requests)
             try:
                 raise verdict from verdict.__cause__
             finally:
                 del verdict  # or this frame and its traceback keep each other alive
 
 
-async def _await_in_time(awaitable: Awaitable[object], run: Run, terms: Terms) -> None:
-    limit = run.handler.timeout
-    if limit is ...:
-        limit = terms.timeout
+async def _await_in_time(awaitable: Awaitable[object], handler: Handler, terms: Terms) -> None:
+    limit = terms.timeout if handler.timeout is ... else handler.timeout
     if limit is None:
         await awaitable
         return
@@ -490,41 +585,42 @@ async def _await_in_time(awaitable: Awaitable[object], run: Run, terms: Terms) -
                 stopped = error
                 raise
         if scope.cancelled_caught:
-            raise _late(run, limit, stopped)
+            raise _late(handler, limit, stopped)
     finally:
         del stopped  # or this frame and its traceback keep each other alive
 
 
-def _late(run: Run, limit: float, stopped: BaseException | None) -> HandlerTimeoutError:
-    error = HandlerTimeoutError(run.handler.name, limit)
+def _late(handler: Handler, limit: float, stopped: BaseException | None) -> HandlerTimeoutError:
+    error = HandlerTimeoutError(handler.name, limit)
     error.__cause__ = stopped  # its traceback shows where the handler was waiting
     return error
 
 
-def _verdict(error: BaseException, run: Run | None, requests: int) -> BaseException:
+def _verdict(error: BaseException, handler: Handler, requests: int) -> BaseException:
     """What the handler failed with, or else what it was ended by.
 
     Args:
         error: What came out of it.
-        run: Whose handler it is.
+        handler: Which one.
         requests: How often the task had been asked to cancel when the handler began.
     """
     failures = _failures_in(error)
     if failures is not None:
         return failures
-    if run is None or _in_cancelled_scope() or _cancel_requests() > requests:
+    if _in_cancelled_scope() or _cancel_requests() > requests:
         return error
-    made_up = HandlerCancelledError(run.handler.name)
+    made_up = HandlerCancelledError(handler.name)
     made_up.__cause__ = error
     return made_up
 
 
-def _add_note(error: Exception, run: Run) -> None:
+def _add_note(error: Exception, turn: Turn, place: int) -> None:
     """Say in its traceback which handler it came from; left out where it takes no notes."""
-    event = type_name(type(run.event))
-    note = f"raised by the handler {run.handler.name} ({run.handler.location}) for {event}"
-    if run.delivery.published_from is not None:
-        note = f"{note}, published at {run.delivery.published_from}"
+    event, handler = type_name(type(turn.event)), turn.handlers[place]
+    note = f"raised by the handler {handler.name} ({handler.location}) for {event}"
+    published_from = turn.delivery(place).published_from
+    if published_from is not None:
+        note = f"{note}, published at {published_from}"
     with suppress(Exception):  # a frozen dataclass has none, and `add_note` may be anybody's
         if note not in getattr(error, "__notes__", ()):  # one instance may be raised twice
             error.add_note(note)
@@ -551,9 +647,10 @@ def whereabouts(tally: Tally) -> dict[Delivery, list[FrameType]]:
     Of a plain function in a worker thread it shows where the event loop waits for the thread.
     """
     return {
-        worker.run.delivery: list(_frames(worker.run.steps))
-        for worker in [*tally.workers]
-        if isinstance(worker, _Worker) and worker.run is not None
+        delivery: list(_frames(steps))
+        for crew in [*tally.crews]
+        if isinstance(crew, _Crew)
+        for delivery, steps in crew.running.items()
     }
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Mapping
-from contextvars import Context
 
 import structlog
 
@@ -58,6 +57,6 @@ def binds() -> bool:
     return structlog.is_configured()
 
 
-def bind(variables: Context, **facts: object) -> None:
+def bind(**facts: object) -> None:
     """Add facts to the log lines that code in these context variables writes with structlog."""
-    variables.run(structlog.contextvars.bind_contextvars, **facts)
+    structlog.contextvars.bind_contextvars(**facts)

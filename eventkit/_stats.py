@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
@@ -59,21 +60,21 @@ class Stats:
     refused: int
 
 
-class Worker(Protocol):
-    """A task that runs handlers, one at a time, and keeps count of them itself.
+class Crew(Protocol):
+    """Who runs the handlers of one unit of work, and keeps count of them itself.
 
-    It alone writes here, and needs no lock for it: a delivery that ends is first taken out of
-    `delivery` and then counted, so that none is ever seen twice.
+    It alone writes here, in one thread, and needs no lock for it.
 
     Attributes:
-        handled: How many have ended well; the tally takes over the number when the worker leaves.
+        handled: How many have ended well; the tally takes over the number when the crew leaves.
     """
 
     handled: int
 
     @property
-    def delivery(self) -> Delivery | None:
-        """The one that is running."""
+    def running(self) -> Iterable[Delivery]:
+        """Those that have begun and not ended."""
+        ...
 
 
 class Tally:
@@ -81,31 +82,43 @@ class Tally:
 
     Changed by units of work and by the dispatcher, only ever with `lock` held; the same lock
     guards the queues of the bus's units of work, so that a publish from a thread is one step.
-    What is running, and what has ended well since they began, the workers know.
+    What is running, and what has ended well since they began, the crews know.
     """
 
-    __slots__ = ("accepted", "background", "ended", "lock", "published", "workers")
+    __slots__ = (
+        "accepted",
+        "acquire",
+        "background",
+        "crews",
+        "ended",
+        "lock",
+        "published",
+        "release",
+    )
 
     def __init__(self) -> None:
-        self.lock: AbstractContextManager[object] = (
-            RLock()
-        )  # finalizers run anywhere, also while it is held
+        lock = RLock()  # finalizers run anywhere, also while it is held
+        self.lock: AbstractContextManager[object] = lock
+        self.acquire: Callable[[], object] = lock.acquire
+        self.release: Callable[[], object] = lock.release
         self.published: int = 0
         self.accepted: int = 0
-        self.workers: set[Worker] = set()
+        self.crews: set[Crew] = set()
         self.ended: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
         self.background: Counter[Background] = Counter()
 
-    def enter(self, worker: Worker) -> None:
+    def enter(self, crew: Crew) -> None:
         """Count what it runs and has handled."""
-        with self.lock:
-            self.workers.add(worker)
+        self.acquire()
+        self.crews.add(crew)
+        self.release()
 
-    def leave(self, worker: Worker) -> None:
+    def leave(self, crew: Crew) -> None:
         """Take over what it has handled."""
-        with self.lock:
-            self.workers.remove(worker)
-            self.ended[Outcome.HANDLED] += worker.handled
+        self.acquire()
+        self.crews.remove(crew)
+        self.ended[Outcome.HANDLED] += crew.handled
+        self.release()
 
     def end(self, outcome: Outcome, deliveries: int) -> None:
         """Count deliveries that have ended, or will never run."""
@@ -120,7 +133,7 @@ class Tally:
     def rewind(self, then: Stats) -> None:
         """Count on from a moment before, as if only what is in flight now had come since."""
         with self.lock:
-            counted = sum(worker.handled for worker in self.workers)  # they go on from there
+            counted = sum(crew.handled for crew in self.crews)  # they go on from there
             in_flight = self.accepted - counted - sum(self.ended.values())
             self.published = then.published
             for outcome in Outcome:
@@ -132,7 +145,7 @@ class Tally:
     def running(self) -> list[Delivery]:
         """The deliveries that are running now."""
         with self.lock:
-            return [now for worker in self.workers if (now := worker.delivery) is not None]
+            return [delivery for crew in self.crews for delivery in crew.running]
 
     def running_by_handler(self) -> Counter[str]:
         """How many deliveries each handler is running."""
@@ -143,7 +156,7 @@ class Tally:
         with self.lock:
             running = len(self.running())
             ended = Counter({outcome.value: count for outcome, count in self.ended.items()})
-            ended[Outcome.HANDLED.value] += sum(worker.handled for worker in self.workers)
+            ended[Outcome.HANDLED.value] += sum(crew.handled for crew in self.crews)
             return Stats(
                 published=self.published,
                 accepted=self.accepted,

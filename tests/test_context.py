@@ -467,7 +467,7 @@ async def test_events_and_units_are_freed_without_the_garbage_collector(
         await checkpoint()
 
     def units() -> int:
-        return sum(isinstance(thing, EventContext) for thing in gc.get_objects())
+        return sum(type(thing) is EventContext for thing in gc.get_objects())
 
     gc.collect()
     before = units()

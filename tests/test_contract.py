@@ -2,7 +2,7 @@
 
 import traceback
 import unittest
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from contextvars import copy_context
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ import trio
 from trio.testing import MockClock
 
 from eventkit import EventContext, _context
-from eventkit._dispatch import Run, Terms, run_all
+from eventkit._dispatch import Terms, Turn, run_all
 from eventkit._stats import Outcome
 from eventkit.testing.contract import (
     BusContract,
@@ -27,8 +27,8 @@ from eventkit.testing.contract import (
 )
 from tests.witness import ignore
 
-Events = Iterable[Sequence[Run]]
-RunAll = Callable[[Events, Terms], Awaitable[int]]
+Turns = Iterable[Turn]
+RunAll = Callable[[Turns, Terms], Awaitable[int]]
 
 
 @pytest.mark.anyio
@@ -62,61 +62,62 @@ def test_a_bus_has_to_be_at_rest_when_its_test_has_ended() -> None:
 # Who breaks the contract
 
 
-async def one_after_the_other(events: Events, terms: Terms) -> int:
-    return await run_all(events, replace(terms, sequential=True))
+async def one_after_the_other(turns: Turns, terms: Terms) -> int:
+    return await run_all(turns, replace(terms, sequential=True))
 
 
-async def the_last_one_first(events: Events, terms: Terms) -> int:
-    return await run_all((runs[::-1] for runs in events), terms)
+async def the_last_one_first(turns: Turns, terms: Terms) -> int:
+    return await run_all(map(backwards, turns), terms)
 
 
-async def in_a_task_that_nobody_waits_for(events: Events, terms: Terms) -> int:
-    for runs in events:
-        trio.lowlevel.spawn_system_task(run_all, [runs], terms)
-        for run in runs:
-            run.outcome = Outcome.HANDLED
+def backwards(turn: Turn) -> Turn:
+    turn.places = turn.places[::-1]
+    return turn
+
+
+async def in_a_task_that_nobody_waits_for(turns: Turns, terms: Terms) -> int:
+    for turn in turns:
+        trio.lowlevel.spawn_system_task(run_all, [turn], terms)
     return 0
 
 
-async def in_variables_of_its_own(events: Events, terms: Terms) -> int:
-    return await run_all(map(with_other_variables, events), terms)
+async def in_variables_of_its_own(turns: Turns, terms: Terms) -> int:
+    return await run_all(map(with_other_variables, turns), terms)
 
 
-def with_other_variables(runs: Sequence[Run]) -> Sequence[Run]:
-    for run in runs:
-        run.variables = copy_context()
-    return runs
+def with_other_variables(turn: Turn) -> Turn:
+    turn.variables = copy_context()
+    return turn
 
 
-async def as_long_as_it_takes(events: Events, terms: Terms) -> int:
-    return await run_all(map(without_timeouts, events), replace(terms, timeout=None))
+async def as_long_as_it_takes(turns: Turns, terms: Terms) -> int:
+    return await run_all(map(without_timeouts, turns), replace(terms, timeout=None))
 
 
-def without_timeouts(runs: Sequence[Run]) -> Sequence[Run]:
-    for run in runs:
-        run.handler = replace(run.handler, timeout=None)
-    return runs
+def without_timeouts(turn: Turn) -> Turn:
+    turn.handlers = [replace(handler, timeout=None) for handler in turn.handlers]
+    return turn
 
 
-async def deaf_to_cancellation(events: Events, terms: Terms) -> int:
+async def deaf_to_cancellation(turns: Turns, terms: Terms) -> int:
     with anyio.move_on_after(60, shield=True):
-        return await run_all(events, terms)
+        return await run_all(turns, terms)
     return 0
 
 
-async def silent_about_failures(events: Events, terms: Terms) -> int:
-    return await run_all(events, replace(terms, report=ignore))
+async def silent_about_failures(turns: Turns, terms: Terms) -> int:
+    return await run_all(turns, replace(terms, report=ignore))
 
 
-async def silent_about_interrupts(events: Events, terms: Terms) -> int:
+async def silent_about_interrupts(turns: Turns, terms: Terms) -> int:
     try:
-        return await run_all(events, terms)
+        return await run_all(turns, terms)
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         return 0
 
 
-async def counting_twice(events: Events, terms: Terms) -> int:
-    handled = await run_all(events, terms)
+async def counting_twice(turns: Turns, terms: Terms) -> int:
+    handled = await run_all(turns, terms)
     terms.tally.end(Outcome.HANDLED, 1)
     return handled
 
