@@ -24,7 +24,6 @@ from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
 from enum import Enum
 from itertools import count
-from operator import attrgetter
 from time import time_ns
 from types import TracebackType
 from typing import Self, cast
@@ -56,7 +55,6 @@ _outside: ContextVar[str | None] = ContextVar("eventkit_outside", default=None)
 _origin: ContextVar[object] = ContextVar("eventkit_origin", default=None)
 _begun: ContextVar[Section | None] = ContextVar("eventkit_begun", default=None)
 _numbers = count()
-_is_active, _target = attrgetter("active"), attrgetter("target")
 try:  # which event loop a task runs on, where AnyIO leaves that to sniffio
     from sniffio import current_async_library_cvar as _library
 except ImportError:  # pragma: no cover - newer releases of AnyIO do without it
@@ -161,13 +159,13 @@ class _Turn:
         envelope: _Envelope,
         outer: EventContext,
         variables: Context,
-        handlers: Sequence[Handler],
-        places: Sequence[int],
+        plan: Plan,
     ) -> None:
         self.event = envelope.event
-        self.handlers = handlers
-        self.places = places
+        self.handlers: Sequence[Handler] = plan.handlers
+        self.places = plan.places
         self.observers = outer._core.observers
+        self.alike = plan.alike and not self.observers
         self.variables = variables
         self.lost: dict[int, Outcome] = {}
         self._envelope = envelope
@@ -702,22 +700,21 @@ class EventContext:
             variables, plan = envelope.variables, envelope.plan
             if variables.get(thread_level, 0) != level or variables.get(_library) != library:
                 variables = _on_this_loop(variables, level, library)
-            places: Sequence[int] = range(len(plan))
-            if not all(map(_is_active, plan)):
-                places = self._still_active(envelope)
-            if places:
-                turn = _Turn(envelope, self, variables, [*map(_target, plan)], places)
+            if not plan.valid:
+                plan = self._without_cancelled(envelope)
+            if plan.places:
+                turn = _Turn(envelope, self, variables, plan)
                 try:
                     yield turn
                 finally:
                     turn.end()
 
-    def _still_active(self, envelope: _Envelope) -> list[int]:
-        """The places of a plan whose subscription was not cancelled; the others are discarded."""
-        places = [place for place, each in enumerate(envelope.plan) if each.active]
-        cancelled = [envelope.delivery(p) for p in range(len(envelope.plan)) if p not in places]
-        self._skip(cancelled, Outcome.DISCARDED)
-        return places
+    def _without_cancelled(self, envelope: _Envelope) -> Plan:
+        """The plan as it is now; the deliveries of cancelled subscriptions are discarded."""
+        plan = envelope.plan.renewed()
+        left = set(range(len(plan))) - {*plan.places}
+        self._skip([envelope.delivery(place) for place in sorted(left)], Outcome.DISCARDED)
+        return plan
 
     def _next(self) -> _Envelope | None:
         tally = self._core.tally

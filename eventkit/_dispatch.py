@@ -47,7 +47,7 @@ from contextlib import suppress
 from contextvars import Context, ContextVar
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter, length_hint
+from operator import length_hint
 from types import FrameType, coroutine
 from typing import Any, Protocol, cast
 
@@ -80,8 +80,6 @@ _BREATH = 100
 # What `_drive` knows the context variables of its task by.
 _stepped_from: ContextVar[object] = ContextVar("eventkit_stepped_from", default=None)
 
-_direct = attrgetter("direct")
-
 
 class Turn(Protocol):
     """One event whose turn has come. Each of its deliveries is known by its place in `handlers`.
@@ -91,6 +89,8 @@ class Turn(Protocol):
         handlers: Whom it is delivered to.
         places: Which of them to run, in the order in which they begin; never empty.
         observers: Whom to tell.
+        alike: Whether all handlers are bare coroutine functions under the usual limit, and nobody
+            watches them. Only then is that one limit of them together.
         variables: The context variables of which each delivery gets its own copy.
         lost: The outcomes of those that did not end well; set by `run_all`, and by nobody else.
     """
@@ -99,6 +99,7 @@ class Turn(Protocol):
     handlers: Sequence[Handler]
     places: Sequence[int]
     observers: tuple[Observer, ...]
+    alike: bool
     variables: Context
     lost: dict[int, Outcome]
 
@@ -176,8 +177,6 @@ class _Crew:
         terms: As given.
         turn: The event at hand.
         places: What has not begun of it. Whoever begins a handler takes it from here.
-        alike: Whether all its handlers are bare coroutine functions under the usual limit, which
-            they then have together.
         lacks_group: Whether there has to be a task group before the next handler begins. Opened
             later, while that waits, the group would stand in the midst of its scopes.
         handled: How many deliveries have ended well.
@@ -193,7 +192,6 @@ class _Crew:
         "_timed",
         "_turns",
         "_workers",
-        "alike",
         "fatal",
         "handled",
         "lacks_group",
@@ -206,7 +204,6 @@ class _Crew:
         self.terms = terms
         self.turn: Turn
         self.places: Iterator[int] = iter(())
-        self.alike = True
         self.lacks_group = False
         self.handled = 0
         self.fatal: list[BaseException] = []
@@ -266,9 +263,8 @@ class _Crew:
         self._breath -= 1
         self.turn = turn
         self.places = iter(turn.places)
-        self.alike = not turn.observers and all(map(_direct, turn.handlers))
         self._timed = False
-        if self._deadline != math.inf and not self.alike:
+        if self._deadline != math.inf and not turn.alike:
             self._set_deadline(math.inf)
         self.lacks_group = (
             self._tasks is None and len(turn.places) > 1 and not self.terms.sequential
@@ -319,7 +315,7 @@ class _Crew:
         cost more than a handler that does not wait. Sequential ones have it one after the other.
         """
         limit = self.terms.timeout
-        if limit is not None and self.alike and not self._timed:
+        if limit is not None and self.turn.alike and not self._timed:
             self._timed = not self.terms.sequential
             self._set_deadline(current_time() + limit)
 
@@ -401,7 +397,8 @@ class _Worker:
         crew = self._crew
         enter = crew.terms.enter
         while True:
-            turn, alike = crew.turn, crew.alike
+            turn = crew.turn
+            alike = turn.alike
             for place in crew.places:
                 handler = turn.handlers[place]
                 if alike and handler.solver is None:

@@ -126,7 +126,34 @@ class Subscription:
         return f"<Subscription {type_name(self.event_type)} -> {self.name} {self.location}{state}>"
 
 
-Plan = tuple[Subscription, ...]
+class Plan(tuple[Subscription, ...]):  # noqa: SLOT001 - a tuple can have no slots
+    """The subscriptions that an event reaches, in start order, and what a drain wants to know.
+
+    Attributes:
+        handlers: What each of them runs.
+        places: Which of them are active.
+        alike: Whether all handlers are bare coroutine functions under the usual limit.
+        valid: Whether all this is still so; what is not, `renewed` looks up again.
+    """
+
+    handlers: tuple[Handler, ...]
+    places: Sequence[int]
+    alike: bool
+    valid: bool
+
+    @classmethod
+    def of(cls, subscriptions: Iterable[Subscription]) -> Self:
+        """As things stand."""
+        plan = cls(subscriptions)
+        plan.handlers = tuple(each.target for each in plan)
+        plan.places = [place for place, each in enumerate(plan) if each.active]
+        plan.alike = all(handler.direct for handler in plan.handlers)
+        plan.valid = True
+        return plan
+
+    def renewed(self) -> Self:
+        """The same subscriptions as they are now."""
+        return type(self).of(self)
 
 
 def declare(
@@ -438,7 +465,7 @@ class Registry:
             for event_type, subscriptions in added.items():
                 self._by_type.setdefault(event_type, {}).update(subscriptions)
             self._names.add(declarations)
-            self._plans = {}
+            self._forget_plans()
             made = in_order(s for group in added.values() for s in group.values())
             if _importing():
                 self._lasting += made
@@ -454,7 +481,19 @@ class Registry:
                 if not subscriptions:
                     del self._by_type[subscription.event_type]
                 self._names.remove(subscription._declaration)
-                self._plans = {}
+                self._forget_plans()
+
+    def retarget(self, subscription: Subscription, target: Handler) -> None:
+        """Have another handler run in the place of the declared one, also for what is queued."""
+        with self._lock:
+            subscription.target = target
+            self._forget_plans()
+
+    def _forget_plans(self) -> None:
+        """Look everything up again; deliveries that wait have their plans. Needs the lock."""
+        for plan in self._plans.values():
+            plan.valid = False
+        self._plans = {}
 
     def keep(self) -> Callable[[], None]:
         """Remember who is subscribed now; what is returned brings that back.
@@ -479,7 +518,7 @@ class Registry:
                     group[subscription._declaration.handler.identity] = subscription
                     subscription.active = True
                     self._names.add([subscription._declaration])
-                self._plans = {}
+                self._forget_plans()
 
         return restore
 
@@ -513,7 +552,7 @@ class Registry:
                 for identity, subscription in [*self._by_type.get(base, {}).items()]:
                     first = found.setdefault(identity, subscription)
                     found[identity] = min(first, subscription, key=_order_of)
-            plan = plans[event_type] = tuple(in_order(found.values()))
+            plan = plans[event_type] = Plan.of(in_order(found.values()))
         return plan
 
     def __iter__(self) -> Iterator[Subscription]:

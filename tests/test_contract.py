@@ -96,6 +96,7 @@ async def as_long_as_it_takes(turns: Turns, terms: Terms) -> int:
 
 def without_timeouts(turn: Turn) -> Turn:
     turn.handlers = [replace(handler, timeout=None) for handler in turn.handlers]
+    turn.alike = False
     return turn
 
 

@@ -136,7 +136,7 @@ class Fakes:
 
     def _audible(self, event: object) -> Plan:
         plan = self._plan_for(event)  # refuses what is no event
-        return () if any(silent(event) for silent in self._silent.values()) else plan
+        return Plan() if any(silent(event) for silent in self._silent.values()) else plan
 
     def _disguise(self, handler: Named, disguise: _Disguise) -> Fake:
         fake = Fake(self._end)
@@ -159,7 +159,7 @@ class Fakes:
                 if subscription in subscribed:
                     function = disguise(target.function, target.in_thread)
                     target = replace(target, function=function)
-            subscription.target = target
+            registry_of(self._bus).retarget(subscription, target)
             if target is self._originals[subscription]:
                 del self._originals[subscription]
 
