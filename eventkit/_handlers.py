@@ -14,7 +14,7 @@ from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from types import CodeType, EllipsisType, FunctionType
+from types import BuiltinFunctionType, CodeType, EllipsisType, FunctionType
 from typing import Any, ForwardRef, Protocol, cast, runtime_checkable
 
 from anyio import CapacityLimiter, to_thread
@@ -32,6 +32,9 @@ _THREADS = 40
 
 # Where a chain of `__wrapped__` and `__call__` is given up, because it may lead back to its start.
 _MAX_LAYERS = 100
+
+# Equal only if they are the same; built-in methods, which are bound too, if their objects are.
+_EQUAL_IF_SAME = {FunctionType, BuiltinFunctionType}
 
 # Since 3.14 annotations are evaluated when looked at, and a name under TYPE_CHECKING cannot be.
 _UNEVALUATED: dict[str, Any] = (  # Any: an option that earlier versions do not have
@@ -86,26 +89,45 @@ class Resolver(Protocol):
 class Handler:
     """A user's callable, looked at.
 
+    What it is called is kept as it was then, so that renaming the callable later changes no name
+    that was told. It is kept as the parts that the callable has anyway, and put together when
+    asked: each text would take as many bytes as all else here.
+
     Attributes:
         function: The callable as it was given.
-        name: `module:qualname` of the callable, or the explicit name.
-        location: Where it is defined, as `file:line`.
+        module: The module of the callable; None where it was given an explicit name.
+        called: Its qualified name in the module, or the explicit name.
+        code: What is run; None for what is built in.
         in_thread: Its call starts in a worker thread.
         timeout: Seconds it may take, None for no limit, `...` for what the unit of work says.
         solver: Makes its dependencies; None where it has none.
-        named: Whether the name is an explicit one.
         direct: Calling it does nothing but make a coroutine, and that is all there is to do, but
             for its dependencies.
     """
 
     function: Callable[..., Any]  # Any: what a call gives is looked at when it is there
-    name: str
-    location: str
+    module: str | None
+    called: str
+    code: CodeType | None
     in_thread: bool
     timeout: float | None | EllipsisType = field(default=...)
     solver: Solver | None = None
-    named: bool = False
     direct: bool = False
+
+    @property
+    def named(self) -> bool:
+        """Whether the name is an explicit one."""
+        return self.module is None
+
+    @property
+    def name(self) -> str:
+        """`module:qualname` of the callable, or the explicit name."""
+        return self.called if self.module is None else f"{self.module}:{self.called}"
+
+    @property
+    def location(self) -> str:
+        """Where it is defined, as `file:line`."""
+        return _place_of(self.code)
 
     @property
     def place(self) -> str:
@@ -118,7 +140,7 @@ class Handler:
         function = self.function
         if inspect.ismethod(function):
             return (id(function.__self__), id(function.__func__))
-        if inspect.isbuiltin(function):  # bound too, and it compares by what it is bound to
+        if type(function) in _EQUAL_IF_SAME:
             return function
         return id(function)
 
@@ -160,7 +182,7 @@ class Handler:
                     if self.direct:
                         await cast("Awaitable[object]", function(event))
                         return
-                    bare = Handler(function, self.name, self.location, self.in_thread)
+                    bare = Handler(function, self.module, self.called, self.code, self.in_thread)
                     awaitable = await bare.start(event, origin)
                     if awaitable is not None:
                         await awaitable
@@ -229,25 +251,25 @@ def inspect_handler(
         raise InvalidHandlerError(
             f"a handler is a callable that takes the event, not {function!r}{hint}"
         )
-    called = name or name_of(function)
+    module, called = (None, name) if name else _module_and_name(function)
+    is_async = any(map(inspect.iscoroutinefunction, layers(function)))
+    in_thread = not is_async if thread is None else thread
+    direct = timeout is ... and _makes_coroutine(function)
+    code = _code_of(function)
+    handler = Handler(function, module, called, code, in_thread, timeout, direct=direct)
     if isinstance(function, type):
         raise InvalidHandlerError(
-            f"{called} is a class: every event would make an instance and nothing else. "
+            f"{handler.name} is a class: every event would make an instance and nothing else. "
             "Subscribe an instance with __call__, or one of its methods"
         )
-    location = location_of(function)
-    place = f"{called} ({location})"
-    _refuse_generators(function, place)
-    _check_signature(function, place)
-    is_async = any(map(inspect.iscoroutinefunction, layers(function)))
+    _refuse_generators(handler)
+    _check_signature(handler)
     if thread and any(map(inspect.iscoroutinefunction, layers(function, wrapped=False))):
         raise InvalidHandlerError(
-            f"{place} is async and runs on the event loop: remove thread=True"
+            f"{handler.place} is async and runs on the event loop: remove thread=True"
         )
-    in_thread = not is_async if thread is None else thread
-    _check_timeout(timeout, place, in_thread=in_thread)
-    direct = timeout is ... and _makes_coroutine(function)
-    return Handler(function, called, location, in_thread, timeout, named=bool(name), direct=direct)
+    _check_timeout(handler)
+    return handler
 
 
 def _makes_coroutine(function: Callable[..., object]) -> bool:
@@ -279,7 +301,7 @@ def layers(
             layer = layer.func
         elif inspect.ismethod(layer):
             layer = layer.__func__
-        elif wrapped and inspect.getattr_static(layer, "__wrapped__", None) is not None:
+        elif wrapped and _is_wrapper(layer):
             layer = getattr(layer, "__wrapped__")  # noqa: B009 - typed as having none
         elif inspect.isroutine(layer):
             return
@@ -287,38 +309,60 @@ def layers(
             layer = getattr(type(layer), "__call__", None)  # noqa: B004 - the class's, on purpose
 
 
+def _is_wrapper(layer: Callable[..., object]) -> bool:
+    """Whether `functools.wraps` has named what it wraps; some objects have any attribute."""
+    # To look statically makes a function's `__dict__`, 64 bytes that most of them do without.
+    look_up = getattr if type(layer) is FunctionType else inspect.getattr_static
+    return look_up(layer, "__wrapped__", None) is not None
+
+
 def name_of(function: Callable[..., object]) -> str:
     """What a callable is called: `module:qualname`, of the function inside a partial."""
+    return ":".join(_module_and_name(function))
+
+
+def _module_and_name(function: Callable[..., object]) -> tuple[str, str]:
     while isinstance(function, functools.partial):
         function = function.func
     named: object = function
     if not isinstance(getattr(function, "__qualname__", None), str):
         named = type(function)
     module = getattr(named, "__module__", None) or "builtins"  # methods of built-ins have none
-    return f"{module}:{getattr(named, '__qualname__')}"  # noqa: B009 - typed as having none
+    return module, getattr(named, "__qualname__")  # noqa: B009 - typed as having none
 
 
 def location_of(function: Callable[..., object]) -> str:
     """Where a callable is defined, as `file:line`."""
+    return _place_of(_code_of(function))
+
+
+def _code_of(function: Callable[..., object]) -> CodeType | None:
+    """The code that a call comes to in the end; None where that is not Python's."""
     for layer in reversed(list(layers(function))):
         code = getattr(layer, "__code__", None)
         if type(code) is CodeType:  # a mock's is only said to be one
-            return f"{code.co_filename}:{code.co_firstlineno}"
-    return "built in"
+            return code
+    return None
 
 
-def _refuse_generators(function: Callable[..., object], place: str) -> None:
-    for layer in layers(function):
+def _place_of(code: CodeType | None) -> str:
+    return "built in" if code is None else f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def _refuse_generators(handler: Handler) -> None:
+    for layer in layers(handler.function):
         if inspect.isasyncgenfunction(layer) or inspect.isgeneratorfunction(layer):
             raise InvalidHandlerError(
-                f"{place} is a generator function: calling it runs none of its body. "
+                f"{handler.place} is a generator function: calling it runs none of its body. "
                 "Remove the yield"
             )
 
 
-def _check_signature(function: Callable[..., object], place: str) -> None:
+def _check_signature(handler: Handler) -> None:
     """Refuse what takes no event; whether the rest has a source, depends on the bus."""
-    signature = _signature(function)
+    if _takes_the_event_alone(handler.function):
+        return
+    signature = _signature(handler.function)
     if signature is None:
         return
     try:
@@ -331,7 +375,23 @@ def _check_signature(function: Callable[..., object], place: str) -> None:
             return
         remedy = "It is a method: subscribe that of an instance, once there is one"
     raise InvalidHandlerError(
-        f"{place} cannot be called with an event: its signature is {signature}. {remedy}"
+        f"{handler.place} cannot be called with an event: its signature is {signature}. {remedy}"
+    )
+
+
+def _takes_the_event_alone(function: Callable[..., object]) -> bool:
+    """Whether it is a function of one parameter, as most handlers are, and is called as such.
+
+    Then nobody needs its signature. To make one takes most of the time of subscribing, and leaves
+    the function with a dictionary of its annotations, 184 bytes.
+    """
+    if type(function) is not FunctionType or _is_wrapper(function):
+        return False
+    code = function.__code__
+    return (
+        (code.co_argcount, code.co_kwonlyargcount) == (1, 0)
+        and not code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+        and not hasattr(function, "__signature__")
     )
 
 
@@ -386,7 +446,7 @@ def with_dependencies(handler: Handler, resolver: Resolver | None) -> Handler:
 
 def _beside_the_event(function: Callable[..., object]) -> list[inspect.Parameter]:
     """What it takes beside the event and what a partial has bound, with annotations evaluated."""
-    signature = _signature(function)
+    signature = None if _takes_the_event_alone(function) else _signature(function)
     if signature is None:
         return []
     called = list(layers(function))
@@ -465,16 +525,19 @@ def _check_call(handler: Handler, provided: Sequence[inspect.Parameter]) -> None
         ) from None
 
 
-def _check_timeout(timeout: float | None | EllipsisType, place: str, *, in_thread: bool) -> None:
+def _check_timeout(handler: Handler) -> None:
+    timeout = handler.timeout
     if timeout is None or timeout is ...:
         return
-    if in_thread:
+    if handler.in_thread:
         raise InvalidHandlerError(
-            f"{place} runs in a worker thread, which cannot be stopped: remove timeout=, or "
-            "make it an async def"
+            f"{handler.place} runs in a worker thread, which cannot be stopped: remove "
+            "timeout=, or make it an async def"
         )
     if not is_duration(timeout):
-        raise InvalidHandlerError(f"{place}: timeout= takes seconds above 0, not {timeout!r}")
+        raise InvalidHandlerError(
+            f"{handler.place}: timeout= takes seconds above 0, not {timeout!r}"
+        )
 
 
 def is_duration(seconds: object) -> bool:

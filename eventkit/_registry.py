@@ -10,7 +10,6 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import count
 from threading import RLock
 from types import EllipsisType, FrameType
@@ -40,24 +39,39 @@ _COLLECTIONS = {list, tuple, set, frozenset}  # events that were not taken out o
 _IMPORTLIB = "<frozen importlib._bootstrap>"
 
 
-@dataclass(frozen=True, slots=True)
 class Declaration:
     """A handler for an event type, as declared and checked, not yet tied to a bus."""
 
-    event_type: type
-    handler: Handler
-    declared_at: str
+    __slots__ = ("_declared", "_event_type", "_file", "_line")
+
+    def __init__(self, event_type: type, declared: Handler, place: tuple[str, int | None]) -> None:
+        self._event_type = event_type
+        self._declared = declared
+        self._file, self._line = place  # put together when asked: the file's name is shared
+
+    @property
+    def event_type(self) -> type:
+        """Instances of it and of its subclasses are delivered."""
+        return self._event_type
+
+    @property
+    def subscribed_at(self) -> str:
+        """Where it was subscribed, or declared on a router, as `file:line`."""
+        return _place(self._file, self._line)
 
     def refuse_twin(self, twin: Declaration | None) -> None:
         """Raise if the same handler is there for the same event type already."""
         if twin is not None:
-            again = caller() if twin is self else self.declared_at  # a router included twice
+            included_twice = twin._declared is self._declared
             raise DuplicateSubscriptionError(
-                self.handler.name, type_name(self.event_type), twin.declared_at, again
+                self._declared.name,
+                type_name(self._event_type),
+                twin.subscribed_at,
+                caller() if included_twice else self.subscribed_at,
             )
 
 
-class Subscription:
+class Subscription(Declaration):
     """Ties one handler to one event type. Made by `EventBus.subscribe`; `cancel()` ends it.
 
     Also a context manager that cancels at the end of the block. May be cancelled from any thread.
@@ -67,39 +81,30 @@ class Subscription:
         target: What a delivery runs: the declared handler, but for a fake of the testing kit.
     """
 
-    __slots__ = ("_declaration", "_order", "_registry", "active", "target")
+    __slots__ = ("_order", "_registry", "active", "target")
 
     def __init__(self, declaration: Declaration, target: Handler, registry: Registry) -> None:
+        place = declaration._file, declaration._line
+        super().__init__(declaration._event_type, declaration._declared, place)
         self.target: Handler = target
         self.active: bool = True
-        self._declaration = declaration
         self._order = next(_order)
         self._registry = registry
 
     @property
-    def event_type(self) -> type:
-        """Instances of it and of its subclasses are delivered."""
-        return self._declaration.event_type
-
-    @property
     def handler(self) -> Callable[..., object]:
         """The callable as it was given."""
-        return self._declaration.handler.function
+        return self._declared.function
 
     @property
     def name(self) -> str:
-        """The handler's stable name, `module:qualname` or what `name=` said."""
+        """The handler's stable name: its `module:qualname` as it was then, or what `name=` said."""
         return self.target.name
 
     @property
     def location(self) -> str:
         """Where the handler is defined, as `file:line`."""
         return self.target.location
-
-    @property
-    def subscribed_at(self) -> str:
-        """Where it was subscribed, or declared on a router, as `file:line`."""
-        return self._declaration.declared_at
 
     @property
     def thread(self) -> bool:
@@ -146,7 +151,9 @@ class Plan(tuple[Subscription, ...]):  # noqa: SLOT001 - a tuple can have no slo
         """As things stand."""
         plan = cls(subscriptions)
         plan.handlers = tuple(each.target for each in plan)
-        plan.places = [place for place, each in enumerate(plan) if each.active]
+        plan.places = range(len(plan))
+        if not all(each.active for each in plan):
+            plan.places = [place for place in plan.places if plan[place].active]
         plan.alike = all(handler.direct for handler in plan.handlers)
         plan.valid = True
         return plan
@@ -172,7 +179,7 @@ def declare(
     """
     check_event_type(event_type)
     target = inspect_handler(handler, name=name, timeout=timeout, thread=thread)
-    return Declaration(event_type, target, caller())
+    return Declaration(event_type, target, _calling())
 
 
 def check_event_type(event_type: object) -> None:
@@ -207,13 +214,22 @@ def refuse_non_event(event: object) -> None:
 
 def caller() -> str:
     """The nearest line outside eventkit, and outside contextlib, which enters what we give."""
+    return _place(*_calling())
+
+
+def _place(file: str, line: int | None) -> str:
+    return file if line is None else f"{file}:{line}"
+
+
+def _calling() -> tuple[str, int | None]:
+    """The file and the line that `caller` tells."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and (
         frame.f_globals.get("__package__") == __package__
         or frame.f_globals.get("__name__") == "contextlib"
     ):
         frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "unknown"
+    return (frame.f_code.co_filename, frame.f_lineno) if frame else ("unknown", None)
 
 
 class _Names:
@@ -232,29 +248,29 @@ class _Names:
         """
         firsts: dict[str, Declaration] = {}
         for declaration in _with_given_name(declarations):
-            handler, name = declaration.handler, declaration.handler.name
+            handler, name = declaration._declared, declaration._declared.name
             holders = [firsts.setdefault(name, declaration)]
             if name in self._given:
                 holders.append(next(iter(self._given[name].values())))
             for holder in holders:
-                if holder.handler.identity != handler.identity:
-                    raise DuplicateNameError(name, holder.handler.location, handler.location)
+                if holder._declared.identity != handler.identity:
+                    raise DuplicateNameError(name, holder._declared.location, handler.location)
 
     def add(self, declarations: Iterable[Declaration]) -> None:
         for declaration in _with_given_name(declarations):
-            types = self._given.setdefault(declaration.handler.name, {})
+            types = self._given.setdefault(declaration._declared.name, {})
             types[declaration.event_type] = declaration
 
     def remove(self, declaration: Declaration) -> None:
-        if declaration.handler.named:
-            types = self._given[declaration.handler.name]
+        if declaration._declared.named:
+            types = self._given[declaration._declared.name]
             del types[declaration.event_type]
             if not types:
-                del self._given[declaration.handler.name]
+                del self._given[declaration._declared.name]
 
 
 def _with_given_name(declarations: Iterable[Declaration]) -> Iterator[Declaration]:
-    return (declaration for declaration in declarations if declaration.handler.named)
+    return (declaration for declaration in declarations if declaration._declared.named)
 
 
 class Subscribing:
@@ -391,14 +407,14 @@ class EventRouter(Subscribing):
     def _add(self, declarations: Sequence[Declaration]) -> None:
         if self._included:
             raise RouterClosedError(
-                f"{', '.join(d.handler.name for d in declarations)}: declared on a router that "
+                f"{', '.join(d._declared.name for d in declarations)}: declared on a router that "
                 "had been included already, so nobody would call it. Declare all handlers, and "
                 "include all routers, before the router itself is included"
             )
         added: dict[tuple[type, object], Declaration] = {}
         self._names.refuse_clashes(declarations)
         for declaration in declarations:
-            key = (declaration.event_type, declaration.handler.identity)
+            key = (declaration.event_type, declaration._declared.identity)
             declaration.refuse_twin(self._declarations.get(key) or added.get(key))
             added[key] = declaration
         self._declarations.update(added)
@@ -451,15 +467,14 @@ class Registry:
             InvalidHandlerError: A handler takes something that nobody provides.
             DuplicateNameError: Naming both handlers.
         """
-        targets = [with_dependencies(d.handler, self._resolver) for d in declarations]
+        targets = [with_dependencies(d._declared, self._resolver) for d in declarations]
         with self._lock:
             added: dict[type, dict[object, Subscription]] = {}
             self._names.refuse_clashes(declarations)
             for declaration, target in zip(declarations, targets, strict=True):
                 event_type, identity = declaration.event_type, target.identity
                 for table in (self._by_type, added):
-                    twin = table.get(event_type, {}).get(identity)
-                    declaration.refuse_twin(twin._declaration if twin else None)
+                    declaration.refuse_twin(table.get(event_type, {}).get(identity))
                 subscription = Subscription(declaration, target, self)
                 added.setdefault(event_type, {})[identity] = subscription
             for event_type, subscriptions in added.items():
@@ -477,10 +492,10 @@ class Registry:
             if subscription.active:
                 subscription.active = False
                 subscriptions = self._by_type[subscription.event_type]
-                del subscriptions[subscription._declaration.handler.identity]
+                del subscriptions[subscription._declared.identity]
                 if not subscriptions:
                     del self._by_type[subscription.event_type]
-                self._names.remove(subscription._declaration)
+                self._names.remove(subscription)
                 self._forget_plans()
 
     def retarget(self, subscription: Subscription, target: Handler) -> None:
@@ -515,9 +530,9 @@ class Registry:
                 self._by_type, self._names = {}, _Names()
                 for subscription in in_order({*then, *self._lasting}):
                     group = self._by_type.setdefault(subscription.event_type, {})
-                    group[subscription._declaration.handler.identity] = subscription
+                    group[subscription._declared.identity] = subscription
                     subscription.active = True
-                    self._names.add([subscription._declaration])
+                    self._names.add([subscription])
                 self._forget_plans()
 
         return restore

@@ -1,6 +1,7 @@
 """What a callable is as a handler: its name, its place, where it starts, and what is refused."""
 
 import functools
+import gc
 import inspect
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
@@ -12,7 +13,7 @@ from unittest.mock import AsyncMock, MagicMock, Mock, call, create_autospec
 import pytest
 
 from eventkit import EventBus, InvalidHandlerError
-from eventkit._handlers import Handler, inspect_handler, is_duration
+from eventkit._handlers import Handler, inspect_handler, is_duration, name_of
 
 
 def looked_at(
@@ -258,6 +259,39 @@ def test_annotations_need_not_be_importable_at_run_time() -> None:
     assert (handler.name, handler.location) == (
         "somewhere:handler",
         "somewhere.py:" + str(1 + bool(future)),
+    )
+
+
+def test_a_name_that_was_given_stays_when_the_function_is_renamed() -> None:
+    def function(event: object) -> None: ...
+
+    handler = looked_at(function)
+    before = handler.name
+    function.__qualname__, function.__module__ = "another", "elsewhere"
+
+    assert handler.name == before
+    assert looked_at(function).name == "elsewhere:another"
+
+
+def test_a_function_of_the_event_alone_is_left_without_what_it_did_not_have() -> None:
+    def function(event: object) -> None: ...
+
+    before = [*map(type, gc.get_referents(function))]
+    EventBus().subscribe(object, function)
+
+    assert [*map(type, gc.get_referents(function))] == before
+
+
+def test_a_function_is_called_as_its_given_signature_says() -> None:
+    def function(event: object) -> None: ...
+
+    given = inspect.Signature([inspect.Parameter("event", inspect.Parameter.KEYWORD_ONLY)])
+    function.__signature__ = given  # type: ignore[attr-defined]
+
+    assert refusal(function) == (
+        f"{name_of(function)} ({place(function)}) cannot be "
+        f"called with an event: its signature is {given}. It needs a positional parameter for the "
+        "event"
     )
 
 
