@@ -1014,20 +1014,23 @@ def delivering() -> dict[object, EventContext]:
     return {} if context is None or not context._is_delivery else {context._core.bus: context}
 
 
-@contextmanager
-def entered(
-    context: EventContext, enclosing: EventContext | None, origin: object = None
-) -> Generator[None]:
-    """Open it inside `enclosing` alone, whatever is active; active for the block, then not ended.
+def enter(context: EventContext, enclosing: EventContext | None, origin: object) -> None:
+    """Open it inside `enclosing` alone, whatever is active, and make it the active one.
 
-    For those who end a unit of work elsewhere than where it was begun, with `finish`.
+    For those who `leave` a unit of work in one place and end it in another, with `finish`. It
+    hands nothing over: `enclosing` is of another bus.
     """
-    context._open(enclosing)
+    context._open(enclosing, nested=False)
     context._origin = origin
-    context._activate()
-    try:
-        yield
-    finally:
+    context._before = _current()
+    _active.set(context)
+
+
+def leave(context: EventContext) -> None:
+    """It is the active one no longer, and goes on."""
+    if context._before is None and _active.get() is context:  # so it is in nearly all requests
+        _active.set(None)
+    else:
         context._leave()
 
 

@@ -8,21 +8,22 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Generator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from types import MappingProxyType
 from typing import Any
 
 from anyio import create_task_group, move_on_after
-from anyio.lowlevel import RunVar
+from anyio.lowlevel import current_token
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eventkit._bus import EventBus, core_of
-from eventkit._context import EventContext, abandon, close_if_idle, entered, finish, outside
+from eventkit._context import EventContext, abandon, close_if_idle, enter, finish, leave, outside
 from eventkit._drainer import Drainer
 from eventkit._handlers import is_duration
 from eventkit._log import log
@@ -30,7 +31,6 @@ from eventkit._log import log
 __all__ = ["EventContextMiddleware", "Origin", "Outcome", "succeeded"]
 
 _SCOPE_KEY = "eventkit"
-_numbers = count()
 _MAX_LAYERS = 100  # of middleware around an app, which may lead back to themselves
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})  # RFC 9110, section 9.2.1
 
@@ -63,6 +63,10 @@ class Origin:
     state: Mapping[str, Any]  # as ASGI defines it
 
 
+_NOWHERE = Origin(None, MappingProxyType({}))
+_Running = tuple[Drainer, Origin]  # a lifespan, as its requests know it
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a request ended, for `deliver_if` to judge.
@@ -86,7 +90,11 @@ def succeeded(outcome: Outcome) -> bool:
 
     A client that leaves early does not make its request fail.
     """
-    return outcome.exception is None and outcome.status is not None and outcome.status < 400
+    return _is_success(outcome.status, outcome.exception)
+
+
+def _is_success(status: int | None, error: BaseException | None) -> bool:
+    return error is None and status is not None and status < 400
 
 
 class EventContextMiddleware:
@@ -174,64 +182,78 @@ class EventContextMiddleware:
         self._shutdown_timeout = shutdown_timeout
         self._background = background
         self._announced = False
-        # One per running event loop: a module-level app may be served by several. Numbered,
-        # because older versions of AnyIO tell variables apart by their names.
-        self._lifespan: RunVar[tuple[Drainer, Origin] | None] = RunVar(
-            f"eventkit_lifespan_{next(_numbers)}", None
-        )
+        self._origin = _NOWHERE  # of the last request that no lifespan surrounded
+        # By event loop, for a module-level app may be served by several, in several threads: each
+        # changes its own entry alone. Of several on one loop the last to begin is the last.
+        self._lifespans: dict[object, tuple[_Running, ...]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one scope, as ASGI defines it."""
-        if scope["type"] == "http":
-            await self._serve_request(scope, receive, send)
-        elif scope["type"] == "lifespan":
-            await self._serve_lifespan(scope, receive, send)
-        else:
-            # A websocket has a bus all the same.
-            scope[_SCOPE_KEY] = {**scope.get(_SCOPE_KEY, {}), self.bus: None}
-            with outside(_WEBSOCKET, self._surroundings(scope)[1]):
-                await self.app(scope, receive, send)
-
-    async def _serve_request(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._serve_other(scope, receive, send)
+            return
         # Joined by this mark alone: context variables of tests and servers leak into requests.
-        marks: dict[EventBus, EventContext] = scope.get(_SCOPE_KEY, {})
-        around = {bus: context for bus, context in marks.items() if not context.closed}
+        marks: dict[EventBus, EventContext] | None = scope.get(_SCOPE_KEY)
+        around = _still_open(marks) if marks else {}
         if self.bus in around:
             await self.app(scope, receive, send)
             return
-        self._announce()
+        if not self._announced:
+            self._announce()
         drainer, origin = self._surroundings(scope)
-        if drainer is not None and not await self._has_room(drainer, scope):
+        if drainer is not None and drainer.full and not await self._has_room(drainer, scope):
             await self._refuse(scope, receive, send)
             return
         context = self.bus.context()
         scope[_SCOPE_KEY] = {**around, self.bus: context}
-        response = _Response(scope, send)
+        response = _Response(send)
         if drainer is not None:
             drainer.expect(context)
+        enter(context, next(reversed(around.values())) if around else None, origin)
         try:
-            with entered(context, next(reversed(around.values()), None), origin):
+            try:
                 await self.app(scope, receive, response.send)
+            finally:
+                leave(context)
         except GeneratorExit:  # closed from outside: nothing can be awaited any more
-            abandon(context)
-            if drainer is not None:
-                drainer.forget(context)
+            self._abandon(context, drainer)
             raise
         except BaseException as error:
-            await self._end(context, response.outcome(error), drainer)
+            await self._end(context, drainer, self._judge(scope, response, error))
             raise
-        await self._end(context, response.outcome(None), drainer)
+        await self._end(context, drainer, self._judge(scope, response, None))
+
+    async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._serve_lifespan(scope, receive, send)
+            return
+        # A websocket has a bus all the same.
+        scope[_SCOPE_KEY] = {**scope.get(_SCOPE_KEY, {}), self.bus: None}
+        with outside(_WEBSOCKET, self._surroundings(scope)[1]):
+            await self.app(scope, receive, send)
 
     def _surroundings(self, scope: Scope) -> tuple[Drainer | None, Origin]:
         """Who delivers the request's events, None where it does so itself, and where it came in."""
-        running = self._lifespan.get()
-        if running is None:
-            return None, Origin(self._app_of(scope), dict(scope.get("state", {})))
-        drainer, origin = running  # one for all requests, that they need not have their own
+        # Nobody is asked for the loop where there is nothing to find: that takes 2 µs.
+        lifespans = self._lifespans.get(current_token()) if self._lifespans else None
+        if lifespans is None:
+            return None, self._origin_of(scope)
+        drainer, origin = lifespans[-1]  # one for all requests, that they need not have their own
         background = self._background
         if background is None:
             background = "spec_version" in scope.get("asgi", {})
         return drainer if background else None, origin
+
+    def _origin_of(self, scope: Scope) -> Origin:
+        """Where it came in; requests that bring no state share one, for as long as it is alike."""
+        app, state, origin = scope.get("app"), scope.get("state"), self._origin
+        if app is None or app is not origin.app:
+            app = self._app_of(scope)
+        if state:
+            return Origin(app, dict(state))
+        if app is not origin.app:
+            self._origin = origin = Origin(app, _NOWHERE.state)
+        return origin
 
     def _app_of(self, scope: Scope) -> Starlette | None:
         """The application around the middleware, or inside where it was wrapped by hand."""
@@ -242,17 +264,21 @@ class EventContextMiddleware:
             app = getattr(app, "app", None)
         return None
 
-    async def _end(self, context: EventContext, outcome: Outcome, drainer: Drainer | None) -> None:
-        success = self._judge(outcome)
+    async def _end(self, context: EventContext, drainer: Drainer | None, success: bool) -> None:
         if drainer is not None:
             drainer.submit(context, success=success)
         elif not close_if_idle(context, success=success):
             with move_on_after(self._shutdown_timeout, shield=True):
                 await finish(context, success=success)
 
+    def _abandon(self, context: EventContext, drainer: Drainer | None) -> None:
+        abandon(context)
+        if drainer is not None:
+            drainer.forget(context)
+
     async def _has_room(self, drainer: Drainer, scope: Scope) -> bool:
         """Hold an unsafe request while too many deliveries wait; False if they still do."""
-        if not drainer.full or scope["method"] in _SAFE_METHODS:
+        if scope["method"] in _SAFE_METHODS:
             return True
         return await drainer.wait_for_room(self._overload_timeout)
 
@@ -281,25 +307,40 @@ class EventContextMiddleware:
             )
             close = partial(drainer.close, self._shutdown_timeout)
             origin = Origin(self._app_of(scope), scope.get("state", {}))
-            token = self._lifespan.set((drainer, origin))
             try:
-                with outside(_LIFESPAN, origin):
+                with self._running((drainer, origin)), outside(_LIFESPAN, origin):
                     await lifespan.run(self.app, scope, ready=self._announce, stopping=close)
             finally:
-                self._lifespan.reset(token)
                 await close()  # where no shutdown came: the app has ended, or was cancelled
             if drainer.stuck:  # the group waits for these handlers, and the server need not
                 await lifespan.bid_farewell()
         await lifespan.end()
 
-    def _judge(self, outcome: Outcome) -> bool:
+    @contextmanager
+    def _running(self, lifespan: _Running) -> Generator[None]:
+        """Requests of this event loop find the lifespan during the block."""
+        loop, lifespans = current_token(), self._lifespans
+        lifespans[loop] = (*lifespans.get(loop, ()), lifespan)
         try:
-            return self._deliver_if(outcome)
-        except Exception as error:  # noqa: BLE001 - a predicate is user code
+            yield
+        finally:
+            left = tuple(other for other in lifespans.pop(loop) if other is not lifespan)
+            if left:
+                lifespans[loop] = left
+
+    def _judge(self, scope: Scope, response: _Response, error: BaseException | None) -> bool:
+        """Whether the request succeeded, given what the app raised."""
+        if response.losses:
+            error = response.without_losses(error)
+        if self._deliver_if is succeeded:  # and needs no `Outcome` to say so
+            return _is_success(response.status, error)
+        try:
+            return self._deliver_if(Outcome(scope, response.status, response.body_complete, error))
+        except Exception as failure:  # noqa: BLE001 - a predicate is user code
             log(
                 logging.ERROR,
                 "deliver_if failed, so the request's events are discarded",
-                error=error,
+                error=failure,
                 bus=self.bus.name,
             )
             return False
@@ -317,6 +358,10 @@ class EventContextMiddleware:
             event_types=", ".join(sorted({entry["event_type"] for entry in wiring})),
             handlers=len(wiring),
         )
+
+
+def _still_open(marks: Mapping[EventBus, EventContext]) -> dict[EventBus, EventContext]:
+    return {bus: context for bus, context in marks.items() if not context.closed}
 
 
 class _Lifespan:
@@ -402,36 +447,35 @@ class _Lifespan:
 class _Response:
     """What has been sent of one response, and whether the client was there to take it."""
 
-    __slots__ = ("_body_complete", "_losses", "_scope", "_send", "_status")
+    # Here and not in `__init__`, for this is made for every request.
+    status: int | None = None
+    body_complete = False
+    losses: tuple[OSError, ...] = ()
 
-    def __init__(self, scope: Scope, send: Send) -> None:
-        self._scope = scope
+    def __init__(self, send: Send) -> None:
         self._send = send
-        self._status: int | None = None
-        self._body_complete = False
-        self._losses: list[OSError] = []
 
     async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self._status = message["status"]  # also for a client that has just left
+        kind = message["type"]
+        if kind == "http.response.start":
+            self.status = message["status"]  # also for a client that has just left
         try:
             await self._send(message)
         except OSError as error:  # ASGI 2.4: what a server raises when the client has left
-            self._losses.append(error)
+            self.losses = (*self.losses, error)
             raise
-        if message["type"] in _BODY:
-            self._body_complete = not message.get("more_body", False)
+        if kind in _BODY:
+            self.body_complete = not message.get("more_body", False)
 
-    def outcome(self, error: BaseException | None) -> Outcome:
-        """How it ended, given what the app raised. To be asked once."""
-        if error is not None and self._losses and self._is_loss(error):
-            error = None
-        self._losses.clear()  # their tracebacks lead back here, which would close a ring
-        return Outcome(self._scope, self._status, self._body_complete, error)
+    def without_losses(self, error: BaseException | None) -> BaseException | None:
+        """What the app raised; None if that says only that the client has left. To be asked once.
 
-    def _is_loss(self, error: BaseException) -> bool:
-        """Whether it says nothing but that the client has left, as Starlette or `send` say it."""
+        Starlette says so in its own way, and `send` in that of the server.
+        """
+        losses, self.losses = self.losses, ()  # their tracebacks lead back here: a ring
+        if error is None:
+            return None
         _, other = BaseExceptionGroup("", [error]).split(
-            lambda part: isinstance(part, ClientDisconnect) or part in self._losses
+            lambda part: isinstance(part, ClientDisconnect) or part in losses
         )
-        return other is None
+        return None if other is None else error

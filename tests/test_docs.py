@@ -15,7 +15,8 @@ import pytest
 from starlette.testclient import TestClient
 
 import eventkit
-from eventkit._context import abandon, entered
+from eventkit._context import abandon
+from tests.witness import entered
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -140,7 +141,7 @@ def test_the_rescue_of_the_shutdown_page_writes_to_a_file(
     monkeypatch.chdir(tmp_path)
     module = run_page(ROOT / "docs" / "shutdown.md")
     context = module.bus.context()
-    with entered(context, None):
+    with entered(context):
         module.bus.publish(module.OrderPlaced(1))
         context.release()
     abandon(context)

@@ -26,9 +26,8 @@ from trio.testing import MockClock
 
 from eventkit import Delivery, EventBus, EventContext, Observer, Stats
 from eventkit._bus import core_of
-from eventkit._context import entered
 from eventkit._drainer import Drainer
-from tests.witness import assert_settled, witnessed
+from tests.witness import assert_settled, entered, witnessed
 
 pytestmark = pytest.mark.anyio
 
@@ -58,7 +57,7 @@ async def draining(
 def unit(bus: EventBus, *events: object, **options: Any) -> EventContext:
     """A unit of work in which these events were published, and nothing was decided."""
     context = bus.context()
-    with entered(context, None):
+    with entered(context):
         bus.publish(*events, **options)
     return context
 
@@ -533,7 +532,7 @@ async def test_at_the_deadline_expected_units_lose_what_nobody_has_released(bus:
 
     async with draining(bus) as drainer:
         context = bus.context()
-        with entered(context, None):
+        with entered(context):
             bus.publish("released")
             context.release()
             bus.publish("undecided")

@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import math
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import anyio
 import httpx
 import pytest
+import trio
 from anyio import (
     CancelScope,
     Event,
@@ -434,6 +437,116 @@ def test_one_app_is_served_on_one_event_loop_after_the_other(bus: EventBus) -> N
             "shutdown.complete",
         ]
         trace.clear()
+
+
+def test_one_app_on_several_event_loops_at_once_delivers_each_request_on_its_own(
+    bus: EventBus,
+) -> None:
+    at_home: list[bool] = []
+
+    @bus.on(str)
+    async def note(event: str) -> None:
+        at_home.append(event == f"/{threading.get_ident()}")
+
+    app = wrapped(publishing(bus), bus)
+    backends = ["asyncio", "trio"] * 2
+    together = threading.Barrier(len(backends))
+
+    async def serve() -> None:
+        async with lifespan_of(app):
+            together.wait(10)
+            for _ in range(3):
+                await request(app, f"/{threading.get_ident()}")
+            await wait_all_tasks_blocked()
+            together.wait(10)
+
+    def serve_on(backend: str) -> None:
+        anyio.run(serve, backend=backend)
+
+    with ThreadPoolExecutor(len(backends)) as threads:
+        list(threads.map(serve_on, backends))
+
+    assert at_home == [True] * 12
+    assert_settled(bus)
+
+
+IN_THE_REQUEST = ["start 200", "end of body", "handling /", "handled /", "returned"]
+IN_THE_BACKGROUND = ["start 200", "end of body", "returned", "handling /", "handled /"]
+
+
+async def way_of(app: ASGIApp, trace: list[str]) -> list[str]:
+    """What is noted of one request, until it is delivered."""
+    trace.clear()
+    await request(app, trace=trace)
+    await wait_all_tasks_blocked()
+    return list(trace)
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_lifespan_on_a_loop_that_stands_still_is_left_alone_by_other_loops_of_its_thread(
+    bus: EventBus, trace: list[str], backend: str
+) -> None:
+    app = wrapped(publishing(bus), bus)
+    lifespan = Lifespan(app)
+    with asyncio.Runner() as still:
+        running = still.get_loop().create_task(lifespan.run())
+        still.run(lifespan.start())
+
+        assert anyio.run(way_of, app, trace, backend=backend) == IN_THE_REQUEST
+        assert still.run(way_of(app, trace)) == IN_THE_BACKGROUND
+
+        still.run(lifespan.stop())
+        still.get_loop().run_until_complete(running)
+    assert anyio.run(way_of, app, trace, backend=backend) == IN_THE_REQUEST
+
+
+async def as_guest(main: Callable[[], Awaitable[Any]]) -> Any:
+    """What it returns, run by Trio as a guest on the loop of asyncio that runs the caller."""
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+    trio.lowlevel.start_guest_run(
+        main,
+        run_sync_soon_threadsafe=loop.call_soon_threadsafe,
+        done_callback=ended.set_result,
+        host_uses_signal_set_wakeup_fd=True,
+    )
+    return (await ended).unwrap()
+
+
+async def test_a_guest_of_the_loop_that_a_lifespan_runs_on_is_a_loop_of_its_own(
+    bus: EventBus, trace: list[str], anyio_backend: Backend
+) -> None:
+    if anyio_backend[0] != "asyncio":
+        pytest.skip("the host is asyncio's")
+    app = wrapped(publishing(bus), bus)
+
+    async def serve() -> list[str]:
+        async with lifespan_of(app):
+            return await way_of(app, trace)
+
+    async with lifespan_of(app):
+        assert await as_guest(partial(way_of, app, trace)) == IN_THE_REQUEST
+        assert await as_guest(serve) == IN_THE_BACKGROUND
+        assert await way_of(app, trace) == IN_THE_BACKGROUND
+    assert await as_guest(partial(way_of, app, trace)) == IN_THE_REQUEST
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+async def test_of_two_lifespans_on_one_loop_the_one_that_goes_on_delivers(
+    bus: EventBus, trace: list[str], order: tuple[int, int]
+) -> None:
+    app = wrapped(publishing(bus), bus)
+    lifespans = [Lifespan(app), Lifespan(app)]
+
+    async with create_task_group() as tasks:
+        for lifespan in lifespans:
+            tasks.start_soon(lifespan.run)
+            await lifespan.start()
+        for ends in order:
+            assert await way_of(app, trace) == IN_THE_BACKGROUND
+            await lifespans[ends].stop()
+            await wait_all_tasks_blocked()
+    assert await way_of(app, trace) == IN_THE_REQUEST
 
 
 # Apps that have no lifespan, or a broken one.

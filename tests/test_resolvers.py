@@ -13,6 +13,8 @@ from typing import Any, ForwardRef
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
+from starlette.applications import Starlette
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eventkit import (
     DispatchError,
@@ -24,6 +26,8 @@ from eventkit import (
     Resolver,
     current_delivery,
 )
+from eventkit.starlette import EventContextMiddleware, Origin
+from tests.asgi import Exchange, respond
 from tests.dispatching import (
     Boom,
     Cancel,
@@ -567,3 +571,75 @@ def test_a_container_of_ones_own_needs_no_fastapi(shed: Shed) -> None:
     bus.subscribe(Ping, on_loop)
 
     assert shed.compiled == [["tool"]]
+
+
+# Which application it is told of, where a request without a lifespan publishes.
+
+
+def spoiling(bus: EventBus) -> ASGIApp:
+    """An app that publishes, and changes what the request came in with."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        bus.publish(Ping())
+        scope["app"] = Starlette()
+        scope.setdefault("state", {})["name"] = "something of this request"
+        await respond(send)
+
+    return app
+
+
+async def origin_of(app: ASGIApp, shed: Shed, scope: Mapping[str, Any] | None = None) -> Origin:
+    """What the resolver is told of a request with this in its scope."""
+    exchange = Exchange()
+    exchange.scope.update(scope or {})
+    await exchange.run(app)
+    origin = shed.origins.pop()
+    assert isinstance(origin, Origin)
+    return origin
+
+
+async def test_a_request_tells_of_the_application_and_the_state_that_it_came_in_with(
+    bus: EventBus, shed: Shed
+) -> None:
+    bus.subscribe(Ping, on_loop)
+    app = EventContextMiddleware(spoiling(bus), bus)
+    one, other = Starlette(), Starlette()
+
+    for known in (None, one, one, other, one, None):
+        for state in ({}, {"name": "a state"}, {}):
+            scope: Scope = {"app": known, "state": dict(state)}
+            origin = await origin_of(app, shed, scope)
+            assert origin.app is known
+            assert origin.state == state
+
+
+async def test_an_application_that_was_wrapped_by_hand_is_found_also_if_it_comes_late(
+    bus: EventBus, shed: Shed
+) -> None:
+    class Late:
+        app: object = None
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            await spoiling(bus)(scope, receive, send)
+
+    bus.subscribe(Ping, on_loop)
+    late = Late()
+    app = EventContextMiddleware(late, bus)
+
+    assert (await origin_of(app, shed)).app is None
+    late.app = Starlette()
+    assert (await origin_of(app, shed)).app is late.app
+    late.app = Starlette()
+    assert (await origin_of(app, shed)).app is late.app
+
+
+async def test_what_requests_share_of_their_origin_cannot_be_changed(
+    bus: EventBus, shed: Shed
+) -> None:
+    bus.subscribe(Ping, on_loop)
+    app = EventContextMiddleware(spoiling(bus), bus)
+
+    origin = await origin_of(app, shed)
+    assert origin is await origin_of(app, shed)
+    with pytest.raises(TypeError):
+        origin.state["name"] = "for all"  # type: ignore[index] # pyright: ignore[reportIndexIssue]

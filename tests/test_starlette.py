@@ -1,6 +1,8 @@
 """The middleware's part at the end of a request: what is delivered, and what may go wrong."""
 
+import gc
 import logging
+import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -142,6 +144,39 @@ async def test_deliver_if_is_told_of_a_client_that_has_left_before_the_response(
         await wrapped(scope, checkpoint, gone)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
     assert outcomes == [Outcome(scope, 200, False, None)]
+    assert trace == DELIVERED
+
+
+async def test_that_a_client_has_left_is_forgotten_where_the_app_minds_it_not(
+    bus: EventBus, trace: list[str]
+) -> None:
+    class Gone(OSError):
+        """That the client has left."""
+
+    raised: list[weakref.ref[Gone]] = []
+
+    async def gone(_: Message) -> None:
+        await checkpoint()
+        error = Gone()
+        raised.append(weakref.ref(error))
+        try:
+            raise error
+        finally:
+            del error
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        bus.publish("ordered")
+        with suppress(OSError):
+            await respond(send)
+
+    wrapped = EventContextMiddleware(app, bus)
+    gc.collect()
+    gc.disable()
+    try:
+        await wrapped(Exchange().scope, checkpoint, gone)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+        assert [error() for error in raised] == [None]
+    finally:
+        gc.enable()
     assert trace == DELIVERED
 
 

@@ -1,9 +1,13 @@
 """What tests share: a witness of what becomes of deliveries, the law of every bus, handlers."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib.metadata import version
 
 import pytest
 
+from eventkit import EventContext
+from eventkit._context import enter, leave
 from eventkit.testing.contract._bus import (
     Witness,
     assert_settled,
@@ -17,6 +21,7 @@ __all__ = [
     "Witness",
     "assert_settled",
     "calling",
+    "entered",
     "freed_by_anyio",
     "ignore",
     "nothing",
@@ -28,3 +33,13 @@ freed_by_anyio = pytest.mark.skipif(
     tuple(map(int, version("anyio").split(".")[:2])) < (4, 12),
     reason="older releases of AnyIO keep exceptions, and what they lead to, in rings",
 )
+
+
+@contextmanager
+def entered(context: EventContext) -> Generator[None]:
+    """The unit of work is the active one during the block, as in a request, and goes on after."""
+    enter(context, None, None)
+    try:
+        yield
+    finally:
+        leave(context)

@@ -11,10 +11,10 @@ import pytest
 from anyio import CancelScope, create_task_group, to_thread
 
 from eventkit import Delivery, EventBus, EventRouter, Observer
-from eventkit._context import abandon, entered
+from eventkit._context import abandon
 from eventkit.testing import EventCapture, UnexpectedFailures
 from tests.kit.orders import OrderPlaced, ReceiptSent, Viewed, make_bus
-from tests.witness import assert_settled, nothing
+from tests.witness import assert_settled, entered, nothing
 
 pytestmark = pytest.mark.anyio
 
@@ -250,7 +250,7 @@ async def test_a_unit_that_is_abandoned_has_published_what_it_released(
     bus: EventBus, events: EventCapture
 ) -> None:
     unit = bus.context()
-    with entered(unit, None):
+    with entered(unit):
         bus.publish(OrderPlaced(1), Viewed("kept"))
         unit.release()
         bus.publish(OrderPlaced(2), Viewed("lost"))
