@@ -401,11 +401,14 @@ class _Worker:
             alike = turn.alike
             for place in crew.places:
                 handler = turn.handlers[place]
-                if alike and handler.solver is None:
+                if alike:
                     function, argument = handler.function, turn.event
+                    if handler.solver is not None:
+                        function = partial(handler.with_dependencies, handler.solver, turn.origin)
                 elif handler.in_thread and self._is_first:
                     # It is sure to wait, and a native cancellation would not wait for its thread.
                     # That can only reach the task that dispatches, so it goes to another one.
+                    self.place = None
                     crew.hand_over(place)
                     return None
                 else:
@@ -481,10 +484,8 @@ class _Worker:
             pass
         finally:
             _stepped_from.set(elsewhere)
-            del (
-                sent,
-                thrown,
-            )  # or this frame and the traceback of what they hold keep each other alive
+            # Or this frame and the traceback of what they hold keep each other alive.
+            del sent, thrown
 
     def _settle(self, variables: Context, error: BaseException) -> bool:
         """Account for what came out of the handler; False where it ends more than that."""

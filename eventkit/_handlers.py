@@ -153,7 +153,7 @@ class Handler:
             InvalidHandlerError: It returned a generator, whose body nobody would run.
         """
         if self.solver is not None:
-            whole = self.with_dependencies(self.solver, event, origin)
+            whole = self.with_dependencies(self.solver, origin, event)
             if not self.in_thread:
                 return whole
             await whole  # a thread has no deadline, and so neither has what it needs
@@ -172,7 +172,7 @@ class Handler:
             )
         return None
 
-    async def with_dependencies(self, solver: Solver, event: object, origin: object) -> None:
+    async def with_dependencies(self, solver: Solver, origin: object, event: object) -> None:
         """Make the dependencies, run the function to its end, and clean up, in that order."""
         failure: BaseException | None = None
         try:

@@ -184,6 +184,24 @@ class CounterContract(BusContract):
         assert (kinds.count(Boom), kinds.count(EventDepthError), len(kinds)) == (3, 1, 4)
         assert bus.stats.handled == 2 + 2 * 2
 
+    async def test_a_handler_that_has_ended_does_not_run_while_the_next_one_is_in_a_thread(
+        self,
+    ) -> None:
+        bus = self.new_bus()
+        seen: list[tuple[int, int]] = []
+
+        @bus.on(Ping)
+        async def ends(event: Ping) -> None:
+            pass
+
+        @bus.on(Ping)
+        def in_thread(event: Ping) -> None:
+            stats = bus.stats
+            seen.append((stats.handled, stats.running))
+
+        assert await self.deliver(bus, Ping()) == []
+        assert seen == [(1, 1)]
+
     async def test_an_event_without_handlers_is_counted_and_otherwise_nothing(self) -> None:
         bus = self.new_bus()
         assert await self.deliver(bus, Ping()) == []
