@@ -19,10 +19,10 @@ trap first.
 So one task, the *worker*, calls a handler and takes its first step itself, `next(...)`. Mostly
 there is none but that step: the handler has ended, and has cost no task. If it gave a trap instead,
 it wants to wait, but the event loop does not know yet. This is the moment to make sure that nobody
-waits for it: the worker spawns a second worker with all handlers that have *not begun*, then hands
-the trap on to the event loop, and from there on is what an `await` would be, a pipe between the
-loop and this one handler. The second worker does the same with the rest. Ten handlers that wait
-are ten workers, ten that do not are one.
+waits for it: the worker has a second one spawned, which goes on with the handlers that have *not
+begun*, and then hands the trap on to the event loop. From there on it is what an `await` would be,
+a pipe between the loop and this one handler. The second worker does the same, and a third one goes
+on. Ten handlers that wait are ten workers, ten that do not are one.
 
     worker 1:  a  b  c~~~~~~~~~~~~~~~~~~c      a, b, d, e and f never wait, c and g do
     worker 2:         d  e  f  g~~~~~g
@@ -31,6 +31,11 @@ Nothing that has begun ever changes its task, and that is what keeps it correct:
 scopes, shields, timeouts and task groups belong to the task that it began in, and each worker
 drives one handler at a time. Only what has not begun is given away, and the continuation is stolen
 rather than the handler.
+
+What all workers of a unit of work share is the *crew*: the event at hand, what has not begun of it,
+and the one cancel scope around them, that of their task group where there is one. Its deadline is
+the time limit of the event. A scope for each handler would cost more than a handler that does not
+wait, and none can be opened once the handler waits.
 
 What can be told apart from a task per handler: handlers that do not wait share the identity of
 their worker, the first worker being the task that dispatches; and a handler that waits is stepped,
@@ -309,10 +314,9 @@ class _Crew:
             self._joined = None
 
     def start_clock(self) -> None:
-        """Give the event its time, which begins when a handler first waits.
+        """Give the event its time, which begins when the first of its handlers waits.
 
-        All its handlers have one deadline: they begin together, and a scope for each of them would
-        cost more than a handler that does not wait. Sequential ones have it one after the other.
+        They have it together, for they begin together; sequential ones one after the other.
         """
         limit = self.terms.timeout
         if limit is not None and self.turn.alike and not self._timed:

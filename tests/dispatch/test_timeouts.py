@@ -1,6 +1,7 @@
 """Dispatch beside its contract: timeouts in virtual time."""
 
 import functools
+from typing import cast
 
 import pytest
 import trio
@@ -91,3 +92,25 @@ async def test_a_timeout_error_has_a_cause_where_several_children_were_cancelled
 
     assert isinstance(error, HandlerTimeoutError)
     assert error.__cause__ is not None
+
+
+@with_trio_time
+@pytest.mark.parametrize("implementation", ["continuation-stealing"], indirect=True)
+async def test_the_handlers_of_an_event_have_their_time_together(new_bus: NewBus) -> None:
+    bus = new_bus(handler_timeout=10)
+    ended: list[float] = []
+    clock = cast("MockClock", trio.lowlevel.current_clock())
+
+    async def computes_and_waits(seconds: float, event: Ping) -> None:
+        clock.jump(seconds)
+        try:
+            await sleep_forever()
+        finally:
+            ended.append(trio.current_time() - started)
+
+    for seconds in (0, 4):
+        bus.subscribe(Ping, functools.partial(computes_and_waits, seconds))
+    started = trio.current_time()
+
+    assert timed_out(await by_drain(bus, Ping())) == [10, 10]
+    assert ended == pytest.approx([10, 10])
