@@ -984,10 +984,10 @@ def active(core: Core) -> EventContext:
     Raises:
         NoEventContextError: There is none; the message names the likely cause.
     """
-    context = _current()
-    if context is not None and context._core is core:
-        return context
-    context = _find(context, core)
+    context = _active.get()
+    if isinstance(context, EventContext) and context._core is core:
+        return context  # as most often; the rest takes as long as a publish
+    context = _find(_current(), core)
     if context is None:
         raise NoEventContextError(core.name, _why_none())
     return context
