@@ -18,22 +18,9 @@ import pytest
 from anyio import CancelScope, create_task_group, from_thread, to_thread, wait_all_tasks_blocked
 from anyio.lowlevel import checkpoint
 
-from eventkit import (
-    DispatchError,
-    DrainReport,
-    EventBus,
-    EventContext,
-    EventContextClosedError,
-)
+from eventkit import DispatchError, DrainReport, EventBus, EventContext, EventContextClosedError
 from eventkit.testing.contract._bus import Gate
-from tests.witness import (
-    assert_settled,
-    calling,
-    freed_by_anyio,
-    ignore,
-    nothing,
-    witnessed,
-)
+from tests.witness import assert_settled, calling, freed_by_anyio, ignore, nothing, witnessed
 
 pytestmark = pytest.mark.anyio
 

@@ -4,12 +4,7 @@ With pytest, the fixture `capevents` is an `EventCapture` of the bus that the fi
 gives.
 """
 
-from eventkit.testing._capture import (
-    DeliveryList,
-    EventCapture,
-    FailureList,
-    UnexpectedFailures,
-)
+from eventkit.testing._capture import DeliveryList, EventCapture, FailureList, UnexpectedFailures
 from eventkit.testing._explain import explain
 from eventkit.testing._fakes import Fake
 from eventkit.testing._recorder import EventList, EventRecorder

@@ -9,17 +9,8 @@ import anyio
 from anyio import create_task_group, wait_all_tasks_blocked
 
 from eventkit._context import EventContext, current_delivery
-from eventkit.exceptions import (
-    EventContextClosedError,
-)
-from eventkit.testing.contract._bus import (
-    BusContract,
-    Gate,
-    calling,
-    for_each,
-    ignore,
-    raises,
-)
+from eventkit.exceptions import EventContextClosedError
+from eventkit.testing.contract._bus import BusContract, Gate, calling, for_each, ignore, raises
 
 
 class NestingContract(BusContract):

@@ -7,12 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from eventkit import Publisher
-from examples.shop.orders.events import (
-    OrderPlaced,
-    PaymentDeclined,
-    StockTaken,
-    WaitingListJoined,
-)
+from examples.shop.orders.events import OrderPlaced, PaymentDeclined, StockTaken, WaitingListJoined
 
 
 class OutOfStock(Exception):
