@@ -44,10 +44,11 @@ class Declaration:
 
     __slots__ = ("_declared", "_event_type", "_file", "_line")
 
-    def __init__(self, event_type: type, declared: Handler, place: tuple[str, int | None]) -> None:
+    def __init__(self, event_type: type, declared: Handler, file: str, line: int | None) -> None:
         self._event_type = event_type
         self._declared = declared
-        self._file, self._line = place  # put together when asked: the file's name is shared
+        self._file = file  # shared, and so put together with the line only when asked
+        self._line = line
 
     @property
     def event_type(self) -> type:
@@ -59,7 +60,7 @@ class Declaration:
         """Where it was subscribed, or declared on a router, as `file:line`."""
         return _place(self._file, self._line)
 
-    def refuse_twin(self, twin: Declaration | None) -> None:
+    def _refuse_twin(self, twin: Declaration | None) -> None:
         """Raise if the same handler is there for the same event type already."""
         if twin is not None:
             included_twice = twin._declared is self._declared
@@ -84,8 +85,9 @@ class Subscription(Declaration):
     __slots__ = ("_order", "_registry", "active", "target")
 
     def __init__(self, declaration: Declaration, target: Handler, registry: Registry) -> None:
-        place = declaration._file, declaration._line
-        super().__init__(declaration._event_type, declaration._declared, place)
+        super().__init__(
+            declaration._event_type, declaration._declared, declaration._file, declaration._line
+        )
         self.target: Handler = target
         self.active: bool = True
         self._order = next(_order)
@@ -179,7 +181,7 @@ def declare(
     """
     check_event_type(event_type)
     target = inspect_handler(handler, name=name, timeout=timeout, thread=thread)
-    return Declaration(event_type, target, _calling())
+    return Declaration(event_type, target, *_calling())
 
 
 def check_event_type(event_type: object) -> None:
@@ -415,7 +417,7 @@ class EventRouter(Subscribing):
         self._names.refuse_clashes(declarations)
         for declaration in declarations:
             key = (declaration.event_type, declaration._declared.identity)
-            declaration.refuse_twin(self._declarations.get(key) or added.get(key))
+            declaration._refuse_twin(self._declarations.get(key) or added.get(key))
             added[key] = declaration
         self._declarations.update(added)
         self._names.add(declarations)
@@ -474,7 +476,7 @@ class Registry:
             for declaration, target in zip(declarations, targets, strict=True):
                 event_type, identity = declaration.event_type, target.identity
                 for table in (self._by_type, added):
-                    declaration.refuse_twin(table.get(event_type, {}).get(identity))
+                    declaration._refuse_twin(table.get(event_type, {}).get(identity))
                 subscription = Subscription(declaration, target, self)
                 added.setdefault(event_type, {})[identity] = subscription
             for event_type, subscriptions in added.items():
