@@ -63,8 +63,7 @@ class Origin:
     state: Mapping[str, Any]  # as ASGI defines it
 
 
-_NOWHERE = Origin(None, MappingProxyType({}))
-_Running = tuple[Drainer, Origin]  # a lifespan, as its requests know it
+_NO_STATE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +181,10 @@ class EventContextMiddleware:
         self._shutdown_timeout = shutdown_timeout
         self._background = background
         self._announced = False
-        self._origin = _NOWHERE  # of the last request that no lifespan surrounded
+        self._origin = Origin(None, _NO_STATE)  # of the last request that no lifespan surrounded
         # By event loop, for a module-level app may be served by several, in several threads: each
         # changes its own entry alone. Of several on one loop the last to begin is the last.
-        self._lifespans: dict[object, tuple[_Running, ...]] = {}
+        self._lifespans: dict[object, list[tuple[Drainer, Origin]]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one scope, as ASGI defines it."""
@@ -247,12 +246,12 @@ class EventContextMiddleware:
     def _origin_of(self, scope: Scope) -> Origin:
         """Where it came in; requests that bring no state share one, for as long as it is alike."""
         app, state, origin = scope.get("app"), scope.get("state"), self._origin
-        if app is None or app is not origin.app:
+        if app is None or app is not origin.app:  # to look takes as long as all else here
             app = self._app_of(scope)
         if state:
             return Origin(app, dict(state))
         if app is not origin.app:
-            self._origin = origin = Origin(app, _NOWHERE.state)
+            self._origin = origin = Origin(app, _NO_STATE)
         return origin
 
     def _app_of(self, scope: Scope) -> Starlette | None:
@@ -308,7 +307,7 @@ class EventContextMiddleware:
             close = partial(drainer.close, self._shutdown_timeout)
             origin = Origin(self._app_of(scope), scope.get("state", {}))
             try:
-                with self._running((drainer, origin)), outside(_LIFESPAN, origin):
+                with self._running(drainer, origin), outside(_LIFESPAN, origin):
                     await lifespan.run(self.app, scope, ready=self._announce, stopping=close)
             finally:
                 await close()  # where no shutdown came: the app has ended, or was cancelled
@@ -317,16 +316,17 @@ class EventContextMiddleware:
         await lifespan.end()
 
     @contextmanager
-    def _running(self, lifespan: _Running) -> Generator[None]:
+    def _running(self, drainer: Drainer, origin: Origin) -> Generator[None]:
         """Requests of this event loop find the lifespan during the block."""
-        loop, lifespans = current_token(), self._lifespans
-        lifespans[loop] = (*lifespans.get(loop, ()), lifespan)
+        loop, lifespan = current_token(), (drainer, origin)
+        lifespans = self._lifespans.setdefault(loop, [])
+        lifespans.append(lifespan)
         try:
             yield
         finally:
-            left = tuple(other for other in lifespans.pop(loop) if other is not lifespan)
-            if left:
-                lifespans[loop] = left
+            lifespans.remove(lifespan)
+            if not lifespans:
+                del self._lifespans[loop]
 
     def _judge(self, scope: Scope, response: _Response, error: BaseException | None) -> bool:
         """Whether the request succeeded, given what the app raised."""
