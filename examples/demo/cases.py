@@ -143,22 +143,8 @@ async def _sign_up(stage: Stage) -> Played:
 async def _conflict(stage: Stage) -> Played:
     before = len(stage.warehouse.reports)
     shot = await stage.order("bob", tea=2, teapot=5)
-    runs = shot.story.runs
-    return Played(
-        [shot],
-        [
-            _answered(409, shot),
-            Check("nothing was committed", not shot.story.committed_ns),
-            Check(
-                "the event published before the conflict was discarded, no handler started",
-                bool(runs) and all(_was_discarded(run) for run in runs),
-            ),
-            Check(
-                "no mail, and the warehouse heard nothing",
-                not shot.mails and len(stage.warehouse.reports) == before,
-            ),
-        ],
-    )
+    heard = len(stage.warehouse.reports) - before
+    return Played([shot], [_answered(409, shot), *_came_to_nothing(shot, heard)])
 
 
 async def _failure(stage: Stage) -> Played:
@@ -223,22 +209,8 @@ async def _plain_def(stage: Stage) -> Played:
 async def _rolled_back(stage: Stage) -> Played:
     before = len(stage.warehouse.reports)
     shot = await stage.check("eve", tea=1)
-    runs = shot.story.runs
-    return Played(
-        [shot],
-        [
-            _answered(200, shot),
-            Check("nothing was committed", not shot.story.committed_ns),
-            Check(
-                "what was published was discarded, no handler started",
-                bool(runs) and all(_was_discarded(run) for run in runs),
-            ),
-            Check(
-                "no mail, and the warehouse heard nothing",
-                not shot.mails and len(stage.warehouse.reports) == before,
-            ),
-        ],
-    )
+    heard = len(stage.warehouse.reports) - before
+    return Played([shot], [_answered(200, shot), *_came_to_nothing(shot, heard)])
 
 
 async def _too_late(stage: Stage) -> Played:
@@ -340,6 +312,19 @@ def _all_ended_well(shot: Shot, *handlers: str) -> Check:
     return Check(
         "every handler ended well", ran == set(handlers) and _ended_well(shot), _outcomes(shot)
     )
+
+
+def _came_to_nothing(shot: Shot, heard: int) -> Sequence[Check]:
+    """What holds of a transaction that was rolled back; `heard` are the warehouse's reports."""
+    runs = shot.story.runs
+    return [
+        Check("nothing was committed", not shot.story.committed_ns),
+        Check(
+            "what was published was discarded, no handler started",
+            bool(runs) and all(_was_discarded(run) for run in runs),
+        ),
+        Check("no mail, and the warehouse heard nothing", not shot.mails and not heard),
+    ]
 
 
 def _outcomes(shot: Shot) -> str:
