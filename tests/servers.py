@@ -1,5 +1,6 @@
 """A server in a process of its own: started by a command, ready once it accepts, ended by pid."""
 
+import json
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 HOST = "127.0.0.1"
@@ -105,6 +107,18 @@ def serving(
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # workers that a supervisor has left
             process.wait()
+
+
+def ask(connection: HTTPConnection, method: str, path: str) -> Any:
+    """Make a request and return its answer; the connection has to be the same each time."""
+    before = connection.sock
+    connection.request(method, path)
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    assert response.status == 200, f"{method} {path} was answered {response.status}"
+    assert connection.sock is not None, "the server closed the connection"
+    assert before in (None, connection.sock), "the server had closed the connection"
+    return answer
 
 
 def free_port() -> int:

@@ -1,15 +1,13 @@
 """What holds on real servers, across a process and a socket."""
 
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from http.client import HTTPConnection
-from typing import Any
 
 import pytest
 
-from tests.servers import HOST, Server, serving
+from tests.servers import HOST, Server, ask, serving
 
 Command = Callable[[int], Sequence[str]]
 
@@ -41,18 +39,6 @@ def connection(server: Server) -> Iterator[HTTPConnection]:
     connection = server.connect()
     yield connection
     connection.close()
-
-
-def ask(connection: HTTPConnection, method: str, path: str) -> Any:
-    """Make a request and return its answer; the connection has to be the same each time."""
-    before = connection.sock
-    connection.request(method, path)
-    response = connection.getresponse()
-    answer = json.loads(response.read())
-    assert response.status == 200
-    assert connection.sock is not None, "the server closed the connection"
-    assert before in (None, connection.sock), "the server had closed the connection"
-    return answer
 
 
 def test_a_slow_handler_delays_neither_the_response_nor_the_next_request_on_the_connection(

@@ -1,6 +1,5 @@
 """What holds on every server: nobody waits for handlers, and a shutdown waits for all of them."""
 
-import json
 import os
 import re
 import signal
@@ -9,13 +8,12 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.servers import HOST, PATIENCE, Server, serving
+from tests.servers import HOST, PATIENCE, Server, ask, serving
 
 APP = "tests.server_matrix.app:app"
 
@@ -92,18 +90,6 @@ def connected(server: Server) -> Generator[Callable[[str, str], Any]]:
     connection = server.connect()
     yield partial(ask, connection)
     connection.close()
-
-
-def ask(connection: HTTPConnection, method: str, path: str) -> Any:
-    """Make a request and return its answer; the connection has to be the same each time."""
-    before = connection.sock
-    connection.request(method, path)
-    response = connection.getresponse()
-    answer = json.loads(response.read())
-    assert response.status == 200
-    assert connection.sock is not None, "the server closed the connection"
-    assert before in (None, connection.sock), "the server had closed the connection"
-    return answer
 
 
 def farewell(output: str) -> dict[str, int]:
