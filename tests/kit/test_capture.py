@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
@@ -13,21 +12,10 @@ from anyio import CancelScope, create_task_group, to_thread
 from eventkit import Delivery, EventBus, EventRouter, Observer
 from eventkit._context import abandon
 from eventkit.testing import EventCapture, UnexpectedFailures
-from tests.kit.orders import OrderPlaced, ReceiptSent, Viewed, make_bus
+from tests.kit.orders import OrderPlaced, ReceiptSent, Viewed
 from tests.witness import assert_settled, entered, nothing
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def bus() -> EventBus:
-    return make_bus()
-
-
-@pytest.fixture
-def events(bus: EventBus) -> Iterator[EventCapture]:
-    with EventCapture(bus) as events:
-        yield events
 
 
 async def test_what_is_published_counts_while_its_unit_of_work_is_open(

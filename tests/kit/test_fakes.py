@@ -14,21 +14,10 @@ from fastapi import Depends
 
 from eventkit import DispatchError, EventBus, HandlerTimeoutError
 from eventkit.testing import EventCapture
-from tests.kit.orders import OrderPlaced, ReceiptSent, Viewed, make_bus
+from tests.kit.orders import OrderPlaced, ReceiptSent, Viewed
 from tests.witness import assert_settled
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def bus() -> EventBus:
-    return make_bus()
-
-
-@pytest.fixture
-def events(bus: EventBus) -> Iterator[EventCapture]:
-    with EventCapture(bus) as events:
-        yield events
 
 
 async def publish(bus: EventBus, *published: object) -> None:

@@ -1,7 +1,7 @@
 """Waiting until all has ended, or for one event: on any loop, in threads, and in vain."""
 
 import threading
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -21,21 +21,10 @@ from eventkit import Delivery, EventBus, EventContextUsageError, current_deliver
 from eventkit.starlette import EventContextMiddleware
 from eventkit.testing import EventCapture
 from eventkit.testing._stuck import told, where
-from tests.kit.orders import OrderPlaced, ReceiptSent, Viewed, make_bus
+from tests.kit.orders import OrderPlaced, ReceiptSent, Viewed
 from tests.witness import assert_settled
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def bus() -> EventBus:
-    return make_bus()
-
-
-@pytest.fixture
-def events(bus: EventBus) -> Iterator[EventCapture]:
-    with EventCapture(bus) as events:
-        yield events
 
 
 async def publish(bus: EventBus, *published: object) -> None:

@@ -5,7 +5,7 @@ import pytest
 from eventkit import EventBus
 from eventkit.exceptions import InvalidEventTypeError
 from eventkit.testing import assert_handles, assert_no_orphans
-from tests.kit.orders import OrderPlaced, ReceiptSent, Viewed, make_bus
+from tests.kit.orders import OrderPlaced, ReceiptSent, Viewed
 from tests.witness import nothing
 
 
@@ -13,11 +13,6 @@ class Mailer:
     async def send(self, event: object) -> None: ...
 
     async def __call__(self, event: object) -> None: ...
-
-
-@pytest.fixture
-def bus() -> EventBus:
-    return make_bus()
 
 
 def test_handlers_are_named_by_themselves_or_by_name_and_others_do_not_matter(
