@@ -225,7 +225,12 @@ class _Crew:
     def running(self) -> dict[Delivery, _Steps | None]:
         """What has begun and not ended, each with its coroutine once it has waited."""
         seats = [(worker.place, worker.steps) for worker in self._workers.copy()]
-        return {self.turn.delivery(place): steps for place, steps in seats if place is not None}
+        return {
+            turn.delivery(place): steps
+            for place, steps in seats
+            # For a thread that asks, the next event's turn may have come since.
+            if place is not None and place in (turn := self.turn).places
+        }
 
     @property
     def spent(self) -> bool:

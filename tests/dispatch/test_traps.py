@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextvars import ContextVar
-from types import FrameType, coroutine
+from types import FrameType, SimpleNamespace, coroutine
 from typing import Any
 
 import anyio
@@ -522,3 +522,27 @@ async def test_it_can_be_told_at_which_line_each_handler_waits(bus: EventBus) ->
     assert names[names.index("first") :][:3] == ["first", "deeper", "wait"]
     assert "run_sync" in [frame.f_code.co_name for frame in stuck["plain"]]
     assert whereabouts(core_of(bus).tally) == {}
+
+
+@stealing
+async def test_a_thread_may_ask_what_runs_while_one_event_gives_way_to_the_next(
+    bus: EventBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SeenBefore(list[object]):
+        """As the thread has seen them: at the second handler of the event before."""
+
+        def copy(self) -> list[Any]:  # Any: a worker, as far as it is looked at
+            return [SimpleNamespace(place=1, steps=None)]
+
+    running: list[int] = []
+
+    @bus.on(Ping)
+    async def handler(event: Ping) -> None:
+        (crew,) = core_of(bus).tally.crews
+        with monkeypatch.context() as patch:
+            patch.setattr(crew, "_workers", SeenBefore())
+            running.append(bus.stats.running)
+
+    await bus.dispatch(Ping())
+
+    assert running == [0]
