@@ -246,8 +246,8 @@ class _Crew:
         """Have the handlers run, in one scope, or in several where it is spent in between."""
         first = _Worker(self, is_first=True)
         self._workers.append(first)
+        await first.take_cancellation()
         while not self.fatal and (length_hint(self.places) or self.next_event()):
-            await first.take_cancellation()
             self._timed = False
             if self.lacks_group:
                 async with create_task_group() as self._tasks:
@@ -261,7 +261,8 @@ class _Crew:
                     await first.work()
             else:
                 await first.work()
-            self._scope, self._deadline = None, math.inf
+            self._scope, self._deadline, self._breath = None, math.inf, _BREATH
+            await first.take_cancellation()
 
     def next_event(self) -> bool:
         """Turn to the next event; False where there is none, or something has to be done before."""

@@ -20,6 +20,7 @@ from trio.testing import MockClock
 from eventkit import Delivery, EventBus, _dispatch
 from eventkit._bus import core_of
 from eventkit._dispatch import whereabouts
+from eventkit.testing.contract._timeouts import TINY
 from tests.dispatching import (
     Boom,
     Deliver,
@@ -300,6 +301,33 @@ async def test_a_task_that_was_cancelled_natively_before_starts_no_handler(bus: 
     assert outcomes(bus) == (0, 0, 1)
 
 
+@stealing
+@pytest.mark.usefixtures("on_asyncio")
+@pytest.mark.parametrize("count", [1, 3])
+async def test_a_drain_in_a_task_that_was_cancelled_natively_before_leaves_all_for_the_next_one(
+    bus: EventBus, count: int
+) -> None:
+    async def handler(event: Ping) -> None:
+        pass
+
+    for _ in range(count):
+        bus.subscribe(Ping, functools.partial(handler))
+
+    async def cancelled() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        async with bus.context() as unit:
+            unit.publish(Ping(1), Ping(2))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await unit.drain()
+            await unit.drain()
+
+    await asyncio.ensure_future(cancelled())
+
+    assert outcomes(bus) == (2 * count, 0, 0)
+
+
 @pytest.mark.usefixtures("on_asyncio")
 async def test_a_task_that_has_caught_a_native_cancellation_can_dispatch(
     bus: EventBus, deliver: Deliver
@@ -424,6 +452,24 @@ async def test_every_event_of_a_drain_has_its_whole_time(new_bus: NewBus, count:
 
     assert (report.handled, len(report.failures)) == (3 * count, count)
     assert trio.current_time() - started == pytest.approx(29 * 3 + 30)
+
+
+@pytest.mark.parametrize("before", [0, _dispatch._BREATH - 1, _dispatch._BREATH])
+async def test_a_drain_goes_on_after_a_handler_past_its_time_whichever_event_it_was_of(
+    new_bus: NewBus, before: int
+) -> None:
+    bus = new_bus(handler_timeout=TINY)
+
+    @bus.on(Ping)
+    async def handler(event: Ping) -> None:
+        if event.number == before:
+            await anyio.sleep_forever()
+
+    async with bus.context() as unit:
+        unit.publish(*map(Ping, range(before + 3)))
+        report = await unit.drain()
+
+    assert (report.handled, len(report.failures)) == (before + 2, 1)
 
 
 # Exceptions that end more than a handler
