@@ -339,11 +339,15 @@ class _Crew:
         self._workers.clear()
         self._tasks = self._scope = None
 
-    def end(self, error: BaseException) -> None:
-        """Have everything end, and the first such error propagate."""
-        self.fatal = self.fatal or [error]
+    def end(self, error: BaseException) -> bool:
+        """Have everything end, and the first such error propagate; False for a cancellation."""
+        failures = _failures_in(error)
+        if failures is None:
+            return False
+        self.fatal = self.fatal or [failures]
         if self._tasks is not None:
             self._tasks.cancel_scope.cancel()
+        return True
 
     def lose(self, place: int, outcome: Outcome) -> None:
         """Account for a delivery that did not end well."""
@@ -391,9 +395,8 @@ class _Worker:
                 elif not self._is_first or not await crew.clear_the_way():
                     break
         except BaseException as error:
-            if _failures_in(error) is None:
+            if not crew.end(error):
                 raise
-            crew.end(error)
         finally:
             if self.place is not None:
                 self._lose(Outcome.UNDELIVERED)
@@ -507,8 +510,10 @@ class _Worker:
             return True
         if _failures_in(error) is None and crew.late:
             self._fail(variables, _late(handler, cast("float", crew.terms.timeout), error))
-        else:
-            self._lose(Outcome.UNDELIVERED)
+            # The scope tells the worker again; what the handler has made of it, the scope may not
+            # know for its own.
+            return True
+        self._lose(Outcome.UNDELIVERED)
         return False
 
     def _fail(self, variables: Context, error: Exception) -> None:

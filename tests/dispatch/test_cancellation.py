@@ -4,6 +4,7 @@ import asyncio
 import functools
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import anyio
 import pytest
@@ -12,11 +13,14 @@ from anyio import CancelScope, sleep_forever
 from anyio.lowlevel import checkpoint
 
 from eventkit import EventBus, HandlerCancelledError, _handlers
+from eventkit.testing.contract._timeouts import TINY
 from tests.dispatching import (
     Boom,
     Cancel,
     Deliver,
+    NewBus,
     Ping,
+    Pong,
     all_tasks_blocked,
     kinds_in,
     outcomes,
@@ -306,3 +310,48 @@ async def test_a_failure_beside_a_made_up_cancellation_is_what_is_left(
     (group,) = await deliver(bus, Ping())
 
     assert kinds_in(group) == [Boom]
+
+
+async def test_an_interrupt_beside_a_made_up_cancellation_is_what_propagates(
+    bus: EventBus, deliver: Deliver, anyio_backend_name: str
+) -> None:
+    make_up = cancelled_by_hand if anyio_backend_name == "asyncio" else cancelled_out_of_its_scope
+
+    @bus.on(Ping)
+    async def mixture(event: Ping) -> None:
+        try:
+            await make_up()
+        except anyio.get_cancelled_exc_class() as error:
+            raise BaseExceptionGroup("mixed", [error, KeyboardInterrupt()]) from None
+
+    with pytest.raises(BaseExceptionGroup) as group:
+        await deliver(bus, Ping())
+
+    assert kinds_in(group.value) == [KeyboardInterrupt]
+
+
+@pytest.mark.usefixtures("on_asyncio")
+@pytest.mark.parametrize("count", [1, 3])
+async def test_a_cancellation_that_a_handler_past_its_time_made_up_ends_nobody_else(
+    new_bus: NewBus, count: int
+) -> None:
+    bus = new_bus(handler_timeout=TINY)
+
+    async def makes_it_up(event: Ping) -> None:
+        with suppress(asyncio.CancelledError):
+            await sleep_forever()
+        raise asyncio.CancelledError
+
+    for _ in range(count):
+        bus.subscribe(Ping, functools.partial(makes_it_up))
+    bus.subscribe(Pong, ignore_event)
+
+    async with bus.context() as unit:
+        unit.publish(Ping(), Pong())
+        report = await unit.drain()
+
+    assert (report.handled, len(report.failures)) == (1, count)
+
+
+async def ignore_event(event: object) -> None:
+    pass
