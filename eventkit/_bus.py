@@ -58,8 +58,9 @@ class EventBus(Subscribing):
     Args:
         name: Stands in logs and messages.
         sequential: Handlers of one event run one after the other instead of concurrently.
-        handler_timeout: Seconds that one delivery may take in a drain, None for no limit. A
-            subscription's own `timeout=` goes before it; plain `def`s in a thread have none.
+        handler_timeout: Seconds that the handlers of an event may take in a drain, counted from
+            where the first of them waits; None for no limit. A subscription's own `timeout=` goes
+            before it; plain `def`s in a thread have none, and neither has `dispatch`.
         max_events: How many events with a handler may wait in one unit of work.
         max_depth: How many handlers deep events may cause events.
         resolver: What gives handlers their dependencies; left out, FastAPI's `Depends` does, which
@@ -232,9 +233,15 @@ class EventBus(Subscribing):
         for instance by a timeout around it, cancels the handlers. With no handler, and with
         handlers that do not wait, it is no checkpoint.
 
-        All handlers run at the same time, and only those that wait cost a task: the others are
-        called in the task that dispatches, and share its identity. Asyncio's own `Task.cancel()`
-        reaches one waiting handler there, through shields. `docs/dispatch.md` has all of it.
+        All handlers of an event run at the same time, and only those that wait cost a task: up to
+        the first of them, handlers begin in the task that dispatches, and share its identity.
+        Asyncio's own `Task.cancel()` reaches one waiting handler there, through shields.
+        `docs/dispatch.md` has all of it.
+
+            try:
+                await bus.dispatch(OrderPaid(7))
+            except DispatchError as failed:
+                print(failed.exceptions)  # what handlers raised, each with a note saying which
 
         Raises:
             DispatchError: Handlers failed; the group has every failure.

@@ -190,7 +190,9 @@ def check_event_type(event_type: object) -> None:
     if isinstance(event_type, type) and not alias and event_type is not Any:
         return
     kind = type(event_type)
-    if inspect.isroutine(event_type):
+    if isinstance(event_type, str):
+        remedy = "Give the class itself instead of its name"
+    elif inspect.isroutine(event_type):
         remedy = (
             "A decorator takes the event type in parentheses: @bus.on(UserCreated); subscribe "
             "takes it first: subscribe(UserCreated, handler)"
@@ -329,7 +331,8 @@ class Subscribing:
         """Declare the decorated function a handler, and return it unchanged.
 
         The handlers of an event run at the same time, each in its own context variables. What is
-        kept per task may be shared: only handlers that wait have a task to themselves.
+        kept per task may be shared: no two handlers that wait have the same task, but one that
+        does not wait shares its task with others.
 
         Args:
             event_types: The classes whose instances it takes; subclasses are included. A handler

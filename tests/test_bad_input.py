@@ -493,7 +493,6 @@ def ignore(event: object) -> None: ...
         int | str,
         Union[int, str],  # noqa: UP007 - the old spelling is refused too
         Optional[int],  # noqa: UP045
-        "UserCreated",
         list[int],
         Annotated[int, "positive"],
         NewType("UserId", int),
@@ -513,6 +512,14 @@ def test_what_is_no_class_is_refused_as_an_event_type(bus: EventBus, event_type:
     assert refusal(InvalidEventTypeError, bus.on, int, event_type) == told
     assert refusal(InvalidEventTypeError, EventRouter().on, event_type) == told
     assert refusal(InvalidEventTypeError, bus.handlers_for, event_type) == told
+
+
+def test_the_name_of_a_class_is_no_event_type(bus: EventBus) -> None:
+    subscribe: Any = bus.subscribe
+
+    assert refusal(InvalidEventTypeError, subscribe, "UserCreated", ignore) == (
+        "an event type is a class, not 'UserCreated'. Give the class itself instead of its name"
+    )
 
 
 def test_a_decorator_without_event_types_is_refused(bus: EventBus) -> None:
