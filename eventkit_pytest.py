@@ -28,9 +28,13 @@ _NO_BUS = """\
 capevents needs to know the bus under test, from a fixture of yours named event_bus. Paste this \
 into conftest.py, and have it return the bus that your application publishes to:
 
+    import pytest
+    from eventkit import EventBus
+    from shop import bus  # wherever yours is
+
     @pytest.fixture
     def event_bus() -> EventBus:
-        return app.state.bus
+        return bus
 """
 
 

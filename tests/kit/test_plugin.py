@@ -241,9 +241,12 @@ def test_without_a_bus_the_error_has_the_lines_to_paste(pytester: pytest.Pyteste
     result.stdout.fnmatch_lines(
         [
             "capevents needs to know the bus under test, from a fixture of yours named event_bus.*",
+            "    import pytest",
+            "    from eventkit import EventBus",
+            "    from shop import bus  # wherever yours is",
             "    @pytest.fixture",
             "    def event_bus() -> EventBus:",
-            "        return app.state.bus",
+            "        return bus",
         ]
     )
 
