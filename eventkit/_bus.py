@@ -58,9 +58,9 @@ class EventBus(Subscribing):
     Args:
         name: Stands in logs and messages.
         sequential: Handlers of one event run one after the other instead of concurrently.
-        handler_timeout: Seconds that the handlers of an event may take in a drain, counted from
-            where the first of them waits; None for no limit. A subscription's own `timeout=` goes
-            before it; plain `def`s in a thread have none, and neither has `dispatch`.
+        handler_timeout: Seconds that a handler may take in a drain, counted from when all handlers
+            of its event have begun; None for no limit. A subscription's own `timeout=` goes before
+            it; plain `def`s in a thread have none, and neither has `dispatch`.
         max_events: How many events with a handler may wait in one unit of work.
         max_depth: How many handlers deep events may cause events.
         resolver: What gives handlers their dependencies; left out, FastAPI's `Depends` does, which

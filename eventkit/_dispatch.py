@@ -58,7 +58,6 @@ from typing import Any, Protocol, cast
 
 from anyio import (
     CancelScope,
-    Event,
     create_task_group,
     current_effective_deadline,
     current_time,
@@ -191,7 +190,6 @@ class _Crew:
     __slots__ = (
         "_breath",
         "_deadline",
-        "_joined",
         "_scope",
         "_tasks",
         "_timed",
@@ -218,7 +216,6 @@ class _Crew:
         self._scope: CancelScope | None = None  # around all that the workers do
         self._deadline = math.inf  # what the scope has for one
         self._timed = False  # it is that of the event at hand
-        self._joined: Event | None = None  # there while the first worker waits for its helpers
         self._breath = _BREATH
 
     @property
@@ -239,8 +236,13 @@ class _Crew:
 
     @property
     def late(self) -> bool:
-        """Whether it is because the time of the event at hand is up."""
+        """Whether the scope is cancelled because the time of the event at hand is up."""
         return self.spent and not self.fatal and current_time() >= self._deadline
+
+    @property
+    def has_helpers(self) -> bool:
+        """Whether others than the first worker are at the event at hand."""
+        return len(self._workers) > 1
 
     async def work(self) -> None:
         """Have the handlers run, in one scope, or in several where it is spent in between."""
@@ -248,7 +250,6 @@ class _Crew:
         self._workers.append(first)
         await first.take_cancellation()
         while not self.fatal and (length_hint(self.places) or self.next_event()):
-            self._timed = False
             if self.lacks_group:
                 async with create_task_group() as self._tasks:
                     self._scope = self._tasks.cancel_scope
@@ -256,17 +257,22 @@ class _Crew:
                     await first.work()
                 self._tasks = None
                 self.lacks_group = True  # for what is left of this event
+                del self._workers[1:]  # asyncio may have cancelled a helper before its first step
             elif self.terms.timeout is not None:
                 with CancelScope() as self._scope:
                     await first.work()
             else:
                 await first.work()
-            self._scope, self._deadline, self._breath = None, math.inf, _BREATH
+            self._scope, self._deadline, self._timed = None, math.inf, False
+            self._breath = _BREATH
             await first.take_cancellation()
 
     def next_event(self) -> bool:
-        """Turn to the next event; False where there is none, or something has to be done before."""
-        if len(self._workers) > 1 or not self._breath:
+        """Turn to the next event; False where there is none, or something comes before it.
+
+        That may be the end of helpers, or a breath. Says in `lacks_group` what it needs.
+        """
+        if self.has_helpers or not self._breath:
             return False
         turn = next(self._turns, None)
         if turn is None:
@@ -282,18 +288,14 @@ class _Crew:
         )
         return True
 
-    async def clear_the_way(self) -> bool:
-        """Do what has to be done before the next event; False where that is not for workers."""
-        if len(self._workers) > 1:
-            self._joined = Event()
-            await self._joined.wait()
-        elif not self._breath:
-            self._breath = _BREATH
-            self._set_deadline(math.inf)
-            await checkpoint()
-        else:
+    async def breathe(self) -> bool:
+        """Let other tasks have their turn, if it is time for that; False where it is not."""
+        if self._breath or self.has_helpers:
             return False
-        return not self.spent
+        self._breath = _BREATH
+        self._set_deadline(math.inf)
+        await checkpoint()
+        return True
 
     def get_help(self) -> None:
         """Have another worker begin what has not begun; for one that is about to wait."""
@@ -315,18 +317,21 @@ class _Crew:
     def dismiss(self, helper: _Worker) -> None:
         """Go on without a helper, whose task ends."""
         self._workers.remove(helper)
-        if self._joined is not None and len(self._workers) == 1:
-            self._joined.set()
-            self._joined = None
 
     def start_clock(self) -> None:
-        """Give the event its time, which begins when the first of its handlers waits.
+        """Give the event its time, once all its handlers have begun and one of them waits.
 
-        They have it together, for they begin together; sequential ones one after the other.
+        They have it together. Not sooner, because a spent scope takes no more handlers, and who is
+        shielded may wait for one of them. Sequential ones have it one after the other.
         """
-        limit = self.terms.timeout
-        if limit is not None and self.turn.alike and not self._timed:
-            self._timed = not self.terms.sequential
+        limit, sequential = self.terms.timeout, self.terms.sequential
+        if limit is None or not self.turn.alike:
+            return
+        if length_hint(self.places) and not sequential:
+            if self._deadline != math.inf:  # that of an event before
+                self._set_deadline(math.inf)
+        elif sequential or not self._timed:
+            self._timed = True
             self._set_deadline(current_time() + limit)
 
     def _set_deadline(self, deadline: float) -> None:
@@ -392,7 +397,10 @@ class _Worker:
                 if waiting is not None:
                     crew.get_help()
                     await self._finish(*waiting)
-                elif not self._is_first or not await crew.clear_the_way():
+                    continue
+                if crew.has_helpers:
+                    crew.start_clock()
+                if not self._is_first or not await crew.breathe():
                     break
         except BaseException as error:
             if not crew.end(error):
@@ -421,7 +429,6 @@ class _Worker:
                 elif handler.in_thread and self._is_first:
                     # It is sure to wait, and a native cancellation would not wait for its thread.
                     # That can only reach the task that dispatches, so it goes to another one.
-                    self.place = None
                     crew.hand_over(place)
                     return None
                 else:
@@ -436,8 +443,8 @@ class _Worker:
                 else:
                     if waiting is not None:
                         return variables, *waiting
+                    self.place = None  # and then it is counted: no thread is to see it twice
                     crew.handled += 1
-            self.place = None
             if not self._is_first or not crew.next_event() or crew.lacks_group:
                 return None
 
@@ -501,20 +508,24 @@ class _Worker:
             del sent, thrown
 
     def _settle(self, variables: Context, error: BaseException) -> bool:
-        """Account for what came out of the handler; False where it ends more than that."""
+        """Account for what came out of the handler; False where all has to end for it."""
         crew, place = self._crew, cast("int", self.place)
         handler = crew.turn.handlers[place]
         verdict = _verdict(error, handler, self._requests)
         if isinstance(verdict, Exception):
             self._fail(variables, verdict)
             return True
-        if _failures_in(error) is None and crew.late:
+        if _failures_in(error) is not None:
+            self._lose(Outcome.UNDELIVERED)
+            return False
+        if crew.late:
             self._fail(variables, _late(handler, cast("float", crew.terms.timeout), error))
-            # The scope tells the worker again; what the handler has made of it, the scope may not
-            # know for its own.
-            return True
-        self._lose(Outcome.UNDELIVERED)
-        return False
+        else:
+            self._lose(Outcome.UNDELIVERED)
+        # What the handler has made of a cancellation, its scope may not know for its own. The
+        # worker is told again.
+        self._told = True
+        return True
 
     def _fail(self, variables: Context, error: Exception) -> None:
         turn, place = self._crew.turn, cast("int", self.place)

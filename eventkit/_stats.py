@@ -63,7 +63,8 @@ class Stats:
 class Crew(Protocol):
     """Who runs the handlers of one unit of work, and keeps count of them itself.
 
-    It alone writes here, in one thread, and needs no lock for it.
+    It alone writes here, in one thread, and needs no lock for it: a delivery that ends is first
+    taken out of `running` and then counted.
 
     Attributes:
         handled: How many have ended well; the tally takes over the number when the crew leaves.
@@ -154,9 +155,9 @@ class Tally:
     def snapshot(self) -> Stats:
         """All counters at one moment."""
         with self.lock:
-            running = len(self.running())
             ended = Counter({outcome.value: count for outcome, count in self.ended.items()})
             ended[Outcome.HANDLED.value] += sum(crew.handled for crew in self.crews)
+            running = len(self.running())  # afterwards, or what ends meanwhile would count twice
             return Stats(
                 published=self.published,
                 accepted=self.accepted,

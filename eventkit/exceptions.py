@@ -198,16 +198,13 @@ class HandlerTimeoutError(EventKitError):
 
     Attributes:
         handler: The handler's name.
-        timeout: What it was allowed, in seconds; if by the bus's `handler_timeout`, then together
-            with the other handlers of its event.
+        timeout: What it was allowed, in seconds.
     """
 
     def __init__(self, handler: str, timeout: float) -> None:
         super().__init__(
             f"{handler} was cancelled after {timeout:g} s. Make it faster, or allow it more "
-            "with timeout= when subscribing or EventBus(handler_timeout=...). Without a timeout= "
-            "of its own it shares this time with the event's other handlers, one of which may "
-            "have blocked the event loop"
+            "with timeout= when subscribing or EventBus(handler_timeout=...)"
         )
         self.handler = handler
         self.timeout = timeout

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import gc
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -192,6 +193,58 @@ async def test_the_native_cancellation_of_one_handlers_task_spares_its_siblings(
 
     assert await deliver(bus, Ping()) == []
     assert outcomes(bus) == (1, 0, 1)
+
+
+@pytest.mark.usefixtures("on_asyncio")
+@pytest.mark.filterwarnings("ignore:coroutine '_Worker.help' was never awaited")
+@pytest.mark.parametrize("implementation", ["continuation-stealing"], indirect=True)
+async def test_a_helping_task_that_is_cancelled_before_its_first_step_is_not_waited_for(
+    bus: EventBus, deliver: Deliver
+) -> None:
+    def cancel_helpers() -> None:
+        for task in asyncio.all_tasks():
+            if task.get_name() == "eventkit handlers":
+                task.cancel()
+                cancelled.append(task)
+
+    @bus.on(Ping)
+    async def waits(event: Ping) -> None:
+        asyncio.get_running_loop().call_soon(cancel_helpers)
+        await all_tasks_blocked()
+
+    @bus.on(Ping)
+    async def begins_later(event: Ping) -> None:
+        await checkpoint()
+
+    cancelled: list[asyncio.Task[object]] = []
+
+    assert await deliver(bus, Ping()) == []
+    assert len(cancelled) == 1
+    assert outcomes(bus) == (1, 0, 1)  # AnyIO cancels the group of a task that was cancelled
+    cancelled.clear()
+    gc.collect()  # which warns of what was never awaited
+
+
+@pytest.mark.usefixtures("on_asyncio")
+@pytest.mark.parametrize("count", [1, 3])
+async def test_what_a_handler_makes_of_a_cancellation_is_not_told_to_the_scope_that_made_it(
+    bus: EventBus, deliver: Deliver, count: int
+) -> None:
+    async def handler(event: Ping) -> None:
+        with CancelScope(shield=True):
+            await all_tasks_blocked()
+            scope.cancel()
+            await cancelled_future()
+
+    for _ in range(count):
+        bus.subscribe(Ping, functools.partial(handler))
+
+    with CancelScope() as scope:
+        await deliver(bus, Ping())
+
+    assert scope.cancelled_caught
+    assert outcomes(bus) == (0, 0, count)
+    await checkpoint()
 
 
 # Cancellation that nobody asked for

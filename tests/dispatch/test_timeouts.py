@@ -5,7 +5,7 @@ from typing import cast
 
 import pytest
 import trio
-from anyio import fail_after, sleep_forever
+from anyio import CancelScope, fail_after, sleep_forever
 from trio.testing import MockClock
 
 from eventkit import EventBus, HandlerTimeoutError
@@ -96,7 +96,7 @@ async def test_a_timeout_error_has_a_cause_where_several_children_were_cancelled
 
 @with_trio_time
 @pytest.mark.parametrize("implementation", ["continuation-stealing"], indirect=True)
-async def test_the_handlers_of_an_event_have_their_time_together(new_bus: NewBus) -> None:
+async def test_the_time_of_handlers_is_counted_from_when_all_have_begun(new_bus: NewBus) -> None:
     bus = new_bus(handler_timeout=10)
     ended: list[float] = []
     clock = cast("MockClock", trio.lowlevel.current_clock())
@@ -113,4 +113,28 @@ async def test_the_handlers_of_an_event_have_their_time_together(new_bus: NewBus
     started = trio.current_time()
 
     assert timed_out(await by_drain(bus, Ping())) == [10, 10]
-    assert ended == pytest.approx([10, 10])
+    assert ended == pytest.approx([14, 14])
+
+
+@with_trio_time
+async def test_no_time_is_up_before_all_handlers_have_begun(new_bus: NewBus) -> None:
+    bus = new_bus(handler_timeout=30)
+    clock = cast("MockClock", trio.lowlevel.current_clock())
+    begun = trio.Event()
+
+    async def waits_for_the_last(event: Ping) -> None:
+        with CancelScope(shield=True):
+            await begun.wait()
+
+    async def computes_for_long_and_waits(event: Ping) -> None:
+        clock.jump(31)
+        await sleep_forever()
+
+    async def begins_last(event: Ping) -> None:
+        begun.set()
+
+    for handler in (waits_for_the_last, computes_for_long_and_waits, begins_last):
+        bus.subscribe(Ping, handler)
+
+    assert timed_out(await by_drain(bus, Ping())) == [30]
+    assert outcomes(bus) == (2, 1, 0)
