@@ -310,6 +310,11 @@ class EventContext:
             envelopes = [*self._released, *self._staged]
         return tuple(delivery for envelope in envelopes for delivery in envelope.deliveries())
 
+    def _count_pending(self) -> int:
+        """How many deliveries wait here. Thread-safe."""
+        with self._core.tally.lock:
+            return sum(len(envelope.plan) for envelope in (*self._released, *self._staged))
+
     def publish(self, *events: object, even_on_failure: bool = False) -> None:
         """Say that something happened in this unit of work. See `EventBus.publish`."""
         core = self._core
@@ -454,9 +459,7 @@ class EventContext:
         kind = f"EventContext of bus {self._core.name!r}"
         if self._is_delivery:
             kind = f"{kind} for {self._delivery}"
-        with self._core.tally.lock:
-            pending = sum(len(envelope.plan) for envelope in (*self._released, *self._staged))
-        return f"<{kind}, {self._state.value}, {pending} pending>"
+        return f"<{kind}, {self._state.value}, {self._count_pending()} pending>"
 
     def _open(self, enclosing: EventContext | None, *, nested: bool = True) -> None:
         """Open it inside `enclosing`, whose events' cause it shares.
@@ -1064,6 +1067,11 @@ def abandon(*contexts: EventContext) -> None:
     left = [envelope for context in contexts for envelope in context._clear()]
     for context in contexts[:1]:
         context._drop(left, Outcome.UNDELIVERED)
+
+
+def count_pending(context: EventContext) -> int:
+    """How many deliveries wait in it: `pending` makes them all."""
+    return context._count_pending()
 
 
 def close_if_idle(context: EventContext, *, success: bool) -> bool:

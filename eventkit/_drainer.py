@@ -15,7 +15,14 @@ from functools import partial
 from anyio import CancelScope, Event, create_task_group, get_cancelled_exc_class, move_on_after
 from anyio.abc import TaskGroup
 
-from eventkit._context import Core, EventContext, abandon, close_if_idle, finish
+from eventkit._context import (
+    Core,
+    EventContext,
+    abandon,
+    close_if_idle,
+    count_pending,
+    finish,
+)
 from eventkit._log import log
 
 # How long the clean-up of handlers that were cancelled at the end may hold up the shutdown.
@@ -91,7 +98,7 @@ class Drainer:
         elif self._closed:
             self._abandon(context)
         else:
-            ended = _Ended(context, success, len(context.pending))
+            ended = _Ended(context, success, count_pending(context))
             self._waiting_deliveries += ended.deliveries
             self._waiting.append(ended)
             self._core.tally.shift("units_waiting", 1)
@@ -144,7 +151,7 @@ class Drainer:
             )
 
     def _busy(self) -> bool:
-        return bool(self._waiting or self._draining or any(c.pending for c in self._open))
+        return bool(self._waiting or self._draining or any(map(count_pending, self._open)))
 
     def _stop(self) -> None:
         """Cancel the drains, and close what waits or has not even ended."""
@@ -186,10 +193,7 @@ class Drainer:
         except BaseException as error:  # noqa: BLE001 - it would end the deliveries of everybody
             log(logging.CRITICAL, "a drain was ended", error=error, bus=self._core.name)
         finally:
-            del self._draining[ended]
-            self._core.tally.shift("units_draining", -1)
-            self._start()
-            self._changed()
+            self._give_way(ended)
 
     async def _finish(self, ended: _Ended) -> None:
         try:
@@ -198,6 +202,15 @@ class Drainer:
             raise
         except BaseException as error:  # noqa: BLE001 - asyncio would end the loop for some
             log(logging.CRITICAL, "a drain was ended", error=error, bus=self._core.name)
+        finally:
+            self._give_way(ended)  # its group takes two more turns of the loop to close
+
+    def _give_way(self, ended: _Ended) -> None:
+        """Let the next unit begin, now that this one is done with; once."""
+        if self._draining.pop(ended, None) is not None:
+            self._core.tally.shift("units_draining", -1)
+            self._start()
+            self._changed()
 
     def _make_room(self) -> None:
         if self._room is not None and not self.full:
