@@ -222,7 +222,7 @@ class EventBus(Subscribing):
             InvalidEventTypeError: A class was given instead of an instance of it, or a list or the
                 like that nobody handles instead of the events in it.
         """
-        _context.active(self._core).publish(*events, even_on_failure=even_on_failure)
+        _context.publish(self._core, events, even_on_failure)
 
     async def dispatch(self, event: object) -> None:
         """Run the handlers now, then those of what they publish, and wait for all of them.

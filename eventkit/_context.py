@@ -317,6 +317,10 @@ class EventContext:
 
     def publish(self, *events: object, even_on_failure: bool = False) -> None:
         """Say that something happened in this unit of work. See `EventBus.publish`."""
+        self._accept(events, even_on_failure)
+
+    def _accept(self, events: Sequence[object], even_on_failure: bool) -> None:
+        """Queue the deliveries of all of them, or raise and queue none."""
         core = self._core
         cause = self._delivery if _active.get() is self else _running() or self._delivery
         if cause is not None and cause.depth >= core.max_depth and events:
@@ -981,15 +985,20 @@ async def dispatch(core: Core, event: object) -> None:
         failures.clear()  # a handler's traceback leads to `collect`, which would close a ring
 
 
+def publish(core: Core, events: Sequence[object], even_on_failure: bool) -> None:
+    """Publish in the active unit of work of this bus. See `EventBus.publish`."""
+    context = _active.get()
+    if not isinstance(context, EventContext) or context._core is not core:
+        context = active(core)  # which takes as long as all the rest
+    context._accept(events, even_on_failure)
+
+
 def active(core: Core) -> EventContext:
     """The unit of work of this bus that surrounds the caller, open or not.
 
     Raises:
         NoEventContextError: There is none; the message names the likely cause.
     """
-    context = _active.get()
-    if isinstance(context, EventContext) and context._core is core:
-        return context  # as most often; the rest takes as long as a publish
     context = _find(_current(), core)
     if context is None:
         raise NoEventContextError(core.name, _why_none())
