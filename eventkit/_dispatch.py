@@ -393,15 +393,18 @@ class _Worker:
         crew = self._crew
         try:
             while not crew.spent:
+                self._told = self._natively = False
                 waiting = self._begin_handlers()
                 if waiting is not None:
                     crew.get_help()
                     await self._finish(*waiting)
-                    continue
-                if crew.has_helpers:
-                    crew.start_clock()
-                if not self._is_first or not await crew.breathe():
-                    break
+                elif not self._told:
+                    if crew.has_helpers:
+                        crew.start_clock()
+                    if not self._is_first or not await crew.breathe():
+                        break
+                if self._told:
+                    await self._pass_cancellation()
         except BaseException as error:
             if not crew.end(error):
                 raise
@@ -411,6 +414,8 @@ class _Worker:
 
     def _begin_handlers(self) -> tuple[Context, _Steps, object] | None:
         """Run handlers to their end, one after the other, until there is one that waits.
+
+        Or until one ends with a cancellation, of which the worker has to be told.
 
         Returns:
             Its context variables, its coroutine, and the trap; None where none has begun to wait.
@@ -440,6 +445,8 @@ class _Worker:
                 except BaseException as error:
                     if not self._settle(variables, error):
                         raise
+                    if self._told:
+                        return None
                 else:
                     if waiting is not None:
                         return variables, *waiting
@@ -451,7 +458,6 @@ class _Worker:
     async def _finish(self, variables: Context, steps: _Steps, trap: object) -> None:
         """Go on with a handler that waits, until it has ended."""
         self.steps = steps
-        self._told = self._natively = False
         self._crew.start_clock()
         try:
             await self._drive(variables, steps, trap)
@@ -463,8 +469,6 @@ class _Worker:
             self._crew.handled += 1
         finally:
             self.steps = None
-        if self._told:
-            await self._pass_cancellation()
 
     @coroutine
     def _drive(
@@ -522,9 +526,9 @@ class _Worker:
             self._fail(variables, _late(handler, cast("float", crew.terms.timeout), error))
         else:
             self._lose(Outcome.UNDELIVERED)
-        # What the handler has made of a cancellation, its scope may not know for its own. The
-        # worker is told again.
-        self._told = True
+        # What the handler has made of a cancellation, its scope may not know for its own, and where
+        # none is cancelled it was native, whatever it looks like. The worker is told again.
+        self._told = self._natively = True
         return True
 
     def _fail(self, variables: Context, error: Exception) -> None:
@@ -555,6 +559,7 @@ class _Worker:
         await checkpoint_if_cancelled()
         requests = _cancel_requests()
         if requests > self._requests and self._natively:
+            await checkpoint()  # where the handler did not wait for it, it is still to come
             raise asyncio.CancelledError
         self._requests = requests  # older releases of AnyIO leave some behind
 

@@ -247,6 +247,72 @@ async def test_what_a_handler_makes_of_a_cancellation_is_not_told_to_the_scope_t
     await checkpoint()
 
 
+@pytest.mark.usefixtures("on_asyncio")
+@pytest.mark.parametrize("count", [1, 3])
+async def test_a_native_cancellation_that_looks_like_a_scopes_is_passed_on(
+    bus: EventBus, deliver: Deliver, count: int
+) -> None:
+    """Asyncio makes one of two that come in one turn of the loop, with the message of either."""
+
+    async def handler(event: Ping) -> None:
+        await sleep_forever()
+
+    for _ in range(count):
+        bus.subscribe(Ping, functools.partial(handler))
+
+    task = asyncio.create_task(deliver(bus, Ping()))
+    await all_tasks_blocked()
+    task.cancel("by hand, and by a cancel scope")
+    await asyncio.wait([task])
+
+    assert task.cancelled()
+    assert outcomes(bus) == (0, 0, count)
+
+
+@pytest.mark.usefixtures("on_asyncio")
+@pytest.mark.parametrize("timeout", [None, 3600])
+async def test_a_handler_that_ends_at_once_with_the_cancellation_of_the_caller_ends_the_drain(
+    bus: EventBus, timeout: float | None
+) -> None:
+    async def handler(event: Ping) -> None:
+        scope.cancel()
+        raise asyncio.CancelledError
+
+    bus.subscribe(Ping, handler, timeout=timeout)
+    bus.subscribe(Pong, ignore_event)
+
+    with CancelScope() as scope:
+        async with bus.context() as unit:
+            unit.publish(Ping(), Pong())
+            await unit.drain()
+
+    assert scope.cancelled_caught
+    assert outcomes(bus) == (0, 0, 2)
+    await checkpoint()
+
+
+@pytest.mark.usefixtures("on_asyncio")
+@pytest.mark.parametrize("implementation", ["continuation-stealing"], indirect=True)
+async def test_a_handler_that_cancels_the_dispatching_task_and_ends_so_is_told_of_once(
+    bus: EventBus, deliver: Deliver
+) -> None:
+    @bus.on(Ping)
+    async def cancels(event: Ping) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        raise asyncio.CancelledError
+
+    async def outlives_it() -> None:
+        with pytest.raises(asyncio.CancelledError):
+            await deliver(bus, Ping())
+        await checkpoint()
+
+    await asyncio.create_task(outlives_it())
+
+    assert outcomes(bus) == (0, 0, 1)
+
+
 # Cancellation that nobody asked for
 
 
