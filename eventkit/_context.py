@@ -15,10 +15,9 @@ this module changes them.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
@@ -29,13 +28,12 @@ from types import TracebackType
 from typing import Self, cast
 
 import anyio
-from anyio import from_thread
-from anyio.lowlevel import current_token
 
 from eventkit._dispatch import Seat, Terms, Turn, run_all
 from eventkit._events import Delivery, type_name
 from eventkit._handlers import Handler, thread_level
 from eventkit._log import bind, binds, log
+from eventkit._loops import in_worker_thread, on_event_loop, run
 from eventkit._observers import Observer, contained
 from eventkit._registry import Plan, caller
 from eventkit._stats import Outcome, Tally
@@ -223,7 +221,12 @@ class _Load:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A delivery that failed, and what it raised."""
+    """A delivery that failed.
+
+    Attributes:
+        delivery: Which one: `delivery.handler` is the handler's name, `delivery.event` the event.
+        error: What the handler raised.
+    """
 
     delivery: Delivery
     error: Exception
@@ -440,7 +443,7 @@ class EventContext:
         success = exc is None
         if not self._hand_over(success=success) and not self._close_if_idle(success=success):
             try:
-                _run(self._end, success)
+                run(self._end, success)
             finally:
                 self._abandon()  # there may have been no loop to run it
 
@@ -1016,7 +1019,10 @@ def current_delivery() -> Delivery:
     """
     context = _current()
     if context is None or context._delivery is None:
-        raise NoDeliveryError("current_delivery() is for handlers; this is not one")
+        raise NoDeliveryError(
+            "current_delivery() is for handlers and what they call; nothing here belongs to one. "
+            "Where the delivery's id is needed elsewhere, have the handler pass it on"
+        )
     return context._delivery
 
 
@@ -1145,7 +1151,7 @@ def _why_none() -> str:
         )
     if reason is not None:
         return reason
-    if on_event_loop() or _in_worker_thread():
+    if on_event_loop() or in_worker_thread():
         return (
             "no request or job surrounds the caller. In a web application install the middleware: "
             "app.add_middleware(EventContextMiddleware, bus=bus). Elsewhere, open a unit of work: "
@@ -1162,45 +1168,3 @@ def _why_none() -> str:
         "this is start-up code, a script or a synchronous test. Open a unit of work: "
         "`with bus.context():`"
     )
-
-
-def on_event_loop() -> bool:
-    """Whether the caller is called by an event loop, which must not be blocked."""
-    try:
-        current_token()
-    except RuntimeError:
-        return False
-    return True
-
-
-def _in_worker_thread() -> bool:
-    """Whether AnyIO runs this thread, on behalf of a task of an event loop."""
-    try:
-        from_thread.check_cancelled()
-    except RuntimeError:
-        return False
-    except BaseException:  # noqa: BLE001 - cancelled, and outside a loop nobody says what that is
-        return True
-    return True
-
-
-def _run(end: Callable[[bool], Coroutine[object, object, None]], success: bool) -> None:
-    """Run the end of a synchronous unit of work: on the loop this thread works for, or a new one.
-
-    A worker thread's handlers belong on its own event loop, beside the application's resources.
-    """
-    if _in_worker_thread():
-        from_thread.run(_unless_cancelled, end, success)
-    else:
-        anyio.run(end, success)
-
-
-async def _unless_cancelled(
-    end: Callable[[bool], Coroutine[object, object, None]], success: bool
-) -> None:
-    """Run it, unless the worker thread was cancelled before.
-
-    On asyncio AnyIO cancels no task that begins in a cancelled scope: it could wait for ever.
-    """
-    if anyio.current_effective_deadline() > -math.inf:
-        await end(success)

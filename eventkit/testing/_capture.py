@@ -11,8 +11,9 @@ from typing import Literal, Self, TypeVar
 from anyio.lowlevel import checkpoint
 
 from eventkit._bus import EventBus, core_of, registry_of
-from eventkit._context import Failure, on_event_loop
+from eventkit._context import Failure
 from eventkit._events import Delivery
+from eventkit._loops import on_event_loop
 from eventkit.exceptions import EventContextUsageError, NoEventContextError
 from eventkit.testing._fakes import Fake, Fakes, Named, subscriptions_of
 from eventkit.testing._ledger import Fate, Ledger

@@ -2,11 +2,16 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+# Pytester forgets what its runs are the first to import, and later tests would have it twice.
+for module in ("starlette.testclient", "eventkit.starlette"):
+    import_module(module)
 
 ROOT = Path(__file__).parent.parent.parent
 
