@@ -289,13 +289,16 @@ class _Crew:
         return True
 
     async def breathe(self) -> bool:
-        """Let other tasks have their turn, if it is time for that; False where it is not."""
+        """Let other tasks have their turn, if it is time for that.
+
+        False where it is not, or where a task group comes first.
+        """
         if self._breath or self.has_helpers:
             return False
         self._breath = _BREATH
         self._set_deadline(math.inf)
         await checkpoint()
-        return True
+        return not self.lacks_group
 
     def get_help(self) -> None:
         """Have another worker begin what has not begun; for one that is about to wait."""

@@ -5,13 +5,14 @@ from collections.abc import Awaitable
 from random import Random
 from unittest.mock import AsyncMock
 
+import anyio
 import pytest
 import trio
 from anyio.lowlevel import checkpoint
 from trio._core import _run as trio_runner
 
 from eventkit import EventBus
-from tests.dispatching import Deliver, NewBus, Ping
+from tests.dispatching import Deliver, NewBus, Ping, Pong, outcomes
 
 pytestmark = pytest.mark.anyio
 
@@ -77,3 +78,28 @@ async def test_a_mock_that_is_awaited_is_a_handler(bus: EventBus, deliver: Deliv
 
     assert await deliver(bus, Ping(5)) == []
     mock.assert_awaited_once_with(Ping(5))
+
+
+@pytest.mark.parametrize("before", [98, 99, 100])
+async def test_handlers_wait_for_each_other_wherever_in_a_long_drain_their_event_comes(
+    bus: EventBus, before: int
+) -> None:
+    begun = anyio.Event()
+
+    @bus.on(Pong)
+    async def does_not_wait(event: Pong) -> None:
+        pass
+
+    @bus.on(Ping)
+    async def waits(event: Ping) -> None:
+        await begun.wait()
+
+    @bus.on(Ping)
+    async def is_waited_for(event: Ping) -> None:
+        begun.set()
+
+    with anyio.fail_after(5):
+        async with bus.context() as unit:
+            unit.publish(*[Pong()] * before, Ping())
+
+    assert outcomes(bus) == (before + 2, 0, 0)
