@@ -257,7 +257,8 @@ class _Crew:
                     await first.work()
                 self._tasks = None
                 self.lacks_group = True  # for what is left of this event
-                del self._workers[1:]  # asyncio may have cancelled a helper before its first step
+                # Asyncio may have cancelled helpers before their first step: they say no farewell.
+                del self._workers[1:]
             elif self.terms.timeout is not None:
                 with CancelScope() as self._scope:
                     await first.work()
@@ -324,8 +325,8 @@ class _Crew:
     def start_clock(self) -> None:
         """Give the event its time, once all its handlers have begun and one of them waits.
 
-        They have it together. Not sooner, because a spent scope takes no more handlers, and who is
-        shielded may wait for one of them. Sequential ones have it one after the other.
+        They have it together, sequential ones one after the other. It does not begin sooner,
+        because a spent scope takes no more handlers, and who is shielded may wait for one of them.
         """
         limit, sequential = self.terms.timeout, self.terms.sequential
         if limit is None or not self.turn.alike:
@@ -564,7 +565,8 @@ class _Worker:
         if requests > self._requests and self._natively:
             await checkpoint()  # where the handler did not wait for it, it is still to come
             raise asyncio.CancelledError
-        self._requests = requests  # older releases of AnyIO leave some behind
+        # Older releases of AnyIO leave some behind; a handler may have dealt with others.
+        self._requests = requests
 
 
 def _begin(
