@@ -140,7 +140,7 @@ class Plan(tuple[Subscription, ...]):  # noqa: SLOT001 - a tuple can have no slo
         handlers: What each of them runs.
         places: Which of them are active.
         alike: Whether all handlers are bare coroutine functions under the usual limit.
-        valid: Whether all this is still so; what is not, `renewed` looks up again.
+        valid: Whether all this is still so; where it is not, `Plan.of` the same ones is.
     """
 
     handlers: tuple[Handler, ...]
@@ -159,10 +159,6 @@ class Plan(tuple[Subscription, ...]):  # noqa: SLOT001 - a tuple can have no slo
         plan.alike = all(handler.direct for handler in plan.handlers)
         plan.valid = True
         return plan
-
-    def renewed(self) -> Self:
-        """The same subscriptions as they are now."""
-        return type(self).of(self)
 
 
 def declare(

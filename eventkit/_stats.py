@@ -110,16 +110,14 @@ class Tally:
 
     def enter(self, crew: Crew) -> None:
         """Count what it runs and has handled."""
-        self.acquire()
-        self.crews.add(crew)
-        self.release()
+        with self.lock:
+            self.crews.add(crew)
 
     def leave(self, crew: Crew) -> None:
         """Take over what it has handled."""
-        self.acquire()
-        self.crews.remove(crew)
-        self.ended[Outcome.HANDLED] += crew.handled
-        self.release()
+        with self.lock:
+            self.crews.remove(crew)
+            self.ended[Outcome.HANDLED] += crew.handled
 
     def end(self, outcome: Outcome, deliveries: int) -> None:
         """Count deliveries that have ended, or will never run."""
