@@ -58,6 +58,7 @@ from typing import Any, Protocol, cast
 
 from anyio import (
     CancelScope,
+    Event,
     create_task_group,
     current_effective_deadline,
     current_time,
@@ -80,6 +81,10 @@ _ENDED = object()  # in the place of a trap: the handler has ended
 # So many events in a row may pass without a handler that waits, before other tasks get their turn
 # and a cancellation its chance. A turn of the event loop costs as much as twenty short handlers.
 _BREATH = 100
+
+# By so much of itself a time limit may be late. Events that follow one another closely then share a
+# deadline: to set a new one for each costs more than all else of one handler that waits.
+_SLACK = 0.001
 
 # What `_drive` knows the context variables of its task by.
 _stepped_from: ContextVar[object] = ContextVar("eventkit_stepped_from", default=None)
@@ -189,9 +194,13 @@ class _Crew:
 
     __slots__ = (
         "_breath",
+        "_coming",
         "_deadline",
+        "_events",
+        "_resting",
         "_scope",
         "_tasks",
+        "_time",
         "_timed",
         "_turns",
         "_workers",
@@ -211,11 +220,15 @@ class _Crew:
         self.handled = 0
         self.fatal: list[BaseException] = []
         self._turns = iter(turns)
-        self._workers: list[_Worker] = []  # the first one, then its helpers
+        self._events = 0  # whose turn has come
+        self._workers: set[_Worker] = set()  # who is at the event at hand
+        self._resting: list[_Worker] = []  # helpers that wait for the next one
+        self._coming = 0  # workers that have been called and have not begun
         self._tasks: TaskGroup | None = None  # open while there may be helpers
         self._scope: CancelScope | None = None  # around all that the workers do
         self._deadline = math.inf  # what the scope has for one
         self._timed = False  # it is that of the event at hand
+        self._time = _clock()
         self._breath = _BREATH
 
     @property
@@ -237,28 +250,30 @@ class _Crew:
     @property
     def late(self) -> bool:
         """Whether the scope is cancelled because the time of the event at hand is up."""
-        return self.spent and not self.fatal and current_time() >= self._deadline
+        return self.spent and not self.fatal and self._time() >= self._deadline
 
     @property
-    def has_helpers(self) -> bool:
-        """Whether others than the first worker are at the event at hand."""
+    def is_shared(self) -> bool:
+        """Whether more than one worker is at the event at hand."""
         return len(self._workers) > 1
 
     async def work(self) -> None:
         """Have the handlers run, in one scope, or in several where it is spent in between."""
         first = _Worker(self, is_first=True)
-        self._workers.append(first)
         await first.take_cancellation()
         while not self.fatal and (length_hint(self.places) or self.next_event()):
+            self._workers.add(first)
             if self.lacks_group:
                 async with create_task_group() as self._tasks:
                     self._scope = self._tasks.cancel_scope
                     self.lacks_group = False
                     await first.work()
+                    self.leave(first)  # and wait for the others, one of which may go on
                 self._tasks = None
                 self.lacks_group = True  # for what is left of this event
                 # Asyncio may have cancelled helpers before their first step: they say no farewell.
-                del self._workers[1:]
+                self._workers.clear()
+                self._coming = 0
             elif self.terms.timeout is not None:
                 with CancelScope() as self._scope:
                     await first.work()
@@ -271,14 +286,15 @@ class _Crew:
     def next_event(self) -> bool:
         """Turn to the next event; False where there is none, or something comes before it.
 
-        That may be the end of helpers, or a breath. Says in `lacks_group` what it needs.
+        That may be the end of other workers, or a breath. Says in `lacks_group` what it needs.
         """
-        if self.has_helpers or not self._breath:
+        if self.is_shared or not self._breath:
             return False
         turn = next(self._turns, None)
         if turn is None:
             return False
         self._breath -= 1
+        self._events += 1
         self.turn = turn
         self.places = iter(turn.places)
         self._timed = False
@@ -294,7 +310,7 @@ class _Crew:
 
         False where it is not, or where a task group comes first.
         """
-        if self._breath or self.has_helpers:
+        if self._breath or self.is_shared:
             return False
         self._breath = _BREATH
         self._set_deadline(math.inf)
@@ -302,25 +318,67 @@ class _Crew:
         return not self.lacks_group
 
     def get_help(self) -> None:
-        """Have another worker begin what has not begun; for one that is about to wait."""
-        if not self.terms.sequential and length_hint(self.places):
-            self._hire()
+        """Have others begin what has not begun; for a worker that is about to wait.
+
+        One would do. Whoever waits beside others calls two, so that a hundred handlers that wait
+        have begun within seven turns of the event loop, and no more workers come in vain than
+        have waited.
+        """
+        if not self.terms.sequential:
+            wanted = 2 if self.is_shared else 1
+            for _ in range(min(wanted, length_hint(self.places) - self._coming)):
+                self._call()
 
     def hand_over(self, place: int) -> None:
         """Have another worker begin the handler at this place, and what follows."""
         self.places = iter([place, *self.places])
         self.lacks_group = self._tasks is None
-        self._hire()
+        if not self.lacks_group:
+            self._call()
 
-    def _hire(self) -> None:
-        if self._tasks is not None:
-            helper = _Worker(self, is_first=False)
-            self._workers.append(helper)
-            self._tasks.start_soon(helper.help, name="eventkit handlers")
+    def _call(self) -> None:
+        """Have one more worker come."""
+        helper = self._resting.pop() if self._resting else _Worker(self, is_first=False)
+        self._workers.add(helper)
+        self._coming += 1
+        if helper.call is not None:
+            helper.call.set()
+        else:
+            cast("TaskGroup", self._tasks).start_soon(helper.help, name="eventkit handlers")
 
-    def dismiss(self, helper: _Worker) -> None:
-        """Go on without a helper, whose task ends."""
+    def arrive(self) -> None:
+        """One that was called is there."""
+        self._coming -= 1
+
+    async def rest(self, helper: _Worker) -> bool:
+        """Have a helper wait until it is called again; False where it may go.
+
+        To call it costs a quarter of what a new task does, but is in vain where no event follows:
+        most units of work have but one, so with the first one helpers go.
+        """
+        if not self.is_shared or self._events < 2:
+            return False
         self._workers.remove(helper)
+        self._resting.append(helper)
+        helper.call = Event()
+        try:
+            await helper.call.wait()
+        except BaseException:
+            if helper in self._workers:  # it was called, and somebody counts on it
+                self._coming -= 1
+                self._call()
+            raise
+        return helper in self._workers
+
+    def leave(self, worker: _Worker) -> None:
+        """Go on without a worker; the last one that goes takes along those that rest."""
+        self._workers.discard(worker)
+        if worker in self._resting:
+            self._resting.remove(worker)
+        if not self._workers:
+            for helper in self._resting:
+                cast("Event", helper.call).set()
+            self._resting.clear()
 
     def start_clock(self) -> None:
         """Give the event its time, once all its handlers have begun and one of them waits.
@@ -336,7 +394,11 @@ class _Crew:
                 self._set_deadline(math.inf)
         elif sequential or not self._timed:
             self._timed = True
-            self._set_deadline(current_time() + limit)
+            deadline = self._time() + limit
+            if self._deadline == math.inf:
+                self._set_deadline(deadline)
+            elif self._deadline < deadline:  # that of an event before, which may do for this one
+                self._set_deadline(deadline + limit * _SLACK)
 
     def _set_deadline(self, deadline: float) -> None:
         self._deadline = deadline
@@ -346,6 +408,7 @@ class _Crew:
     def disband(self) -> None:
         """Forget who knows it, workers and exceptions in the group: a ring would keep all alive."""
         self._workers.clear()
+        self._resting.clear()
         self._tasks = self._scope = None
 
     def end(self, error: BaseException) -> bool:
@@ -367,7 +430,7 @@ class _Crew:
 class _Worker:
     """One task's part of the work: it runs handlers, one at a time."""
 
-    __slots__ = ("_crew", "_is_first", "_natively", "_requests", "_told", "place", "steps")
+    __slots__ = ("_crew", "_is_first", "_natively", "_requests", "_told", "call", "place", "steps")
 
     def __init__(self, crew: _Crew, *, is_first: bool) -> None:
         self._crew = crew
@@ -377,20 +440,25 @@ class _Worker:
         self._natively = False  # and of one that no scope made
         self.place: int | None = None  # of the handler that has begun and not ended
         self.steps: _Steps | None = None  # its coroutine, while it waits
+        self.call: Event | None = None  # what ends the rest of a helper
 
     async def help(self) -> None:
         """Do this worker's part in a task of its own, which only a cancellation leaves as such."""
         try:
-            if _in_cancelled_scope():
-                await checkpoint()
-            await self.work()
+            needed = True
+            while needed:
+                if _in_cancelled_scope():
+                    await checkpoint()
+                self._crew.arrive()
+                await self.work()
+                needed = await self._crew.rest(self)
         except get_cancelled_exc_class():
             if not _cancel_requests() and _in_cancelled_scope():
                 raise  # a trio nursery learns from its children that it was cancelled
             # On asyncio the waiting task is told itself. Raised here too, the cancellation of this
             # task alone would reach its siblings, and AnyIO would keep it and the event in a ring.
         finally:
-            self._crew.dismiss(self)
+            self._crew.leave(self)
 
     async def work(self) -> None:
         """Run handlers, until none is left or it is not for this worker to begin the next."""
@@ -403,9 +471,9 @@ class _Worker:
                     crew.get_help()
                     await self._finish(*waiting)
                 elif not self._told:
-                    if crew.has_helpers:
+                    if crew.is_shared:
                         crew.start_clock()
-                    if not self._is_first or not await crew.breathe():
+                    if not await crew.breathe():
                         break
                 if self._told:
                     await self._pass_cancellation()
@@ -456,7 +524,7 @@ class _Worker:
                         return variables, *waiting
                     self.place = None  # and then it is counted: no thread is to see it twice
                     crew.handled += 1
-            if not self._is_first or not crew.next_event() or crew.lacks_group:
+            if not crew.next_event() or crew.lacks_group:
                 return None
 
     async def _finish(self, variables: Context, steps: _Steps, trap: object) -> None:
@@ -710,6 +778,14 @@ def _is_native(error: BaseException) -> bool:
 
 def _in_cancelled_scope() -> bool:
     return current_effective_deadline() == -math.inf
+
+
+def _clock() -> Callable[[], float]:
+    """What `current_time` asks each time, which takes ten times as long."""
+    try:
+        return asyncio.get_running_loop().time if asyncio.current_task() else current_time
+    except RuntimeError:  # not asyncio
+        return current_time
 
 
 def _cancel_requests() -> int:
