@@ -15,6 +15,7 @@ this module changes them.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -1068,8 +1069,13 @@ def outside(reason: str, origin: object) -> Generator[None]:
 
 
 async def finish(context: EventContext, *, success: bool) -> None:
-    """Release or discard what nobody has decided, deliver what is released, and close."""
-    await context._end(success)
+    """Release or discard what nobody has decided, deliver what is released, and close.
+
+    A cancel scope that a handler has left open makes it raise.
+    """
+    # There is one around the handlers where they have a limit, and with this one in any case.
+    timeout = context._core.handler_timeout or math.inf
+    await context._finish(context._report, timeout, success=success)
 
 
 def abandon(*contexts: EventContext) -> None:

@@ -61,7 +61,6 @@ from anyio import (
     Event,
     create_task_group,
     current_effective_deadline,
-    current_time,
     get_cancelled_exc_class,
     move_on_after,
 )
@@ -70,6 +69,7 @@ from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from eventkit._events import Delivery, type_name
 from eventkit._handlers import Handler
+from eventkit._loops import clock
 from eventkit._observers import Observer, watched
 from eventkit._stats import Outcome, Tally
 from eventkit.exceptions import HandlerCancelledError, HandlerTimeoutError
@@ -228,7 +228,7 @@ class _Crew:
         self._scope: CancelScope | None = None  # around all that the workers do
         self._deadline = math.inf  # what the scope has for one
         self._timed = False  # it is that of the event at hand
-        self._time = _clock()
+        self._time = clock()
         self._breath = _BREATH
 
     @property
@@ -778,14 +778,6 @@ def _is_native(error: BaseException) -> bool:
 
 def _in_cancelled_scope() -> bool:
     return current_effective_deadline() == -math.inf
-
-
-def _clock() -> Callable[[], float]:
-    """What `current_time` asks each time, which takes ten times as long."""
-    try:
-        return asyncio.get_running_loop().time if asyncio.current_task() else current_time
-    except RuntimeError:  # not asyncio
-        return current_time
 
 
 def _cancel_requests() -> int:

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from contextvars import copy_context
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import cast
 
 from anyio import CancelScope, Event, create_task_group, get_cancelled_exc_class, move_on_after
 from anyio.abc import TaskGroup
@@ -35,7 +36,27 @@ class _Ended:
 
     context: EventContext
     success: bool
-    deliveries: int
+    deliveries: int = 0  # that wait with it
+
+
+class _Lane:
+    """Where one unit after the other is drained, each in a task of its own.
+
+    A handler that leaves a cancel scope open spoils the task it ran in, whose end raises in the
+    group around it. So each lane has a group of its own, and one that is spoiled is given up.
+    """
+
+    __slots__ = ("over", "scope", "tasks")
+
+    def __init__(self) -> None:
+        self.scope = CancelScope()  # around the group
+        self.tasks: TaskGroup | None = None  # while it is open
+        self.over = Event()  # no more units come
+
+    @property
+    def usable(self) -> bool:
+        """Whether another unit may come."""
+        return self.tasks is not None and not self.over.is_set() and not self.scope.cancel_called
 
 
 class Drainer:
@@ -56,14 +77,16 @@ class Drainer:
         self, core: Core, tasks: TaskGroup, *, concurrency: int, max_pending: int | None
     ) -> None:
         self._core = core
-        self._start_soon = partial(tasks.start_soon, name=f"eventkit drains {core.name!r}")
+        self._name = f"eventkit drains {core.name!r}"
+        self._start_soon = partial(tasks.start_soon, name=f"eventkit waits to drain {core.name!r}")
         self._concurrency = concurrency
         self._max_pending = max_pending
         self._variables = copy_context()
         self._open: set[EventContext] = set()
         self._waiting: deque[_Ended] = deque()
         self._waiting_deliveries = 0
-        self._draining: dict[_Ended, CancelScope] = {}
+        self._draining: dict[_Ended, _Lane] = {}
+        self._idle: list[_Lane] = []
         self._closed = False
         self._room: Event | None = None  # there while somebody waits for room
         self._change: Event | None = None  # there while `close` waits for a unit to end
@@ -98,11 +121,7 @@ class Drainer:
         elif self._closed:
             self._abandon(context)
         else:
-            ended = _Ended(context, success, count_pending(context))
-            self._waiting_deliveries += ended.deliveries
-            self._waiting.append(ended)
-            self._core.tally.shift("units_waiting", 1)
-            self._start()
+            self._take(_Ended(context, success))
         self.forget(context)
 
     async def wait_for_room(self, timeout: float) -> bool:
@@ -156,12 +175,15 @@ class Drainer:
     def _stop(self) -> None:
         """Cancel the drains, and close what waits or has not even ended."""
         self._closed = True
-        for scope in self._draining.values():
-            scope.cancel()
+        for lane in self._draining.values():
+            lane.scope.cancel()
         self._abandon(*(ended.context for ended in self._waiting), *self._open)
         self._core.tally.shift("units_waiting", -len(self._waiting))
         self._waiting.clear()
         self._waiting_deliveries = 0
+        for lane in self._idle:
+            lane.over.set()
+        self._idle.clear()
         self._make_room()
 
     def _abandon(self, *contexts: EventContext) -> None:
@@ -170,47 +192,71 @@ class Drainer:
         except BaseException as error:  # noqa: BLE001 - an observer's, which the server would get
             log(logging.CRITICAL, "an observer failed", error=error, bus=self._core.name)
 
-    def _start(self) -> None:
-        """Start as many of the waiting units as may run at once."""
-        while self._waiting and len(self._draining) < self._concurrency:
-            ended = self._waiting.popleft()
-            self._waiting_deliveries -= ended.deliveries
-            self._draining[ended] = CancelScope()
-            self._core.tally.shift("units_waiting", -1)
-            self._core.tally.shift("units_draining", 1)
-            self._variables.run(self._start_soon, self._drain, ended)
-        self._make_room()
+    def _take(self, ended: _Ended) -> None:
+        """Start a unit, or have it wait for its turn."""
+        if len(self._draining) < self._concurrency:
+            self._start(ended)
+        else:
+            ended.deliveries = count_pending(ended.context)
+            self._waiting_deliveries += ended.deliveries
+            self._waiting.append(ended)
+            self._core.tally.shift("units_waiting", 1)
 
-    async def _drain(self, ended: _Ended) -> None:
+    def _start(self, ended: _Ended) -> None:
+        self._core.tally.shift("units_draining", 1)
+        if self._idle:
+            lane = self._draining[ended] = self._idle.pop()
+            self._drain_soon(ended, lane)
+        else:
+            lane = self._draining[ended] = _Lane()
+            self._variables.run(self._start_soon, self._keep_open, lane, ended)
+
+    def _drain_soon(self, ended: _Ended, lane: _Lane) -> None:
+        start = cast("TaskGroup", lane.tasks).start_soon
+        self._variables.run(partial(start, name=self._name), self._drain, ended, lane)
+
+    async def _keep_open(self, lane: _Lane, first: _Ended) -> None:
         try:
-            # A handler that leaves a cancel scope open spoils the task it ran in, whose end raises
-            # in the group around it: so that is not the group of everybody.
-            with self._draining[ended]:
-                async with create_task_group() as own:
-                    own.start_soon(self._finish, ended)
+            with lane.scope:
+                async with create_task_group() as lane.tasks:
+                    self._drain_soon(first, lane)
+                    await lane.over.wait()
         except get_cancelled_exc_class():
             raise
         except BaseException as error:  # noqa: BLE001 - it would end the deliveries of everybody
-            log(logging.CRITICAL, "a drain was ended", error=error, bus=self._core.name)
+            if not lane.over.is_set():  # or it is what a task is told by that has ended so
+                log(logging.CRITICAL, "a drain was ended", error=error, bus=self._core.name)
         finally:
-            self._give_way(ended)
+            lane.tasks = None
+            if lane in self._idle:
+                self._idle.remove(lane)
 
-    async def _finish(self, ended: _Ended) -> None:
+    async def _drain(self, ended: _Ended, lane: _Lane) -> None:
         try:
             await finish(ended.context, success=ended.success)
         except get_cancelled_exc_class():
             raise
         except BaseException as error:  # noqa: BLE001 - asyncio would end the loop for some
+            lane.over.set()  # a scope may be open that is not its own
             log(logging.CRITICAL, "a drain was ended", error=error, bus=self._core.name)
         finally:
-            self._give_way(ended)  # its group takes two more turns of the loop to close
+            self._give_way(ended, lane)
 
-    def _give_way(self, ended: _Ended) -> None:
-        """Let the next unit begin, now that this one is done with; once."""
-        if self._draining.pop(ended, None) is not None:
-            self._core.tally.shift("units_draining", -1)
-            self._start()
-            self._changed()
+    def _give_way(self, ended: _Ended, lane: _Lane) -> None:
+        """Let the next unit begin, now that this one is done with."""
+        del self._draining[ended]
+        self._core.tally.shift("units_draining", -1)
+        if self._closed:
+            lane.over.set()
+        elif lane.usable:
+            self._idle.append(lane)
+        if self._waiting:
+            following = self._waiting.popleft()
+            self._waiting_deliveries -= following.deliveries
+            self._core.tally.shift("units_waiting", -1)
+            self._start(following)
+        self._make_room()
+        self._changed()
 
     def _make_room(self) -> None:
         if self._room is not None and not self.full:

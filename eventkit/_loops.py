@@ -1,16 +1,41 @@
-"""Owns the question whether code runs on an event loop, and the way there for code that does not.
+"""Owns the question on which event loop code runs, and the way there for code that runs on none.
 
 Knows nothing of events and handlers.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable, Coroutine
 
 import anyio
-from anyio import from_thread
+from anyio import current_time, from_thread
 from anyio.lowlevel import current_token
+
+
+def current_loop() -> object:
+    """The event loop that calls.
+
+    Raises:
+        RuntimeError: There is none.
+    """
+    return _asyncio_loop() or current_token()
+
+
+def clock() -> Callable[[], float]:
+    """What tells the time of the event loop that calls, in seconds."""
+    loop = _asyncio_loop()
+    return current_time if loop is None else loop.time
+
+
+def _asyncio_loop() -> asyncio.AbstractEventLoop | None:
+    """Asyncio's, if it calls: to ask AnyIO takes twenty times as long."""
+    try:
+        loop = asyncio.get_running_loop()
+        return loop if asyncio.current_task(loop) else None  # trio may be a guest of its
+    except RuntimeError:
+        return None
 
 
 def on_event_loop() -> bool:

@@ -16,7 +16,6 @@ from types import MappingProxyType
 from typing import Any
 
 from anyio import create_task_group, move_on_after
-from anyio.lowlevel import current_token
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
@@ -27,6 +26,7 @@ from eventkit._context import EventContext, abandon, close_if_idle, enter, finis
 from eventkit._drainer import Drainer
 from eventkit._handlers import is_duration
 from eventkit._log import log
+from eventkit._loops import current_loop
 
 __all__ = ["EventContextMiddleware", "Origin", "Outcome", "succeeded"]
 
@@ -233,8 +233,7 @@ class EventContextMiddleware:
 
     def _surroundings(self, scope: Scope) -> tuple[Drainer | None, Origin]:
         """Who delivers the request's events, None where it does so itself, and where it came in."""
-        # Nobody is asked for the loop where there is nothing to find: that takes 2 µs.
-        lifespans = self._lifespans.get(current_token()) if self._lifespans else None
+        lifespans = self._lifespans.get(current_loop()) if self._lifespans else None
         if lifespans is None:
             return None, self._origin_of(scope)
         drainer, origin = lifespans[-1]  # one for all requests, that they need not have their own
@@ -318,7 +317,7 @@ class EventContextMiddleware:
     @contextmanager
     def _running(self, drainer: Drainer, origin: Origin) -> Generator[None]:
         """Requests of this event loop find the lifespan during the block."""
-        loop, lifespan = current_token(), (drainer, origin)
+        loop, lifespan = current_loop(), (drainer, origin)
         lifespans = self._lifespans.setdefault(loop, [])
         lifespans.append(lifespan)
         try:

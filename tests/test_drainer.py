@@ -1,5 +1,6 @@
 """The drainer alone: order, bounds, its end in time and out of time, and who cannot break it."""
 
+import asyncio
 import logging
 import math
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 
 import anyio
 import pytest
+import trio
 from anyio import (
     CancelScope,
     Event,
@@ -117,6 +119,38 @@ async def test_as_many_units_are_drained_at_once_as_said_each_in_one_task(bus: E
 
     assert sorted(gate.left, key=str) == [str(number) for number in range(10)]
     assert (bus.stats.units_draining, bus.stats.units_waiting) == (0, 0)
+
+
+async def test_no_two_units_are_drained_in_the_same_task(
+    bus: EventBus, anyio_backend_name: str
+) -> None:
+    on_trio = anyio_backend_name == "trio"
+    tasks: set[object] = set()
+
+    @bus.on(str)
+    async def handle(event: str) -> None:
+        tasks.add(trio.lowlevel.current_task() if on_trio else asyncio.current_task())
+        await checkpoint()
+
+    async with draining(bus, concurrency=1) as drainer:
+        for number in range(3):
+            drainer.submit(unit(bus, str(number)), success=True)
+        await wait_all_tasks_blocked()
+        drainer.submit(unit(bus, "after a pause"), success=True)
+
+    assert len(tasks) == 4
+
+
+async def test_units_cost_a_task_each_and_keep_no_more_than_run_at_once(bus: EventBus) -> None:
+    bus.subscribe(str, pause)
+
+    async with draining(bus, concurrency=2) as drainer:
+        before = len(get_running_tasks())
+        for number in range(10):
+            drainer.submit(unit(bus, str(number)), success=True)
+        await wait_all_tasks_blocked()
+
+        assert len(get_running_tasks()) == before + 2
 
 
 async def test_a_unit_that_ends_makes_place_for_the_next_one_at_once(bus: EventBus) -> None:
@@ -567,23 +601,34 @@ async def leave_a_task_group_open(_: int) -> None:
     await create_task_group().__aenter__()
 
 
+@pytest.mark.parametrize("handler_timeout", [30, None])
+@pytest.mark.parametrize("handlers", [1, 2])
+@pytest.mark.parametrize("concurrency", [1, 4])
 @pytest.mark.parametrize("leave_open", [leave_a_scope_open, leave_a_task_group_open])
 async def test_a_handler_that_leaves_a_scope_open_ends_nobody_elses_deliveries(
-    bus: EventBus, leave_open: Callable[[int], Awaitable[None]]
+    leave_open: Callable[[int], Awaitable[None]],
+    concurrency: int,
+    handlers: int,
+    handler_timeout: float | None,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    bus = EventBus(handler_timeout=handler_timeout)
     handled: list[str] = []
-    bus.subscribe(int, leave_open)
+    for _ in range(handlers):
+        bus.subscribe(int, partial(leave_open))
 
     @bus.on(str)
     async def handle(event: str) -> None:
         await checkpoint()
         handled.append(event)
 
-    async with draining(bus) as drainer:
-        drainer.submit(unit(bus, 1), success=True)
-        drainer.submit(unit(bus, "a"), success=True)
+    async with draining(bus, concurrency=concurrency) as drainer:
+        for event in (1, "a", 2, "b"):
+            drainer.submit(unit(bus, event), success=True)
 
-    assert handled == ["a"]
+    assert sorted(handled) == ["a", "b"]
+    assert len(lines(caplog, "a drain was ended: bus=default")) == 2
+    assert_settled(bus)
 
 
 @pytest.mark.parametrize(

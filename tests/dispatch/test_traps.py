@@ -107,6 +107,156 @@ async def test_a_child_that_a_handler_starts_is_a_child_of_its_own_scopes(
     assert sorted(ended) == [0, 1, 2, 3]
 
 
+# Who comes to help
+
+
+async def drained(bus: EventBus, *events: Ping) -> None:
+    async with bus.context():
+        bus.publish(*events)
+
+
+@stealing
+async def test_a_drain_needs_no_more_tasks_than_handlers_that_wait_at_once(bus: EventBus) -> None:
+    tasks: set[int] = set()
+
+    async def handler(event: Ping) -> None:
+        tasks.add(get_current_task().id)
+        await checkpoint()
+
+    for _ in range(3):
+        bus.subscribe(Ping, functools.partial(handler))
+
+    await drained(bus, *map(Ping, range(20)))
+
+    # Helpers of the first event go with it: most units of work have but one.
+    assert len(tasks) <= 3 + 2
+    assert bus.stats.handled == 60
+
+
+@stealing
+@pytest.mark.usefixtures("on_asyncio")
+async def test_handlers_that_all_wait_begin_within_a_few_turns_of_the_event_loop(
+    bus: EventBus, deliver: Deliver
+) -> None:
+    turns = 0
+    begun: list[int] = []
+
+    def count() -> None:
+        nonlocal turns, running
+        turns += 1
+        running = asyncio.get_running_loop().call_soon(count)
+
+    async def handler(event: Ping) -> None:
+        begun.append(turns)
+        await checkpoint()
+
+    for _ in range(100):
+        bus.subscribe(Ping, functools.partial(handler))
+
+    running = asyncio.get_running_loop().call_soon(count)
+    await deliver(bus, Ping())
+    running.cancel()
+
+    assert begun[-1] - begun[0] <= 8
+
+
+@stealing
+async def test_a_helper_goes_on_with_the_next_event_when_the_first_worker_has_ended(
+    bus: EventBus,
+) -> None:
+    tasks: list[int] = []
+    begun = [anyio.Event() for _ in range(5)]
+
+    @bus.on(Ping)
+    async def ends_first(event: Ping) -> None:
+        await begun[event.number].wait()
+
+    @bus.on(Ping)
+    async def ends_last(event: Ping) -> None:
+        tasks.append(get_current_task().id)
+        begun[event.number].set()
+        await all_tasks_blocked()
+
+    await drained(bus, *map(Ping, range(5)))
+
+    assert get_current_task().id not in tasks
+    assert bus.stats.handled == 10
+
+
+@stealing
+async def test_a_drain_can_be_cancelled_wherever_its_helpers_are(
+    bus: EventBus, anyio_backend_name: str
+) -> None:
+    """Whoever runs the handlers, and whoever waits for them."""
+
+    async def handler(event: Ping, times: int) -> None:
+        for _ in range((times + event.number) % 4):
+            await checkpoint()
+
+    for times in range(4):
+        bus.subscribe(Ping, functools.partial(handler, times=times))
+
+    drain = functools.partial(drained, bus, *map(Ping, range(6)))
+    whole = 0
+    for natively in {False, anyio_backend_name == "asyncio"}:
+        for steps in range(60):
+            before = bus.stats.handled
+            if natively:
+                task = asyncio.ensure_future(drain())
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                cancelled = task.cancel()
+                await asyncio.wait([task])
+                assert task.cancelled() == cancelled
+            else:
+                with CancelScope() as scope:
+                    async with create_task_group() as tasks:
+                        tasks.start_soon(drain)
+                        for _ in range(steps):
+                            await checkpoint()
+                        scope.cancel()
+            whole += bus.stats.handled - before == 24
+            stats = bus.stats
+            assert stats.handled + stats.undelivered == stats.accepted
+    assert whole
+
+
+@stealing
+@pytest.mark.usefixtures("on_asyncio")
+async def test_a_resting_helper_that_is_cancelled_when_it_is_called_is_replaced(
+    bus: EventBus,
+) -> None:
+    done = anyio.Event()
+    helpers: set[asyncio.Task[object] | None] = set()
+
+    @bus.on(Ping)
+    async def waits_for_the_last(event: Ping) -> None:
+        if event.number < 3:
+            await checkpoint()
+            return
+        # Called is then who is about to begin the last handler.
+        asyncio.get_running_loop().call_soon(cancel, helpers - {asyncio.current_task()})
+        await done.wait()
+
+    @bus.on(Ping)
+    async def last(event: Ping) -> None:
+        helpers.add(asyncio.current_task())
+        await checkpoint()
+        if event.number == 3:
+            done.set()
+
+    def cancel(resting: set[asyncio.Task[object] | None]) -> None:
+        assert [task.cancel() for task in resting if task].count(True)
+
+    mine = asyncio.current_task()
+
+    with anyio.fail_after(5):
+        await drained(bus, *map(Ping, range(4)))
+
+    assert mine not in helpers
+    assert bus.stats.handled == 8
+
+
 # What a handler may wait for
 
 
