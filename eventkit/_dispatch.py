@@ -27,6 +27,10 @@ on. Ten handlers that wait are ten workers, ten that do not are one.
     worker 1:  a  b  c~~~~~~~~~~~~~~~~~~c      a, b, d, e and f never wait, c and g do
     worker 2:         d  e  f  g~~~~~g
 
+The worker that ends last goes on with the next event of the unit of work, whichever it is. The
+others, the helpers, rest until one that waits calls them, which costs a quarter of a new task; the
+first one, whose task dispatches, waits for them in the exit of their task group.
+
 Nothing that has begun ever changes its task, and that is what keeps it correct: a handler's cancel
 scopes, shields, timeouts and task groups belong to the task that it began in, and each worker
 drives one handler at a time. Only what has not begun is given away, and the continuation is stolen
@@ -38,7 +42,7 @@ the time limit of the event. A scope for each handler would cost more than a han
 wait, and none can be opened once the handler waits.
 
 What can be told apart from a task per handler: handlers that do not wait share the identity of
-their worker, the first worker being the task that dispatches; and a handler that waits is stepped,
+their worker, which for those of the first event is the task that dispatches; and a handler that waits is stepped,
 not awaited, so debuggers that follow `cr_await` from a task end at `_drive`; `whereabouts` knows
 where each handler waits.
 """
