@@ -42,9 +42,9 @@ the time limit of the event. A scope for each handler would cost more than a han
 wait, and none can be opened once the handler waits.
 
 What can be told apart from a task per handler: handlers that do not wait share the identity of
-their worker, which for those of the first event is the task that dispatches; and a handler that waits is stepped,
-not awaited, so debuggers that follow `cr_await` from a task end at `_drive`; `whereabouts` knows
-where each handler waits.
+their worker, which for those of the first event is the task that dispatches; and a handler that
+waits is stepped, not awaited, so debuggers that follow `cr_await` from a task end at `_drive`;
+`whereabouts` knows where each handler waits.
 """
 
 from __future__ import annotations

@@ -33,76 +33,68 @@ async def run_all(turns: Iterable[Turn], terms: Terms) -> int:
     """Run the handlers of each event. See `eventkit._dispatch.run_all`."""
     handled = 0
     for turn in turns:
-        waiting = deque(turn.places)
-        ended: list[int] = []
-        fatal: list[BaseException] = []
+        event = _Event(turn, terms)
         try:
-            while waiting and not fatal:
+            while event.waiting and not event.fatal:
                 async with create_task_group() as tasks:
-                    _start_next(waiting, turn, terms, ended, fatal, tasks)
+                    event.start_next(tasks)
         finally:
             for place in turn.places:
-                if place not in ended:  # it never came to its first step
+                if place not in event.ended:  # it never came to its first step
                     turn.lost[place] = Outcome.UNDELIVERED
                     terms.tally.end(Outcome.UNDELIVERED, 1)
-            if fatal:
-                raise fatal.pop()
-        handled += len(ended) - len(turn.lost)
+            if event.fatal:
+                raise event.fatal.pop()
+        handled += len(event.ended) - len(turn.lost)
     return handled
 
 
-def _start_next(
-    waiting: deque[int],
-    turn: Turn,
-    terms: Terms,
-    ended: list[int],
-    fatal: list[BaseException],
-    tasks: TaskGroup,
-) -> None:
-    """Start the task of the next handler; unless sequential, it starts the one after it, and so on.
+class _Event:
+    """One event, and how far its handlers are."""
 
-    Tasks that are spawned together start in any order on trio; one by one they keep theirs.
-    """
-    if waiting:
-        place = waiting.popleft()
-        start = partial(tasks.start_soon, name=turn.handlers[place].name)
-        variables = turn.variables.copy()
-        variables.run(terms.enter, (turn, place))
-        variables.run(start, _guard, place, waiting, turn, terms, ended, fatal, tasks)
+    def __init__(self, turn: Turn, terms: Terms) -> None:
+        self.turn = turn
+        self.terms = terms
+        self.waiting = deque(turn.places)
+        self.ended: list[int] = []
+        self.fatal: list[BaseException] = []
 
+    def start_next(self, tasks: TaskGroup) -> None:
+        """Start the task of the next handler; unless sequential, it starts the one after it.
 
-async def _guard(
-    place: int,
-    waiting: deque[int],
-    turn: Turn,
-    terms: Terms,
-    ended: list[int],
-    fatal: list[BaseException],
-    tasks: TaskGroup,
-) -> None:
-    """Run one handler, so that nothing but the cancellation of the dispatch leaves its task."""
-    task = OneTask(turn.delivery(place))
-    terms.tally.enter(task)
-    outcome = Outcome.UNDELIVERED
-    try:
-        await checkpoint_if_cancelled()
-        if not terms.sequential:
-            _start_next(waiting, turn, terms, ended, fatal, tasks)
-        outcome = await _outcome(turn, place, terms)
-    except BaseException as error:
-        if _failures_in(error) is not None:
-            fatal[:] = fatal or [error]  # one can propagate, and the first one does
-            tasks.cancel_scope.cancel()
-        elif not _cancel_requests() and _in_cancelled_scope():
-            raise  # a trio nursery learns from its children that it was cancelled
-        # On asyncio the waiting task is told itself.
-    finally:
-        ended.append(place)
-        if outcome is not Outcome.HANDLED:
-            turn.lost[place] = outcome
-        task.running.clear()
-        terms.tally.leave(task)
-        terms.tally.end(outcome, 1)
+        Tasks that are spawned together start in any order on trio; one by one they keep theirs.
+        """
+        if self.waiting:
+            place = self.waiting.popleft()
+            start = partial(tasks.start_soon, name=self.turn.handlers[place].name)
+            variables = self.turn.variables.copy()
+            variables.run(self.terms.enter, (self.turn, place))
+            variables.run(start, self._run, place, tasks)
+
+    async def _run(self, place: int, tasks: TaskGroup) -> None:
+        """Run one handler, so that nothing but the cancellation of the dispatch leaves its task."""
+        task = OneTask(self.turn.delivery(place))
+        self.terms.tally.enter(task)
+        outcome = Outcome.UNDELIVERED
+        try:
+            await checkpoint_if_cancelled()
+            if not self.terms.sequential:
+                self.start_next(tasks)
+            outcome = await _outcome(self.turn, place, self.terms)
+        except BaseException as error:
+            if _failures_in(error) is not None:
+                self.fatal[:] = self.fatal or [error]  # one can propagate, and the first one does
+                tasks.cancel_scope.cancel()
+            elif not _cancel_requests() and _in_cancelled_scope():
+                raise  # a trio nursery learns from its children that it was cancelled
+            # On asyncio the waiting task is told itself.
+        finally:
+            self.ended.append(place)
+            if outcome is not Outcome.HANDLED:
+                self.turn.lost[place] = outcome
+            task.running.clear()
+            self.terms.tally.leave(task)
+            self.terms.tally.end(outcome, 1)
 
 
 async def _outcome(turn: Turn, place: int, terms: Terms) -> Outcome:
