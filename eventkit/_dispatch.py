@@ -28,8 +28,7 @@ on. Ten handlers that wait are ten workers, ten that do not are one.
     worker 2:         d  e  f  g~~~~~g
 
 The worker that ends last goes on with the next event of the unit of work, whichever it is. The
-others, the helpers, rest until one that waits calls them, which costs a quarter of a new task; the
-first one, whose task dispatches, waits for them in the exit of their task group.
+others rest until one that waits calls them, which costs a quarter of a new task.
 
 Nothing that has begun ever changes its task, and that is what keeps it correct: a handler's cancel
 scopes, shields, timeouts and task groups belong to the task that it began in, and each worker
@@ -226,7 +225,7 @@ class _Crew:
         self._turns = iter(turns)
         self._events = 0  # whose turn has come
         self._workers: set[_Worker] = set()  # who is at the event at hand
-        self._resting: list[_Worker] = []  # helpers that wait for the next one
+        self._resting: list[_Worker] = []  # who waits to be called to the next one
         self._coming = 0  # workers that have been called and have not begun
         self._tasks: TaskGroup | None = None  # open while there may be helpers
         self._scope: CancelScope | None = None  # around all that the workers do
@@ -271,8 +270,7 @@ class _Crew:
                 async with create_task_group() as self._tasks:
                     self._scope = self._tasks.cancel_scope
                     self.lacks_group = False
-                    await first.work()
-                    self.leave(first)  # and wait for the others, one of which may go on
+                    await first.serve()
                 self._tasks = None
                 self.lacks_group = True  # for what is left of this event
                 # Asyncio may have cancelled helpers before their first step: they say no farewell.
@@ -342,37 +340,35 @@ class _Crew:
 
     def _call(self) -> None:
         """Have one more worker come."""
-        helper = self._resting.pop() if self._resting else _Worker(self, is_first=False)
-        self._workers.add(helper)
+        worker = self._resting.pop() if self._resting else _Worker(self, is_first=False)
+        self._workers.add(worker)
         self._coming += 1
-        if helper.call is not None:
-            helper.call.set()
+        if worker.call is not None:
+            worker.call.set()
         else:
-            cast("TaskGroup", self._tasks).start_soon(helper.help, name="eventkit handlers")
+            cast("TaskGroup", self._tasks).start_soon(worker.help, name="eventkit handlers")
 
     def arrive(self) -> None:
         """One that was called is there."""
         self._coming -= 1
 
-    async def rest(self, helper: _Worker) -> bool:
-        """Have a helper wait until it is called again; False where it may go.
+    async def rest(self, worker: _Worker) -> bool:
+        """Have a worker wait until it is called again; False where it may go.
 
-        To call it costs a quarter of what a new task does, but is in vain where no event follows:
-        most units of work have but one, so with the first one helpers go.
+        Helpers go with the first event: most units of work have but one. With others they stay,
+        for to call them costs a quarter of what a new task does.
         """
-        if not self.is_shared or self._events < 2:
+        if not self.is_shared or (self._events < 2 and not worker.is_first):
             return False
-        self._workers.remove(helper)
-        self._resting.append(helper)
-        helper.call = Event()
+        self._workers.remove(worker)
+        self._resting.append(worker)
+        worker.call = Event()
         try:
-            await helper.call.wait()
-        except BaseException:
-            if helper in self._workers:  # it was called, and somebody counts on it
-                self._coming -= 1
-                self._call()
-            raise
-        return helper in self._workers
+            await worker.call.wait()
+        finally:
+            called = worker in self._workers
+            self._coming -= called
+        return called
 
     def leave(self, worker: _Worker) -> None:
         """Go on without a worker; the last one that goes takes along those that rest."""
@@ -380,9 +376,14 @@ class _Crew:
         if worker in self._resting:
             self._resting.remove(worker)
         if not self._workers:
-            for helper in self._resting:
-                cast("Event", helper.call).set()
+            for resting in self._resting:
+                cast("Event", resting.call).set()
             self._resting.clear()
+
+    def replace(self) -> None:
+        """Have another begin what has not begun, where only a helper's own task was cancelled."""
+        if length_hint(self.places) and not self.spent and not _in_cancelled_scope():
+            self._call()
 
     def start_clock(self) -> None:
         """Give the event its time, once all its handlers have begun and one of them waits.
@@ -434,35 +435,40 @@ class _Crew:
 class _Worker:
     """One task's part of the work: it runs handlers, one at a time."""
 
-    __slots__ = ("_crew", "_is_first", "_natively", "_requests", "_told", "call", "place", "steps")
+    __slots__ = ("_crew", "_natively", "_requests", "_told", "call", "is_first", "place", "steps")
 
     def __init__(self, crew: _Crew, *, is_first: bool) -> None:
         self._crew = crew
-        self._is_first = is_first  # in the task that dispatches; others are helpers
+        self.is_first = is_first  # in the task that dispatches; others are helpers
         self._requests = 0  # how often the task was asked to cancel, as far as it knows
         self._told = False  # the handler was told of a cancellation,
         self._natively = False  # and of one that no scope made
         self.place: int | None = None  # of the handler that has begun and not ended
         self.steps: _Steps | None = None  # its coroutine, while it waits
-        self.call: Event | None = None  # what ends the rest of a helper
+        self.call: Event | None = None  # what ends its rest
 
     async def help(self) -> None:
         """Do this worker's part in a task of its own, which only a cancellation leaves as such."""
         try:
-            needed = True
-            while needed:
-                if _in_cancelled_scope():
-                    await checkpoint()
-                self._crew.arrive()
-                await self.work()
-                needed = await self._crew.rest(self)
+            await _be_cancelled()
+            self._crew.arrive()
+            await self.serve()
         except get_cancelled_exc_class():
             if not _cancel_requests() and _in_cancelled_scope():
                 raise  # a trio nursery learns from its children that it was cancelled
             # On asyncio the waiting task is told itself. Raised here too, the cancellation of this
             # task alone would reach its siblings, and AnyIO would keep it and the event in a ring.
+            self._crew.replace()
         finally:
             self._crew.leave(self)
+
+    async def serve(self) -> None:
+        """Work whenever it is called, until all is over."""
+        await self.work()
+        while await self._crew.rest(self):
+            await _be_cancelled()
+            await self.work()
+        self._crew.leave(self)
 
     async def work(self) -> None:
         """Run handlers, until none is left or it is not for this worker to begin the next."""
@@ -474,6 +480,8 @@ class _Worker:
                 if waiting is not None:
                     crew.get_help()
                     await self._finish(*waiting)
+                    # Shielded, or ready to go on just then, the handler was not told of it.
+                    self._told |= _in_cancelled_scope()
                 elif not self._told:
                     if crew.is_shared:
                         crew.start_clock()
@@ -507,7 +515,7 @@ class _Worker:
                     function, argument = handler.function, turn.event
                     if handler.solver is not None:
                         function = partial(handler.with_dependencies, handler.solver, turn.origin)
-                elif handler.in_thread and self._is_first:
+                elif handler.in_thread and self.is_first:
                     # It is sure to wait, and a native cancellation would not wait for its thread.
                     # That can only reach the task that dispatches, so it goes to another one.
                     crew.hand_over(place)
@@ -782,6 +790,12 @@ def _is_native(error: BaseException) -> bool:
 
 def _in_cancelled_scope() -> bool:
     return current_effective_deadline() == -math.inf
+
+
+async def _be_cancelled() -> None:
+    """Be cancelled now, if a scope around the caller is: a task begins and wakes in it all the same."""
+    if _in_cancelled_scope():
+        await checkpoint()
 
 
 def _cancel_requests() -> int:

@@ -195,6 +195,41 @@ async def test_the_native_cancellation_of_one_handlers_task_spares_its_siblings(
     assert outcomes(bus) == (1, 0, 1)
 
 
+@pytest.mark.parametrize("shield", [True, False])
+@pytest.mark.parametrize("sequential", [True, False])
+async def test_no_handler_begins_once_it_is_cancelled_although_one_was_not_told_of_it(
+    new_bus: NewBus, sequential: bool, shield: bool
+) -> None:
+    bus = new_bus(sequential=sequential)
+    begun: list[object] = []
+    ready = anyio.Event()
+
+    @bus.on(Ping)
+    async def not_told(event: Ping) -> None:
+        with CancelScope(shield=shield):
+            await ready.wait()
+        begun.append(event)
+
+    @bus.on(Pong)
+    async def next_event(event: Pong) -> None:
+        begun.append(event)
+
+    if sequential:
+        bus.subscribe(Ping, functools.partial(next_event))
+
+    async def drain() -> None:
+        async with bus.context():
+            bus.publish(Ping(), Pong())
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(drain)
+        await all_tasks_blocked()
+        ready.set()
+        tasks.cancel_scope.cancel()
+
+    assert begun == [Ping()]
+
+
 @pytest.mark.usefixtures("on_asyncio")
 @pytest.mark.filterwarnings("ignore:coroutine '_Worker.help' was never awaited")
 @pytest.mark.parametrize("implementation", ["continuation-stealing"], indirect=True)

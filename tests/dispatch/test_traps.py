@@ -163,25 +163,26 @@ async def test_handlers_that_all_wait_begin_within_a_few_turns_of_the_event_loop
 
 
 @stealing
-async def test_a_helper_goes_on_with_the_next_event_when_the_first_worker_has_ended(
-    bus: EventBus,
-) -> None:
-    tasks: list[int] = []
+async def test_whoever_ends_last_goes_on_with_the_next_event(bus: EventBus) -> None:
+    first: list[int] = []
+    last: list[int] = []
     begun = [anyio.Event() for _ in range(5)]
 
     @bus.on(Ping)
     async def ends_first(event: Ping) -> None:
+        first.append(get_current_task().id)
         await begun[event.number].wait()
 
     @bus.on(Ping)
     async def ends_last(event: Ping) -> None:
-        tasks.append(get_current_task().id)
+        last.append(get_current_task().id)
         begun[event.number].set()
         await all_tasks_blocked()
 
     await drained(bus, *map(Ping, range(5)))
 
-    assert get_current_task().id not in tasks
+    assert first[0] == get_current_task().id
+    assert first[1:] == last[:-1]
     assert bus.stats.handled == 10
 
 
@@ -225,38 +226,66 @@ async def test_a_drain_can_be_cancelled_wherever_its_helpers_are(
 
 @stealing
 @pytest.mark.usefixtures("on_asyncio")
-async def test_a_resting_helper_that_is_cancelled_when_it_is_called_is_replaced(
-    bus: EventBus,
+async def test_a_helper_that_is_cancelled_as_it_is_called_is_replaced(bus: EventBus) -> None:
+    mine = asyncio.current_task()
+    seen: set[asyncio.Task[object]] = set()
+    at_work: set[asyncio.Task[object]] = set()
+    cancelled: set[asyncio.Task[object]] = set()
+    ended = [anyio.Event() for _ in range(12)]
+
+    async def handler(event: Ping, place: int) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        assert task not in cancelled
+        seen.add(task)
+        at_work.add(task)
+        if place == 2:
+            await checkpoint()
+            ended[event.number].set()
+        elif place == 1 and not cancelled:
+            # One of these is called then, for the last handler.
+            cancelled.update(each for each in seen - at_work - {mine} if not each.done())
+            for each in cancelled:
+                asyncio.get_running_loop().call_soon(each.cancel)
+        await ended[event.number].wait()
+        for _ in range((event.number + place) % 3):
+            await checkpoint()  # so that not always the same one ends last
+        at_work.remove(task)
+
+    for place in range(3):
+        bus.subscribe(Ping, functools.partial(handler, place=place))
+
+    with anyio.fail_after(5):
+        await drained(bus, *map(Ping, range(12)))
+
+    assert cancelled
+    assert bus.stats.handled == 36
+
+
+@pytest.mark.usefixtures("on_asyncio")
+async def test_what_follows_a_handler_that_cancels_its_own_task_begins_all_the_same(
+    bus: EventBus, deliver: Deliver
 ) -> None:
-    done = anyio.Event()
-    helpers: set[asyncio.Task[object] | None] = set()
+    begun = anyio.Event()
 
     @bus.on(Ping)
     async def waits_for_the_last(event: Ping) -> None:
-        if event.number < 3:
-            await checkpoint()
-            return
-        # Called is then who is about to begin the last handler.
-        asyncio.get_running_loop().call_soon(cancel, helpers - {asyncio.current_task()})
-        await done.wait()
+        await begun.wait()
+
+    @bus.on(Ping)
+    async def cancels_its_own_task(event: Ping) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        raise asyncio.CancelledError
 
     @bus.on(Ping)
     async def last(event: Ping) -> None:
-        helpers.add(asyncio.current_task())
-        await checkpoint()
-        if event.number == 3:
-            done.set()
-
-    def cancel(resting: set[asyncio.Task[object] | None]) -> None:
-        assert [task.cancel() for task in resting if task].count(True)
-
-    mine = asyncio.current_task()
+        begun.set()
 
     with anyio.fail_after(5):
-        await drained(bus, *map(Ping, range(4)))
-
-    assert mine not in helpers
-    assert bus.stats.handled == 8
+        assert await deliver(bus, Ping()) == []
+    assert outcomes(bus) == (2, 0, 1)
 
 
 # What a handler may wait for
