@@ -793,7 +793,7 @@ def _in_cancelled_scope() -> bool:
 
 
 async def _be_cancelled() -> None:
-    """Be cancelled now, if a scope around the caller is: a task begins and wakes in it all the same."""
+    """Be cancelled now, if a scope is: in it a task begins, and wakes, all the same."""
     if _in_cancelled_scope():
         await checkpoint()
 
