@@ -6,6 +6,7 @@ from typing import cast
 import pytest
 import trio
 from anyio import CancelScope, fail_after, sleep_forever
+from anyio.lowlevel import checkpoint
 from trio.testing import MockClock
 
 from eventkit import EventBus, HandlerTimeoutError
@@ -138,3 +139,25 @@ async def test_no_time_is_up_before_all_handlers_have_begun(new_bus: NewBus) -> 
 
     assert timed_out(await by_drain(bus, Ping())) == [30]
     assert outcomes(bus) == (2, 1, 0)
+
+
+async def test_a_handler_past_its_time_ends_although_whoever_began_it_has_nothing_left_to_do(
+    new_bus: NewBus,
+) -> None:
+    bus = new_bus(handler_timeout=TINY)
+
+    @bus.on(Ping)
+    async def short(event: Ping) -> None:
+        await checkpoint()
+
+    @bus.on(Ping)
+    async def stuck(event: Ping) -> None:
+        await sleep_forever()
+
+    async with bus.context() as unit:
+        unit.publish(Ping(), Ping())
+        with fail_after(5):
+            report = await unit.drain()
+
+    assert timed_out([failure.error for failure in report.failures]) == [TINY] * 2
+    assert report.handled == 2
