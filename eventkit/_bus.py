@@ -234,7 +234,8 @@ class EventBus(Subscribing):
         handlers that do not wait, it is no checkpoint.
 
         All handlers of an event run at the same time, and only those that wait cost a task: up to
-        the first of them, handlers begin in the task that dispatches, and share its identity.
+        the first of them, its handlers begin in the task that dispatches, and share its identity;
+        those of what they publish may begin in any of these tasks.
         Asyncio's own `Task.cancel()` reaches one waiting handler there, through shields.
         `docs/dispatch.md` has all of it.
 

@@ -371,7 +371,7 @@ class _Crew:
         return called
 
     def leave(self, worker: _Worker) -> None:
-        """Go on without a worker; the last one that goes takes along those that rest."""
+        """Count on a worker no longer; the last one that goes takes along those that rest."""
         self._workers.discard(worker)
         if worker in self._resting:
             self._resting.remove(worker)
@@ -380,10 +380,11 @@ class _Crew:
                 cast("Event", resting.call).set()
             self._resting.clear()
 
-    def replace(self) -> None:
-        """Have another begin what has not begun, where only a helper's own task was cancelled."""
-        if length_hint(self.places) and not self.spent and not _in_cancelled_scope():
-            self._call()
+    def go_on(self) -> None:
+        """Do what a helper that has left was to do next, if its task alone was cancelled."""
+        if self._workers and not self.spent and not _in_cancelled_scope():
+            self.get_help()
+            self.start_clock()
 
     def start_clock(self) -> None:
         """Give the event its time, once all its handlers have begun and one of them waits.
@@ -458,7 +459,8 @@ class _Worker:
                 raise  # a trio nursery learns from its children that it was cancelled
             # On asyncio the waiting task is told itself. Raised here too, the cancellation of this
             # task alone would reach its siblings, and AnyIO would keep it and the event in a ring.
-            self._crew.replace()
+            self._crew.leave(self)
+            self._crew.go_on()
         finally:
             self._crew.leave(self)
 

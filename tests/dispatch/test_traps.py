@@ -226,7 +226,10 @@ async def test_a_drain_can_be_cancelled_wherever_its_helpers_are(
 
 @stealing
 @pytest.mark.usefixtures("on_asyncio")
-async def test_a_helper_that_is_cancelled_as_it_is_called_is_replaced(bus: EventBus) -> None:
+@pytest.mark.parametrize("called_before", [True, False])
+async def test_a_helper_that_is_cancelled_as_it_is_called_is_replaced(
+    bus: EventBus, called_before: bool
+) -> None:
     mine = asyncio.current_task()
     seen: set[asyncio.Task[object]] = set()
     at_work: set[asyncio.Task[object]] = set()
@@ -243,10 +246,13 @@ async def test_a_helper_that_is_cancelled_as_it_is_called_is_replaced(bus: Event
             await checkpoint()
             ended[event.number].set()
         elif place == 1 and not cancelled:
-            # One of these is called then, for the last handler.
+            # One of these is called when this handler waits, for the last one.
             cancelled.update(each for each in seen - at_work - {mine} if not each.done())
             for each in cancelled:
-                asyncio.get_running_loop().call_soon(each.cancel)
+                if called_before:
+                    asyncio.get_running_loop().call_soon(each.cancel)
+                else:
+                    each.cancel()
         await ended[event.number].wait()
         for _ in range((event.number + place) % 3):
             await checkpoint()  # so that not always the same one ends last
@@ -286,6 +292,29 @@ async def test_what_follows_a_handler_that_cancels_its_own_task_begins_all_the_s
     with anyio.fail_after(5):
         assert await deliver(bus, Ping()) == []
     assert outcomes(bus) == (2, 0, 1)
+
+
+@stealing
+@pytest.mark.usefixtures("on_asyncio")
+async def test_the_time_of_others_begins_although_the_last_handler_cancels_its_own_task(
+    new_bus: NewBus,
+) -> None:
+    bus = new_bus(handler_timeout=TINY)
+
+    @bus.on(Ping)
+    async def stuck(event: Ping) -> None:
+        await anyio.sleep_forever()
+
+    @bus.on(Ping)
+    async def cancels_its_own_task(event: Ping) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        raise asyncio.CancelledError
+
+    with anyio.fail_after(5):
+        await drained(bus, Ping())
+    assert outcomes(bus) == (0, 1, 1)
 
 
 # What a handler may wait for
