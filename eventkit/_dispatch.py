@@ -367,14 +367,15 @@ class _Crew:
             await worker.call.wait()
         finally:
             called = worker in self._workers
-            self._coming -= called
+            if called:
+                self._coming -= 1
+            elif worker in self._resting:  # it was cancelled
+                self._resting.remove(worker)
         return called
 
     def leave(self, worker: _Worker) -> None:
         """Count on a worker no longer; the last one that goes takes along those that rest."""
         self._workers.discard(worker)
-        if worker in self._resting:
-            self._resting.remove(worker)
         if not self._workers:
             for resting in self._resting:
                 cast("Event", resting.call).set()

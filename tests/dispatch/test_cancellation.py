@@ -261,6 +261,39 @@ async def test_a_helping_task_that_is_cancelled_before_its_first_step_is_not_wai
 
 
 @pytest.mark.usefixtures("on_asyncio")
+@pytest.mark.filterwarnings("ignore:coroutine '_Worker.help' was never awaited")
+@pytest.mark.parametrize("implementation", ["continuation-stealing"], indirect=True)
+async def test_a_drain_goes_on_after_a_helping_task_that_was_cancelled_before_its_first_step(
+    bus: EventBus,
+) -> None:
+    begun = [anyio.Event() for _ in range(3)]
+
+    def cancel_helper() -> None:
+        for task in asyncio.all_tasks():
+            if task.get_name() == "eventkit handlers":
+                task.cancel()
+
+    @bus.on(Ping)
+    async def first(event: Ping) -> None:
+        if event.number == 0:
+            asyncio.get_running_loop().call_soon(cancel_helper)
+            await checkpoint()
+        else:
+            await begun[event.number].wait()
+
+    @bus.on(Ping)
+    async def second(event: Ping) -> None:
+        begun[event.number].set()
+
+    with anyio.fail_after(5):
+        async with bus.context():
+            bus.publish(*map(Ping, range(3)))
+
+    assert bus.stats.handled == 6
+    gc.collect()  # which warns of what was never awaited
+
+
+@pytest.mark.usefixtures("on_asyncio")
 # With old releases of AnyIO a group waits for ever for several tasks that end in this way.
 @pytest.mark.parametrize("implementation", ["continuation-stealing"], indirect=True)
 @pytest.mark.parametrize("count", [1, 3])
