@@ -11,7 +11,6 @@ from collections import Counter, deque
 from contextvars import copy_context
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import cast
 
 from anyio import CancelScope, Event, create_task_group, get_cancelled_exc_class, move_on_after
 from anyio.abc import TaskGroup
@@ -50,13 +49,8 @@ class _Lane:
 
     def __init__(self) -> None:
         self.scope = CancelScope()  # around the group
-        self.tasks: TaskGroup | None = None  # while it is open
+        self.tasks: TaskGroup
         self.over = Event()  # no more units come
-
-    @property
-    def usable(self) -> bool:
-        """Whether another unit may come."""
-        return self.tasks is not None and not self.over.is_set() and not self.scope.cancel_called
 
 
 class Drainer:
@@ -212,8 +206,8 @@ class Drainer:
             self._variables.run(self._start_soon, self._keep_open, lane, ended)
 
     def _drain_soon(self, ended: _Ended, lane: _Lane) -> None:
-        start = cast("TaskGroup", lane.tasks).start_soon
-        self._variables.run(partial(start, name=self._name), self._drain, ended, lane)
+        start = partial(lane.tasks.start_soon, name=self._name)
+        self._variables.run(start, self._drain, ended, lane)
 
     async def _keep_open(self, lane: _Lane, first: _Ended) -> None:
         try:
@@ -227,14 +221,18 @@ class Drainer:
             if not lane.over.is_set():  # or it is what a task is told by that has ended so
                 log(logging.CRITICAL, "a drain was ended", error=error, bus=self._core.name)
         finally:
-            lane.tasks = None
+            lane.over.set()
             if lane in self._idle:
                 self._idle.remove(lane)
+            for ended in [unit for unit, its in self._draining.items() if its is lane]:
+                self._abandon(ended.context)  # its task was cancelled before its first step
+                self._give_way(ended, lane)
 
     async def _drain(self, ended: _Ended, lane: _Lane) -> None:
         try:
             await finish(ended.context, success=ended.success)
         except get_cancelled_exc_class():
+            lane.over.set()  # AnyIO cancels the group of a task that was cancelled alone
             raise
         except BaseException as error:  # noqa: BLE001 - asyncio would end the loop for some
             lane.over.set()  # a scope may be open that is not its own
@@ -248,7 +246,7 @@ class Drainer:
         self._core.tally.shift("units_draining", -1)
         if self._closed:
             lane.over.set()
-        elif lane.usable:
+        elif not lane.over.is_set():
             self._idle.append(lane)
         if self._waiting:
             following = self._waiting.popleft()

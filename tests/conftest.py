@@ -89,3 +89,15 @@ def service_url() -> Callable[[str], str]:
         return url
 
     return find
+
+
+@pytest.fixture
+def on_asyncio(anyio_backend_name: str) -> None:
+    if anyio_backend_name != "asyncio":
+        pytest.skip("about asyncio alone")
+
+
+@pytest.fixture
+def on_trio(anyio_backend_name: str) -> None:
+    if anyio_backend_name != "trio":
+        pytest.skip("about trio alone")

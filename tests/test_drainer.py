@@ -1,6 +1,7 @@
 """The drainer alone: order, bounds, its end in time and out of time, and who cannot break it."""
 
 import asyncio
+import gc
 import logging
 import math
 import threading
@@ -629,6 +630,58 @@ async def test_a_handler_that_leaves_a_scope_open_ends_nobody_elses_deliveries(
     assert sorted(handled) == ["a", "b"]
     assert len(lines(caplog, "a drain was ended: bus=default")) == 2
     assert_settled(bus)
+
+
+@pytest.mark.usefixtures("on_asyncio")
+async def test_a_handler_that_cancels_its_own_task_ends_nobody_elses_deliveries(
+    bus: EventBus,
+) -> None:
+    handled: list[str] = []
+
+    @bus.on(str)
+    async def handle(event: str) -> None:
+        await checkpoint()
+        if event == "bad":
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await checkpoint()
+        handled.append(event)
+
+    async with draining(bus, concurrency=1) as drainer:
+        for event in ("bad", "a", "bad", "b"):
+            drainer.submit(unit(bus, event), success=True)
+
+    assert handled == ["a", "b"]
+    assert bus.stats.undelivered == 2
+    assert_settled(bus)
+
+
+@pytest.mark.usefixtures("on_asyncio")
+@pytest.mark.filterwarnings("ignore:coroutine 'Drainer._drain' was never awaited")
+async def test_a_unit_whose_task_is_cancelled_before_its_first_step_is_undelivered(
+    bus: EventBus,
+) -> None:
+    bus.subscribe(str, pause)
+
+    def cancel_drains() -> None:
+        for task in asyncio.all_tasks():
+            if task.get_name() == "eventkit drains 'default'":
+                task.cancel()
+
+    async with draining(bus, concurrency=1) as drainer:
+        drainer.submit(unit(bus, "a"), success=True)
+        await wait_all_tasks_blocked()
+        drainer.submit(unit(bus, "b"), success=True)
+        cancel_drains()
+        while bus.stats.units_draining:
+            await checkpoint()
+        assert bus.stats.undelivered == 1
+        drainer.submit(unit(bus, "c"), success=True)
+
+    assert bus.stats.handled == 2
+    assert_settled(bus)
+    gc.collect()  # which warns of what was never awaited
 
 
 @pytest.mark.parametrize(

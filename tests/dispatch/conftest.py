@@ -50,18 +50,6 @@ def bus(new_bus: NewBus) -> EventBus:
     return new_bus()
 
 
-@pytest.fixture
-def on_asyncio(anyio_backend_name: str) -> None:
-    if anyio_backend_name != "asyncio":
-        pytest.skip("about asyncio alone")
-
-
-@pytest.fixture
-def on_trio(anyio_backend_name: str) -> None:
-    if anyio_backend_name != "trio":
-        pytest.skip("about trio alone")
-
-
 @pytest.fixture(params=["dispatch", "drain"])
 def deliver(request: pytest.FixtureRequest) -> Deliver:
     """Each way to have one event handled; gives what failed."""
