@@ -1071,9 +1071,10 @@ def outside(reason: str, origin: object) -> Generator[None]:
 async def finish(context: EventContext, *, success: bool) -> None:
     """Release or discard what nobody has decided, deliver what is released, and close.
 
-    A cancel scope that a handler has left open makes it raise.
+    Raises where a handler has left a cancel scope open, on which the drainer relies.
     """
-    # There is one around the handlers where they have a limit, and with this one in any case.
+    # Dispatch puts a scope around handlers that have a limit, and leaving it fails while another
+    # is open in it. With an endless limit it does so for those that have none.
     timeout = context._core.handler_timeout or math.inf
     await context._finish(context._report, timeout, success=success)
 

@@ -28,7 +28,8 @@ on. Ten handlers that wait are ten workers, ten that do not are one.
     worker 2:         d  e  f  g~~~~~g
 
 The worker that ends last goes on with the next event of the unit of work, whichever it is. The
-others rest until one that waits calls them, which costs a quarter of a new task.
+others rest until one that waits calls them, which costs a quarter of a new task; but helpers of the
+first event, which mostly is the only one, go when it ends.
 
 Nothing that has begun ever changes its task, and that is what keeps it correct: a handler's cancel
 scopes, shields, timeouts and task groups belong to the task that it began in, and each worker
@@ -41,8 +42,8 @@ the time limit of the event. A scope for each handler would cost more than a han
 wait, and none can be opened once the handler waits.
 
 What can be told apart from a task per handler: handlers that do not wait share the identity of
-their worker, which for those of the first event is the task that dispatches; and a handler that
-waits is stepped, not awaited, so debuggers that follow `cr_await` from a task end at `_drive`;
+their worker, which is the task that dispatches up to the first handler that waits; and a handler
+that waits is stepped, not awaited, so debuggers that follow `cr_await` from a task end at `_drive`;
 `whereabouts` knows where each handler waits.
 """
 
@@ -85,8 +86,8 @@ _ENDED = object()  # in the place of a trap: the handler has ended
 # and a cancellation its chance. A turn of the event loop costs as much as twenty short handlers.
 _BREATH = 100
 
-# By so much of itself a time limit may be late. Events that follow one another closely then share a
-# deadline: to set a new one for each costs more than all else of one handler that waits.
+# By so much of itself a time limit may be late. Where each event has one handler, and it waits,
+# events close together then share a deadline: to set one costs more than all else of it.
 _SLACK = 0.001
 
 # What `_drive` knows the context variables of its task by.
@@ -368,7 +369,7 @@ class _Crew:
         finally:
             called = worker in self._workers
             if called:
-                self._coming -= 1
+                self.arrive()
             elif worker in self._resting:  # it was cancelled
                 self._resting.remove(worker)
         return called
@@ -381,8 +382,9 @@ class _Crew:
                 cast("Event", resting.call).set()
             self._resting.clear()
 
-    def go_on(self) -> None:
-        """Do what a helper that has left was to do next, if its task alone was cancelled."""
+    def replace(self, helper: _Worker) -> None:
+        """Have others do what a helper was to do next, if its task alone was cancelled."""
+        self.leave(helper)
         if self._workers and not self.spent and not _in_cancelled_scope():
             self.get_help()
             self.start_clock()
@@ -460,10 +462,9 @@ class _Worker:
                 raise  # a trio nursery learns from its children that it was cancelled
             # On asyncio the waiting task is told itself. Raised here too, the cancellation of this
             # task alone would reach its siblings, and AnyIO would keep it and the event in a ring.
-            self._crew.leave(self)
-            self._crew.go_on()
+            self._crew.replace(self)
         finally:
-            self._crew.leave(self)
+            self._crew.leave(self)  # if it has not
 
     async def serve(self) -> None:
         """Work whenever it is called, until all is over."""

@@ -43,14 +43,18 @@ class _Lane:
 
     A handler that leaves a cancel scope open spoils the task it ran in, whose end raises in the
     group around it. So each lane has a group of its own, and one that is spoiled is given up.
+
+    A lane drains a unit, or is idle, or is over: that is set when its drainer stops, when a unit
+    has spoiled it or was cancelled alone, and before its group closes, which takes a moment.
     """
 
-    __slots__ = ("over", "scope", "tasks")
+    __slots__ = ("over", "scope", "spoiled", "tasks")
 
     def __init__(self) -> None:
         self.scope = CancelScope()  # around the group
-        self.tasks: TaskGroup
+        self.tasks: TaskGroup  # once it is open
         self.over = Event()  # no more units come
+        self.spoiled = False
 
 
 class Drainer:
@@ -72,7 +76,7 @@ class Drainer:
     ) -> None:
         self._core = core
         self._name = f"eventkit drains {core.name!r}"
-        self._start_soon = partial(tasks.start_soon, name=f"eventkit waits to drain {core.name!r}")
+        self._tasks = tasks
         self._concurrency = concurrency
         self._max_pending = max_pending
         self._variables = copy_context()
@@ -203,29 +207,33 @@ class Drainer:
             self._drain_soon(ended, lane)
         else:
             lane = self._draining[ended] = _Lane()
-            self._variables.run(self._start_soon, self._keep_open, lane, ended)
+            keep_open = partial(self._tasks.start_soon, name="eventkit keeps a lane open")
+            self._variables.copy().run(keep_open, self._keep_open, lane, ended)
 
     def _drain_soon(self, ended: _Ended, lane: _Lane) -> None:
-        start = partial(lane.tasks.start_soon, name=self._name)
-        self._variables.run(start, self._drain, ended, lane)
+        # In a copy, because older releases of AnyIO let eager tasks begin in here.
+        drain = partial(lane.tasks.start_soon, name=self._name)
+        self._variables.copy().run(drain, self._drain, ended, lane)
 
     async def _keep_open(self, lane: _Lane, first: _Ended) -> None:
         try:
             with lane.scope:
                 async with create_task_group() as lane.tasks:
                     self._drain_soon(first, lane)
-                    await lane.over.wait()
+                    try:
+                        await lane.over.wait()
+                    finally:
+                        lane.over.set()
+                        if lane in self._idle:
+                            self._idle.remove(lane)
         except get_cancelled_exc_class():
             raise
         except BaseException as error:  # noqa: BLE001 - it would end the deliveries of everybody
-            if not lane.over.is_set():  # or it is what a task is told by that has ended so
+            if not lane.spoiled:  # else its drain has told of it
                 log(logging.CRITICAL, "a drain was ended", error=error, bus=self._core.name)
         finally:
-            lane.over.set()
-            if lane in self._idle:
-                self._idle.remove(lane)
             for ended in [unit for unit, its in self._draining.items() if its is lane]:
-                self._abandon(ended.context)  # its task was cancelled before its first step
+                self._abandon(ended.context)  # whose task has never begun
                 self._give_way(ended, lane)
 
     async def _drain(self, ended: _Ended, lane: _Lane) -> None:
@@ -235,7 +243,8 @@ class Drainer:
             lane.over.set()  # AnyIO cancels the group of a task that was cancelled alone
             raise
         except BaseException as error:  # noqa: BLE001 - asyncio would end the loop for some
-            lane.over.set()  # a scope may be open that is not its own
+            lane.spoiled = True  # or so it may be: a scope that is not its own is open
+            lane.over.set()
             log(logging.CRITICAL, "a drain was ended", error=error, bus=self._core.name)
         finally:
             self._give_way(ended, lane)

@@ -13,6 +13,14 @@ import anyio
 from anyio import current_time, from_thread
 from anyio.lowlevel import current_token
 
+_running: object = None  # whose `name` trio sets while it runs, maybe inside of a task of asyncio's
+try:
+    from sniffio import thread_local
+except ImportError:  # pragma: no cover - trio depends on it, newer releases of AnyIO do not
+    pass
+else:
+    _running = thread_local
+
 
 def current_loop() -> object:
     """The event loop that calls.
@@ -30,12 +38,14 @@ def clock() -> Callable[[], float]:
 
 
 def _asyncio_loop() -> asyncio.AbstractEventLoop | None:
-    """Asyncio's, if it calls: to ask AnyIO takes twenty times as long."""
+    """Asyncio's, if it calls: to ask AnyIO takes ten times as long."""
+    if getattr(_running, "name", None) not in {None, "asyncio"}:
+        return None
     try:
         loop = asyncio.get_running_loop()
-        return loop if asyncio.current_task(loop) else None  # trio may be a guest of its
     except RuntimeError:
         return None
+    return loop if asyncio.current_task(loop) else None  # else trio's turn, as a guest of the loop
 
 
 def on_event_loop() -> bool:

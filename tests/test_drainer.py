@@ -834,6 +834,29 @@ async def test_wherever_the_owner_is_cancelled_every_delivery_is_accounted_for(
     assert bus.stats.handled == before + 1
 
 
+@pytest.mark.parametrize("steps", range(5))
+async def test_what_is_submitted_after_its_owner_was_cancelled_is_undelivered(
+    bus: EventBus, steps: int
+) -> None:
+    """Lanes are open then, and close one step after the other."""
+    bus.subscribe(str, pause)
+
+    async with create_task_group() as owner:
+        drainer = Drainer(core_of(bus), owner, concurrency=1, max_pending=None)
+        drainer.submit(unit(bus, "before"), success=True)
+        await wait_all_tasks_blocked()
+        owner.cancel_scope.cancel()
+        with CancelScope(shield=True):
+            for _ in range(steps):
+                await checkpoint()
+            drainer.submit(unit(bus, "after"), success=True)
+            await wait_all_tasks_blocked()
+            await drainer.close(math.inf)
+
+    assert (bus.stats.handled, bus.stats.undelivered) == (1, 1)
+    assert_settled(bus)
+
+
 def test_the_counters_are_part_of_the_public_statistics(bus: EventBus) -> None:
     stats: Stats = bus.stats
 

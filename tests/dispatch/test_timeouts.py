@@ -1,5 +1,6 @@
 """Dispatch beside its contract: timeouts in virtual time."""
 
+import asyncio
 import functools
 from typing import cast
 
@@ -10,6 +11,7 @@ from anyio.lowlevel import checkpoint
 from trio.testing import MockClock
 
 from eventkit import EventBus, HandlerTimeoutError
+from eventkit._loops import current_loop
 from eventkit.testing.contract._timeouts import TINY, takes, timed_out
 from tests.dispatching import Deliver, NewBus, Ping, by_drain, outcomes
 
@@ -161,3 +163,26 @@ async def test_a_handler_past_its_time_ends_although_whoever_began_it_has_nothin
 
     assert timed_out([failure.error for failure in report.failures]) == [TINY] * 2
     assert report.handled == 2
+
+
+@pytest.mark.parametrize("implementation", ["continuation-stealing"], indirect=True)
+def test_limits_are_those_of_trio_where_it_runs_inside_of_a_task_of_asyncios(
+    new_bus: NewBus,
+) -> None:
+    bus = new_bus(handler_timeout=30)
+    bus.subscribe(Ping, functools.partial(takes, 0.001))
+    loops: list[object] = []
+
+    async def drain() -> None:
+        async with bus.context():
+            bus.publish(Ping())
+        loops.append(current_loop())
+
+    async def main() -> None:
+        trio.run(drain)
+        loops.append(current_loop())
+
+    asyncio.run(main())
+
+    assert bus.stats.handled == 1
+    assert loops[0] != loops[1]
