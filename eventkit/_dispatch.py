@@ -478,7 +478,7 @@ class _Worker:
         """Run handlers, until none is left or it is not for this worker to begin the next."""
         crew = self._crew
         try:
-            while not crew.spent:
+            while True:
                 self._told = self._natively = False
                 waiting = self._begin_handlers()
                 if waiting is not None:

@@ -48,13 +48,12 @@ class _Lane:
     has spoiled it or was cancelled alone, and before its group closes, which takes a moment.
     """
 
-    __slots__ = ("over", "scope", "spoiled", "tasks")
+    __slots__ = ("over", "scope", "tasks")
 
     def __init__(self) -> None:
         self.scope = CancelScope()  # around the group
         self.tasks: TaskGroup  # once it is open
         self.over = Event()  # no more units come
-        self.spoiled = False
 
 
 class Drainer:
@@ -228,9 +227,8 @@ class Drainer:
                             self._idle.remove(lane)
         except get_cancelled_exc_class():
             raise
-        except BaseException as error:  # noqa: BLE001 - it would end the deliveries of everybody
-            if not lane.spoiled:  # else its drain has told of it
-                log(logging.CRITICAL, "a drain was ended", error=error, bus=self._core.name)
+        except BaseException:  # noqa: BLE001 - the end of a spoiled task, whose drain told of it
+            pass
         finally:
             for ended in [unit for unit, its in self._draining.items() if its is lane]:
                 self._abandon(ended.context)  # whose task has never begun
@@ -243,8 +241,7 @@ class Drainer:
             lane.over.set()  # AnyIO cancels the group of a task that was cancelled alone
             raise
         except BaseException as error:  # noqa: BLE001 - asyncio would end the loop for some
-            lane.spoiled = True  # or so it may be: a scope that is not its own is open
-            lane.over.set()
+            lane.over.set()  # a scope that is not its own may be open
             log(logging.CRITICAL, "a drain was ended", error=error, bus=self._core.name)
         finally:
             self._give_way(ended, lane)
