@@ -21,8 +21,6 @@ class Outcome(Enum):
     DISCARDED = "discarded"
     UNDELIVERED = "undelivered"
 
-    __hash__ = object.__hash__  # each is but once; the usual one is a call of Python's
-
 
 Background = Literal["units_waiting", "units_draining", "held", "refused"]
 
