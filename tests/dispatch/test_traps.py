@@ -268,6 +268,13 @@ async def test_a_helper_that_is_cancelled_as_it_is_called_is_replaced(
     assert bus.stats.handled == 36
 
 
+async def cancels_its_own_task(event: Ping) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+    raise asyncio.CancelledError
+
+
 @pytest.mark.usefixtures("on_asyncio")
 async def test_what_follows_a_handler_that_cancels_its_own_task_begins_all_the_same(
     bus: EventBus, deliver: Deliver
@@ -278,12 +285,7 @@ async def test_what_follows_a_handler_that_cancels_its_own_task_begins_all_the_s
     async def waits_for_the_last(event: Ping) -> None:
         await begun.wait()
 
-    @bus.on(Ping)
-    async def cancels_its_own_task(event: Ping) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        task.cancel()
-        raise asyncio.CancelledError
+    bus.subscribe(Ping, cancels_its_own_task)
 
     @bus.on(Ping)
     async def last(event: Ping) -> None:
@@ -305,12 +307,7 @@ async def test_the_time_of_others_begins_although_the_last_handler_cancels_its_o
     async def stuck(event: Ping) -> None:
         await anyio.sleep_forever()
 
-    @bus.on(Ping)
-    async def cancels_its_own_task(event: Ping) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        task.cancel()
-        raise asyncio.CancelledError
+    bus.subscribe(Ping, cancels_its_own_task)
 
     with anyio.fail_after(5):
         await drained(bus, Ping())
