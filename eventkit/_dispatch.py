@@ -272,6 +272,7 @@ class _Crew:
                     self._scope = self._tasks.cancel_scope
                     self.lacks_group = False
                     await first.serve()
+                    self.leave(first)
                 self._tasks = None
                 self.lacks_group = True  # for what is left of this event
                 # Asyncio may have cancelled helpers before their first step: they say no farewell.
@@ -417,7 +418,6 @@ class _Crew:
     def disband(self) -> None:
         """Forget who knows it, workers and exceptions in the group: a ring would keep all alive."""
         self._workers.clear()
-        self._resting.clear()
         self._tasks = self._scope = None
 
     def end(self, error: BaseException) -> bool:
@@ -464,7 +464,7 @@ class _Worker:
             # task alone would reach its siblings, and AnyIO would keep it and the event in a ring.
             self._crew.replace(self)
         finally:
-            self._crew.leave(self)  # if it has not
+            self._crew.leave(self)
 
     async def serve(self) -> None:
         """Work whenever it is called, until all is over."""
@@ -472,7 +472,6 @@ class _Worker:
         while await self._crew.rest(self):
             await _be_cancelled()
             await self.work()
-        self._crew.leave(self)
 
     async def work(self) -> None:
         """Run handlers, until none is left or it is not for this worker to begin the next."""
