@@ -19,7 +19,7 @@ from eventkit.testing._fakes import Fake, Fakes, Named, subscriptions_of
 from eventkit.testing._ledger import Fate, Ledger
 from eventkit.testing._matching import describe, expectation, nearest_first
 from eventkit.testing._recorder import EventList, Recording
-from eventkit.testing._waiting import block_until, until, what_goes_on
+from eventkit.testing._waiting import Patience, block_until, until, what_goes_on
 
 E = TypeVar("E")
 
@@ -247,10 +247,10 @@ class EventCapture(Recording):
         """
         __tracebackhide__ = True
         self._refuse_waiting_for_self()
-        deadline = self._deadline(timeout)
-        await until(self._ledger, self._is_idle, deadline, self._busy)
-        while self._last_steps() and time.monotonic() < deadline:
-            await checkpoint()
+        with self._patience(timeout) as patience:
+            await until(self._ledger, self._is_idle, patience, self._busy)
+            while self._last_steps() and not patience.over:
+                await checkpoint()
 
     def idle_sync(self, *, timeout: float | None = None) -> None:
         """As `idle`, for synchronous tests, whose application runs in another thread.
@@ -264,9 +264,9 @@ class EventCapture(Recording):
         __tracebackhide__ = True
         self._refuse_blocking("idle()")
         self._refuse_waiting_for_self()
-        deadline = self._deadline(timeout)
-        block_until(self._ledger, self._is_idle, deadline, self._busy)
-        self._settle(deadline)
+        with self._patience(timeout) as patience:
+            block_until(self._ledger, self._is_idle, patience, self._busy)
+            self._settle(patience)
 
     async def wait_for(
         self, event_type: type[E], /, *, timeout: float | None = None, **fields: object
@@ -291,7 +291,8 @@ class EventCapture(Recording):
         __tracebackhide__ = True
         find = partial(self._find, event_type, fields)
         explain = partial(self._missing, event_type, fields)
-        return (await until(self._ledger, find, self._deadline(timeout), explain))[0]
+        with self._patience(timeout) as patience:
+            return (await until(self._ledger, find, patience, explain))[0]
 
     def wait_for_sync(
         self, event_type: type[E], /, *, timeout: float | None = None, **fields: object
@@ -307,7 +308,8 @@ class EventCapture(Recording):
         self._refuse_blocking("wait_for(...)")
         find = partial(self._find, event_type, fields)
         explain = partial(self._missing, event_type, fields)
-        return block_until(self._ledger, find, self._deadline(timeout), explain)[0]
+        with self._patience(timeout) as patience:
+            return block_until(self._ledger, find, patience, explain)[0]
 
     def __enter__(self) -> Self:
         bus, core = self.bus, core_of(self.bus)
@@ -367,8 +369,8 @@ class EventCapture(Recording):
         if on_event_loop():
             raise RuntimeError(f"this would block the event loop: `await capevents.{call}`")
 
-    def _deadline(self, timeout: float | None) -> float:
-        return time.monotonic() + (self.timeout if timeout is None else timeout)
+    def _patience(self, timeout: float | None) -> Patience:
+        return Patience(self.timeout if timeout is None else timeout, self._ledger)
 
     def _wait_for_end(self) -> TimeoutError | None:
         """Wait for what goes on without the test; returns why that was in vain.
@@ -378,17 +380,17 @@ class EventCapture(Recording):
         """
         if self._ledger.quiet and not self._last_steps():
             return None
-        deadline = self._deadline(0 if on_event_loop() else None)
         explain = partial(self._busy, "the test is over, but these go on; wait with `idle()`:")
-        try:
-            block_until(self._ledger, lambda: self._ledger.quiet or None, deadline, explain)
-        except TimeoutError as error:
-            return error
-        self._settle(deadline)
+        with self._patience(0 if on_event_loop() else None) as patience:
+            try:
+                block_until(self._ledger, lambda: self._ledger.quiet or None, patience, explain)
+            except TimeoutError as error:
+                return error
+            self._settle(patience)
         return None
 
-    def _settle(self, deadline: float) -> None:
-        while self._last_steps() and time.monotonic() < deadline:
+    def _settle(self, patience: Patience) -> None:
+        while self._last_steps() and not patience.over:
             time.sleep(_GLANCE_SECONDS)
 
     def _last_steps(self) -> bool:

@@ -1,17 +1,17 @@
 """Owns waiting for a ledger to change, on an event loop or in a thread, and what to say in vain.
 
-No polling, and no clock of an event loop: changes come from other threads and loops too, and the
-time is real, so that hours of a virtual clock are no failure.
+No polling, and no clock: changes come from other threads and loops too, and the time is real.
+Hours of a virtual clock are no failure, and a clock that a test has stopped makes no wait longer.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from threading import Timer
-from typing import TypeVar
+from threading import TIMEOUT_MAX, Timer
+from types import TracebackType
+from typing import Self, TypeVar
 
 from anyio import Event
 from anyio.lowlevel import checkpoint, current_token
@@ -29,44 +29,80 @@ T = TypeVar("T")
 _NAMED = 10
 
 
+class Patience:
+    """How long a wait may take; a context manager, whose end stops the timer.
+
+    A thread waits for so many seconds, and no clock is read: libraries such as freezegun replace
+    all clocks that Python code can read. The time begins when it is first asked for.
+
+    Args:
+        seconds: Seconds of real time; infinity for no limit.
+        ledger: Whose waiters look again when the time is up.
+    """
+
+    def __init__(self, seconds: float, ledger: Ledger) -> None:
+        self._seconds = seconds
+        self._ledger = ledger
+        self._timer: Timer | None = None
+        self._over = not seconds > 0  # NaN is not, either
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    @property
+    def over(self) -> bool:
+        """Whether the time is up."""
+        if not self._over and self._timer is None:
+            self._timer = Timer(min(self._seconds, TIMEOUT_MAX), self._end)
+            self._timer.daemon = True
+            self._timer.start()
+        return self._over
+
+    def _end(self) -> None:
+        self._over = True
+        self._ledger.wake()
+
+
 async def until(
-    ledger: Ledger, look: Callable[[], T | None], deadline: float, explain: Callable[[], str]
+    ledger: Ledger, look: Callable[[], T | None], patience: Patience, explain: Callable[[], str]
 ) -> T:
     """Look after each change until there is something to see, and return it.
 
     Raises:
-        TimeoutError: `deadline`, of `time.monotonic`, has passed.
+        TimeoutError: The time is up.
     """
     __tracebackhide__ = True
     await checkpoint()
     call_soon = threadsafe_call_of(current_token())
-    timer: Timer | None = None
-    try:
-        while True:
-            changed = Event()
-            with ledger.alarm(partial(_set, changed, call_soon)):
-                if (seen := look()) is not None:
-                    return seen
-                if time.monotonic() >= deadline:
-                    raise TimeoutError(explain())
-                if timer is None:
-                    timer = Timer(deadline - time.monotonic(), ledger.wake)
-                    timer.start()
-                await changed.wait()
-    finally:
-        if timer is not None:
-            timer.cancel()
+    while True:
+        changed = Event()
+        with ledger.alarm(partial(_set, changed, call_soon)):
+            if (seen := look()) is not None:
+                return seen
+            if patience.over:
+                raise TimeoutError(explain())
+            await changed.wait()
 
 
 def block_until(
-    ledger: Ledger, look: Callable[[], T | None], deadline: float, explain: Callable[[], str]
+    ledger: Ledger, look: Callable[[], T | None], patience: Patience, explain: Callable[[], str]
 ) -> T:
     """As `until`, in a thread that no event loop needs."""
     __tracebackhide__ = True
     with ledger.changed:
         while (seen := look()) is None:
-            if not ledger.changed.wait(deadline - time.monotonic()):
+            if patience.over:
                 raise TimeoutError(explain())
+            ledger.changed.wait()
     return seen
 
 

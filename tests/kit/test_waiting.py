@@ -1,5 +1,6 @@
 """Waiting until all has ended, or for one event: on any loop, in threads, and in vain."""
 
+import math
 import threading
 from collections.abc import Awaitable, Callable, Generator
 from functools import partial
@@ -18,11 +19,12 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from eventkit import Delivery, EventBus, EventContextUsageError, current_delivery
+from eventkit._context import abandon
 from eventkit.starlette import EventContextMiddleware
 from eventkit.testing import EventCapture
 from eventkit.testing._stuck import told, where
 from tests.kit.orders import OrderPlaced, ReceiptSent, Viewed
-from tests.witness import assert_settled
+from tests.witness import assert_settled, entered
 
 pytestmark = pytest.mark.anyio
 
@@ -361,6 +363,69 @@ def test_hours_of_a_virtual_clock_are_no_time(bus: EventBus) -> None:
 
     clock = trio.testing.MockClock(autojump_threshold=0)
     trio.run(main, clock=clock)
+
+
+@pytest.fixture(params=[True, False], ids=["loop-goes-on", "loop-stopped"])
+def stopped_clock(request: pytest.FixtureRequest) -> Generator[None]:
+    """No clock that Python code can read goes on; that of asyncio's loop does, where said."""
+    freezegun = pytest.importorskip("freezegun", reason="the plugins' session is without it")
+    with freezegun.freeze_time("2026-01-01", real_asyncio=request.param):
+        yield
+
+
+@pytest.mark.usefixtures("stopped_clock")
+async def test_a_clock_that_the_test_has_stopped_makes_no_wait_longer(
+    bus: EventBus, events: EventCapture
+) -> None:
+    gate = Gate()
+    bus.subscribe(Viewed, gate, name="gate")
+    async with create_task_group() as tasks:
+        tasks.start_soon(publish, bus, Viewed("/"))
+        await gate.reached.wait()
+        waited_for = await in_vain(events.wait_for(OrderPlaced, timeout=0.01))
+        idle = await in_vain(events.idle(timeout=0.01))
+        gate.open()
+
+    assert waited_for.startswith("no OrderPlaced was published; instead")
+    assert idle.startswith("not idle:\n  gate for Viewed(page='/') is running")
+
+
+@pytest.mark.usefixtures("stopped_clock")
+async def test_a_drains_last_steps_are_not_waited_for_for_ever_under_a_stopped_clock(
+    bus: EventBus, events: EventCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "_last_steps", lambda: True)
+    await events.idle(timeout=0.01)
+    await to_thread.run_sync(partial(events.idle_sync, timeout=0.01))
+
+
+@pytest.mark.usefixtures("stopped_clock")
+def test_a_synchronous_wait_ends_under_a_stopped_clock_too(bus: EventBus) -> None:
+    context = bus.context()
+    events = EventCapture(bus, timeout=0.01).__enter__()
+    with entered(context):
+        bus.publish(OrderPlaced(1))
+        context.release()
+        with pytest.raises(TimeoutError, match="no Viewed was published; instead"):
+            events.wait_for_sync(Viewed)
+    with pytest.raises(TimeoutError, match="not idle"):
+        events.idle_sync()
+    with pytest.raises(TimeoutError, match="the test is over, but these go on"):
+        events.__exit__(None, None, None)
+    abandon(context)
+
+
+def test_a_wait_without_end_is_ended_by_what_it_waits_for(bus: EventBus) -> None:
+    async def main() -> None:
+        with EventCapture(bus, timeout=math.inf) as events:
+            async with create_task_group() as tasks:
+                tasks.start_soon(events.wait_for, ReceiptSent)
+                in_thread = partial(events.wait_for_sync, ReceiptSent)
+                tasks.start_soon(partial(to_thread.run_sync, in_thread))
+                await anyio.wait_all_tasks_blocked()
+                await publish(bus, OrderPlaced(1))
+
+    anyio.run(main)
 
 
 @pytest.fixture
