@@ -16,8 +16,13 @@ _ALIGNED = 250_000
 
 
 def matches(event: object, event_type: type, fields: Mapping[str, object]) -> bool:
-    """Whether it is an instance of the type, and its fields have these values."""
-    return isinstance(event, event_type) and not _differing(event, fields)
+    """Whether it is an instance of the type, and its fields have these values.
+
+    What reading or comparing a field raises is raised: it is neither a match nor none.
+    """
+    return isinstance(event, event_type) and all(
+        _is_value(getattr(event, name, _NOTHING), expected) for name, expected in fields.items()
+    )
 
 
 def check_fields(event_type: type, fields: Mapping[str, object], events: Iterable[object]) -> None:
@@ -45,8 +50,16 @@ def expectation(event_type: type, fields: Mapping[str, object]) -> str:
     """What is looked for, written as a call: `OrderPlaced(order_id=1)`."""
     if not fields:
         return event_type.__qualname__
-    pairs = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+    pairs = ", ".join(f"{name}={shown(value)}" for name, value in fields.items())
     return f"{event_type.__qualname__}({pairs})"
+
+
+def shown(value: object) -> str:
+    """Its `repr`, or what stands for it: an object that cannot be shown must hide no message."""
+    try:
+        return repr(value)
+    except Exception as error:  # noqa: BLE001 - a `repr` is user code
+        return f"<{type(value).__qualname__} whose repr raised {type(error).__name__}>"
 
 
 def describe(event: object) -> str:
@@ -54,17 +67,17 @@ def describe(event: object) -> str:
     cls = type(event)
     # A dataclass's own `__repr__` is a wrapper against recursion; one written by hand is not.
     if dataclasses.is_dataclass(cls) and hasattr(cls.__repr__, "__wrapped__"):
-        shown = [f.name for f in dataclasses.fields(cls) if f.repr and f.compare]
-        pairs = ", ".join(f"{name}={getattr(event, name, None)!r}" for name in shown)
+        names = [f.name for f in dataclasses.fields(cls) if f.repr and f.compare]
+        pairs = ", ".join(f"{name}={shown(_read(event, name))}" for name in names)
         text = f"{cls.__qualname__}({pairs})"
     else:
-        text = repr(event)
+        text = shown(event)
     return text if len(text) <= _LONG else f"{text[:_LONG]}..."
 
 
 def fields_of(event: object) -> dict[str, object]:
     """The fields that count when it is compared, with their values."""
-    return {name: getattr(event, name, _NOTHING) for name in _names(event)}
+    return {name: _read(event, name) for name in _names(event)}
 
 
 def listed(events: Sequence[object]) -> list[str]:
@@ -89,7 +102,7 @@ def nearest_first(
         lines.append(f"  {describe(event)}")
         if isinstance(event, event_type):
             lines += [
-                f"    {name} is {found}, not {fields[name]!r}"
+                f"    {name} is {found}, not {shown(fields[name])}"
                 for name, found in _differing(event, fields).items()
             ]
     return [*lines, *_more(events)]
@@ -129,7 +142,32 @@ def difference(found: Sequence[object], expected: Sequence[object], what: str) -
     return [f"{what} == expected, but for {summary}", *lines]
 
 
-_NOTHING = object()
+class _Nothing:
+    """Stands for the value of a field that is not there."""
+
+    def __repr__(self) -> str:
+        return "<not there>"
+
+
+class _Unreadable:
+    """Stands for the value of a field whose reading raised an error."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = type(error).__name__
+
+    def __repr__(self) -> str:
+        return f"<not readable, it raised {self._error}>"
+
+
+_NOTHING = _Nothing()
+
+
+def _read(event: object, name: str) -> object:
+    """The value of a field, for a message."""
+    try:
+        return getattr(event, name, _NOTHING)
+    except Exception as error:  # noqa: BLE001 - a property is user code
+        return _Unreadable(error)
 
 
 def _aligned(found: Sequence[object], expected: Sequence[object]) -> list[tuple[object, object]]:
@@ -188,7 +226,7 @@ def _why_unequal(have: object, want: object) -> list[str]:
     """The fields in which two events of one type differ."""
     fields = fields_of(want)
     lines = [
-        f"{name} is {found}, expected {fields[name]!r}"
+        f"{name} is {found}, expected {shown(fields[name])}"
         for name, found in _differing(have, fields).items()
     ]
     if lines:
@@ -203,17 +241,24 @@ def _why_unequal(have: object, want: object) -> list[str]:
 
 def _differing(event: object, fields: Mapping[str, object]) -> dict[str, str]:
     """The fields that have another value in the event, and which; or that it does not have."""
-    found = {name: getattr(event, name, _NOTHING) for name in fields}
+    found = {name: _read(event, name) for name in fields}
     return {
-        name: "not there" if value is _NOTHING else repr(value)
+        name: "not there" if value is _NOTHING else shown(value)
         for name, value in found.items()
         if value is _NOTHING or not _equal(fields[name], value)
     }
 
 
+def _is_value(found: object, expected: object) -> bool:
+    return found is not _NOTHING and (expected is found or bool(expected == found))
+
+
 def _equal(one: object, other: object) -> bool:
-    """As `in` and lists compare: the same object is equal to itself."""
-    return one is other or bool(one == other)
+    """As `in` and lists compare, for a message: the same object is equal to itself."""
+    try:
+        return one is other or bool(one == other)
+    except Exception:  # noqa: BLE001 - an `==` is user code
+        return False
 
 
 def _declared(event_type: type) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from eventkit._bus import EventBus
 from eventkit._events import type_name
 from eventkit._registry import Subscription
 from eventkit.testing._fakes import Named
+from eventkit.testing._matching import shown
 
 
 def assert_handles(bus: EventBus, event_type: type, *handlers: Named) -> None:
@@ -71,4 +72,4 @@ def _reached(handler: Named, subscriptions: Iterable[Subscription]) -> bool:
 def _called(handler: Named) -> str:
     if isinstance(handler, str):
         return handler
-    return getattr(handler, "__qualname__", None) or repr(handler)
+    return getattr(handler, "__qualname__", None) or shown(handler)

@@ -1,7 +1,7 @@
 """Lists of events that can be asked, a publisher that remembers, and what failing answers say."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import attrs
@@ -351,3 +351,101 @@ def test_an_own_repr_is_shown_as_it_is() -> None:
             return "Secret(***)"
 
     assert message(lambda: EventList([Secret("x")]).none(Secret)).endswith("\n  Secret(***)")
+
+
+class Detached(Exception):
+    """What a mapped object raises that its session has forgotten."""
+
+
+class Mapped:
+    """Its attributes cannot be read any more, and so it cannot be shown or compared."""
+
+    def __repr__(self) -> str:
+        raise Detached("not bound to a session")
+
+    def __getattr__(self, name: str) -> object:
+        raise Detached("not bound to a session")
+
+    def __eq__(self, other: object) -> bool:
+        raise Detached("not bound to a session")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True)
+class UserMapped(DomainEvent):
+    user: object
+    number: int = 1
+
+
+@dataclass
+class Expired:
+    """A dataclass one of whose fields cannot be read."""
+
+    number: int
+
+    def __getattribute__(self, name: str) -> object:
+        if name == "number":
+            raise Detached("not bound to a session")
+        return object.__getattribute__(self, name)
+
+
+SHOWN = "<Mapped whose repr raised Detached>"
+EXPIRED = "Expired(number=<not readable, it raised Detached>)"
+
+
+@pytest.mark.parametrize(
+    ("event", "shown"),
+    [
+        (Mapped(), SHOWN),
+        (UserMapped(Mapped()), f"UserMapped(user={SHOWN}, number=1)"),
+        (Expired(1), EXPIRED),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_event_that_cannot_be_shown_hides_no_message(event: object, shown: str) -> None:
+    events = EventList([event, Plain(1)], what="published")
+
+    for text in (
+        message(lambda: events.one(OrderPlaced)),
+        message(lambda: events.one(OrderPlaced, order_id=1)),
+        message(lambda: events.one(Plain, number=2)),
+        message(events.none),
+        message(lambda: events.in_order(Plain, OrderPlaced)),
+        "\n".join(explain("in", OrderPlaced(1), events) or ()),
+    ):
+        assert f"\n  {shown}" in text
+    assert f"\n+ {shown}" in "\n".join(explain("==", events, [Plain(2)]) or ())
+    assert f"\n- {shown}" in "\n".join(explain("==", EventList([Plain(2)]), [event]) or ())
+    assert f"expected one {type(event).__qualname__}(number={SHOWN})" in message(
+        lambda: EventList[object]().one(type(event), number=Mapped())
+    )
+
+
+def test_two_events_that_cannot_be_compared_are_different() -> None:
+    assert explain("==", EventList([UserMapped(Mapped())]), [UserMapped(Mapped())]) == [
+        "recorded == expected, but for 1 different (~)",
+        f"~ UserMapped(user={SHOWN}, number=1)",
+        f"    user is {SHOWN}, expected {SHOWN}",
+    ]
+    assert explain("==", EventList([Expired(1)]), [Expired(1)]) == [
+        "recorded == expected, but for 1 different (~)",
+        f"~ {EXPIRED}",
+        "    number is <not readable, it raised Detached>, expected <not readable, it raised "
+        "Detached>",
+    ]
+
+
+def test_a_field_that_cannot_be_read_makes_no_assertion_hold() -> None:
+    with pytest.raises(Detached):
+        EventList([Expired(1)]).none(Expired, number=1)
+    with pytest.raises(Detached):
+        EventList([UserMapped(Mapped())]).none(UserMapped, user=1)
+
+
+def test_a_field_that_was_never_set_is_shown_as_such() -> None:
+    @dataclass
+    class Unset:
+        number: int = field(init=False)
+
+    assert message(EventList([Unset()]).none).endswith("Unset(number=<not there>)")

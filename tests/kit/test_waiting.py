@@ -182,6 +182,33 @@ async def test_a_field_that_does_not_exist_is_not_waited_for(events: EventCaptur
         await events.wait_for(OrderPlaced, orderid=1)
 
 
+class Unshown:
+    """An event whose `repr` raises, as that of a detached mapped object does."""
+
+    def __repr__(self) -> str:
+        raise LookupError("detached")
+
+
+async def test_an_event_that_cannot_be_shown_hides_no_timeout(
+    bus: EventBus, events: EventCapture
+) -> None:
+    gate = Gate()
+    bus.subscribe(Unshown, gate, name="gate")
+    async with create_task_group() as tasks:
+        tasks.start_soon(publish, bus, Unshown())
+        await gate.reached.wait()
+        waited_for = await in_vain(events.wait_for(OrderPlaced, order_id=1, timeout=0))
+        idle = await in_vain(events.idle(timeout=0))
+        gate.open()
+
+    shown = "<Unshown whose repr raised LookupError>"
+    assert waited_for.startswith(
+        f"no OrderPlaced(order_id=1) was published; instead, nearest first:\n  {shown}\n"
+    )
+    assert idle.startswith(f"not idle:\n  gate for {shown} is running, at ")
+    assert events.caused_by(events.one(Unshown)).what == f"caused by {shown}"
+
+
 def line_of(function: Callable[..., object], words: str) -> str:
     """The `file:line` in which a function says this."""
     code = function.__code__
