@@ -1,0 +1,212 @@
+"""What reaches the log, whatever has configured it: no silent failure, and lines in groups."""
+
+import ast
+import logging
+import subprocess
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from textwrap import dedent
+
+import anyio
+import pytest
+
+from eventkit import EventBus
+from eventkit._log import log
+
+PACKAGE = Path(__file__).parent.parent / "eventkit"
+
+
+def output_of(configuring: str) -> str:
+    """What a program writes that has imported eventkit, configures its logs, and has a failure."""
+    program = """
+        import logging, logging.config, anyio
+        from eventkit import EventBus
+
+        {configuring}
+
+        async def main() -> None:
+            async with bus.context():
+                bus.publish("an event")
+
+        bus = EventBus()
+
+        @bus.on(str, name="mail")
+        async def mail(event: str) -> None:
+            raise ValueError("no mail today")
+
+        anyio.run(main)
+        configure()
+        anyio.run(main)
+    """
+    text = dedent(program).format(configuring=dedent(configuring).strip())
+    ended = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, check=True, timeout=60
+    )
+    return ended.stdout
+
+
+TO_STDOUT = """
+    SETTINGS = {
+        "version": 1,
+        "formatters": {"plain": {"format": "%(levelname)s [%(name)s] %(message)s"}},
+        "handlers": {
+            "out": {
+                "class": "logging.StreamHandler",
+                "stream": "ext://sys.stdout",
+                "formatter": "plain",
+            }
+        },
+        "root": {"handlers": ["out"]},
+    }
+"""
+
+
+@pytest.mark.parametrize(
+    "configuring",
+    [
+        "def configure():\n    logging.config.dictConfig(SETTINGS)",
+        """
+        INI = '''
+        [loggers]
+        keys=root
+        [handlers]
+        keys=out
+        [formatters]
+        keys=plain
+        [logger_root]
+        handlers=out
+        [handler_out]
+        class=StreamHandler
+        args=(sys.stdout,)
+        formatter=plain
+        [formatter_plain]
+        format=%(levelname)s [%(name)s] %(message)s
+        '''
+        def configure():
+            import io, textwrap
+            logging.config.fileConfig(io.StringIO(textwrap.dedent(INI)))
+        """,
+        """
+        import structlog
+        def configure():
+            structlog.configure(
+                processors=[
+                    structlog.stdlib.filter_by_level,
+                    structlog.stdlib.render_to_log_kwargs,
+                ],
+                wrapper_class=structlog.stdlib.BoundLogger,
+                logger_factory=structlog.stdlib.LoggerFactory(),
+            )
+            logging.config.dictConfig(SETTINGS)
+        """,
+    ],
+    ids=["dictConfig", "fileConfig", "structlog"],
+)
+def test_a_configuration_that_disables_existing_loggers_silences_no_failure(
+    configuring: str,
+) -> None:
+    output = output_of(dedent(TO_STDOUT) + dedent(configuring))
+
+    assert output.count("ERROR [eventkit] event handler failed") == 1
+    assert "ValueError: no mail today" in output
+
+
+@pytest.fixture
+def logger() -> Generator[logging.Logger]:
+    logger = logging.getLogger("eventkit")
+    yield logger
+    logger.setLevel(logging.NOTSET)
+    logger.disabled = False
+
+
+def test_a_level_of_the_users_own_silences_the_log(
+    logger: logging.Logger, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger.setLevel(logging.CRITICAL)
+    logger.disabled = True
+    log(logging.ERROR, "lost", bus="shop")
+    assert caplog.messages == []
+
+    log(logging.CRITICAL, "lost", bus="shop")
+    assert caplog.messages == ["lost: bus=shop"]
+
+
+def test_a_filter_of_the_users_own_silences_the_log(
+    logger: logging.Logger, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(record: logging.LogRecord) -> bool:
+        return False
+
+    logger.addFilter(refuse)
+    logger.disabled = True
+    try:
+        log(logging.ERROR, "lost", bus="shop")
+    finally:
+        logger.removeFilter(refuse)
+    log(logging.ERROR, "found", bus="shop")
+
+    assert caplog.messages == ["found: bus=shop"]
+
+
+def test_what_is_disabled_for_all_loggers_stays_disabled(caplog: pytest.LogCaptureFixture) -> None:
+    logging.disable(logging.ERROR)
+    try:
+        log(logging.ERROR, "lost", bus="shop")
+    finally:
+        logging.disable(logging.NOTSET)
+
+    assert caplog.messages == []
+
+
+def test_lines_of_one_kind_share_their_template_and_those_of_others_do_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bus = EventBus(name="shop")
+
+    async def fail(event: str) -> None:
+        raise ValueError("no mail today")
+
+    bus.subscribe(str, fail, name="mail")
+
+    async def main() -> None:
+        async with bus.context() as unit:
+            bus.publish("one", "two")
+            await unit.drain()
+            bus.publish("three")
+            unit.discard()
+
+    caplog.set_level(logging.INFO, "eventkit")
+    anyio.run(main)
+
+    failed = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert {record.msg for record in failed} == {
+        "event handler failed: event_type=%(event_type)s handler=%(handler)s "
+        "delivery_id=%(delivery_id)s"
+    }
+    assert len({record.getMessage() for record in failed}) == len(failed)
+    assert all(vars(record)["eventkit"] == record.args for record in failed)
+    (discarded,) = [record for record in caplog.records if record.levelno == logging.INFO]
+    assert discarded.msg == (
+        "deliveries discarded: bus=%(bus)s deliveries=%(deliveries)s event_types=%(event_types)s"
+    )
+
+
+def test_a_line_may_have_percent_signs_and_no_facts(caplog: pytest.LogCaptureFixture) -> None:
+    log(logging.ERROR, "100% lost", bus="100%", reason="%(bus)s")
+    log(logging.ERROR, "100% found")
+
+    assert caplog.messages == ["100% lost: bus=100% reason=%(bus)s", "100% found"]
+
+
+def test_no_fact_is_called_as_a_record_of_the_standard_library_calls_its_own() -> None:
+    """structlog makes attributes of a record of them, and the standard library refuses those."""
+    reserved = {*vars(logging.makeLogRecord({})), "message", "asctime", "event"}
+    facts = set[str]()
+    for module in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("log"):
+                facts |= {keyword.arg for keyword in node.keywords if keyword.arg}
+
+    assert {"event_type", "handlers", "observer"} <= facts
+    assert not facts - {"exc_info"} & reserved
