@@ -1121,7 +1121,8 @@ def _enter_for_logs(seat: Seat) -> None:
     _active.set(seat)
     turn, place = seat
     event_type = type_name(type(turn.event))
-    bind(event_type=event_type, handler=turn.handlers[place].name)
+    delivery = turn.delivery(place)
+    bind(event_type=event_type, handler=delivery.handler, delivery_id=str(delivery.id))
 
 
 def _on_this_loop(captured: Context, level: int, library: str | None) -> Context:

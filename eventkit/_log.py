@@ -69,8 +69,11 @@ def _write(
 
 
 def binds() -> bool:
-    """Whether there is somebody to `bind` for."""
-    return structlog.is_configured()
+    """Whether lines show what is given to `bind`: structlog merges it in, where it is told to."""
+    if not structlog.is_configured():
+        return False
+    merge = structlog.contextvars.merge_contextvars
+    return any(processor is merge for processor in structlog.get_config()["processors"])
 
 
 def bind(**facts: object) -> None:

@@ -15,7 +15,7 @@ from anyio import CancelScope, create_task_group
 from anyio.lowlevel import checkpoint
 from structlog.testing import LogCapture
 
-from eventkit import Delivery, EventBus, HandlerTimeoutError, Observer
+from eventkit import Delivery, EventBus, HandlerTimeoutError, Observer, current_delivery
 from tests.witness import assert_settled, calling, witnessed
 
 pytestmark = pytest.mark.anyio
@@ -518,10 +518,18 @@ async def test_what_a_handler_logs_says_which_event_and_handler_it_was(
     structured: list[MutableMapping[str, Any]],
 ) -> None:
     bus = EventBus()
+    ids: list[str] = []
 
     @bus.on(Secret, name="mail")
     async def mail(event: Secret) -> None:
+        ids.append(str(current_delivery().id))
         structlog.get_logger().info("sent")
+        bus.publish("sent")
+
+    @bus.on(str, name="archive", thread=True)
+    def archive(event: str) -> None:
+        ids.append(str(current_delivery().id))
+        structlog.get_logger().info("archived")
 
     structlog.contextvars.bind_contextvars(request="r1")
     await publish(bus, Secret())
@@ -534,9 +542,52 @@ async def test_what_a_handler_logs_says_which_event_and_handler_it_was(
             "request": "r1",
             "event_type": f"{Secret.__module__}.Secret",
             "handler": "mail",
+            "delivery_id": ids[0],
+        },
+        {
+            "event": "archived",
+            "log_level": "info",
+            "request": "r1",
+            "event_type": "builtins.str",
+            "handler": "archive",
+            "delivery_id": ids[1],
         },
         {"event": "done", "log_level": "info", "request": "r1"},
     ]
+
+
+async def test_what_a_handler_logs_and_its_failure_have_the_same_delivery_id(
+    structured: list[MutableMapping[str, Any]],
+) -> None:
+    bus = EventBus()
+
+    @bus.on(Secret, name="mail")
+    async def mail(event: Secret) -> None:
+        structlog.get_logger().info("sending")
+        raise ValueError("no connection")
+
+    await publish(bus, Secret())
+
+    sending, failed = structured
+    assert sending["delivery_id"] == failed["delivery_id"]
+
+
+async def test_where_no_line_would_show_it_nothing_is_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To name the delivery costs more than a short handler."""
+    bus = EventBus()
+    bound: list[dict[str, Any]] = []
+    bus.subscribe(Secret, calling(lambda: bound.append(structlog.contextvars.get_contextvars())))
+    monkeypatch.setattr(Delivery, "id", property(lambda self: pytest.fail("an id was made")))
+    await publish(bus, Secret())
+    structlog.configure(processors=[LogCapture()])
+    try:
+        await publish(bus, Secret())
+    finally:
+        structlog.reset_defaults()
+
+    assert bound == [{}, {}]
 
 
 @pytest.mark.parametrize(
