@@ -250,7 +250,9 @@ class EventBus(Subscribing):
             InvalidEventTypeError: A class was given instead of an instance of it, or a list or the
                 like that nobody handles instead of the events in it.
         """
-        await _context.dispatch(self._core, event)
+        dispatching = _context.dispatch(self._core, event)
+        del event  # or a traceback that shows local variables shows the payload
+        await dispatching
 
     def context(self) -> EventContext:
         """A unit of work outside HTTP, for `async with`, or for `with` in synchronous jobs.

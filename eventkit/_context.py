@@ -972,6 +972,7 @@ async def dispatch(core: Core, event: object) -> None:
     unit = EventContext(core)
     unit._open(_current(), nested=False)
     unit.publish(event)
+    del event  # or a traceback that shows local variables shows the payload
     failures: list[Failure] = []
 
     def collect(delivery: Delivery, error: Exception) -> None:

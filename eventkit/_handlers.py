@@ -152,17 +152,20 @@ class Handler:
         Raises:
             InvalidHandlerError: It returned a generator, whose body nobody would run.
         """
-        if self.solver is not None:
-            whole = self.with_dependencies(self.solver, origin, event)
-            if not self.in_thread:
-                return whole
-            await whole  # a thread has no deadline, and so neither has what it needs
-            return None
-        if self.in_thread:
-            box = await to_thread.run_sync(_boxed, self.function, event, limiter=_threads())
-            result = _unboxed(box)
-        else:
-            result = self.function(event)
+        try:
+            if self.solver is not None:
+                whole = self.with_dependencies(self.solver, origin, event)
+                if not self.in_thread:
+                    return whole
+                await whole  # a thread has no deadline, and so neither has what it needs
+                return None
+            if self.in_thread:
+                box = await to_thread.run_sync(_boxed, self.function, event, limiter=_threads())
+                result = _unboxed(box)
+            else:
+                result = self.function(event)
+        finally:
+            del event  # or a traceback that shows local variables shows the payload
         if result is None or inspect.isawaitable(result):
             return result
         if inspect.isgenerator(result) or inspect.isasyncgen(result):
@@ -193,6 +196,7 @@ class Handler:
                 raise failure
         finally:
             del failure  # or this frame and its traceback keep each other alive
+            del event  # as in `start`
 
 
 # What a call in a worker thread returned, or what it raised; a list, so that it can be emptied.
@@ -210,6 +214,8 @@ def _boxed(function: Callable[..., object], event: object) -> _Box:
         return [(function(event), None)]
     except BaseException as error:  # noqa: BLE001 - raised again where the thread is awaited
         return [(None, error)]
+    finally:
+        del event  # as in `start`
 
 
 def _unboxed(box: _Box) -> object:

@@ -4,14 +4,18 @@ import ast
 import logging
 import subprocess
 import sys
-from collections.abc import Generator
+import traceback
+from collections.abc import Callable, Generator
 from pathlib import Path
 from textwrap import dedent
+from typing import Annotated
 
 import anyio
 import pytest
+from anyio.lowlevel import checkpoint
+from fastapi import Depends
 
-from eventkit import EventBus
+from eventkit import DispatchError, EventBus
 from eventkit._log import log
 
 PACKAGE = Path(__file__).parent.parent / "eventkit"
@@ -197,6 +201,116 @@ def test_a_line_may_have_percent_signs_and_no_facts(caplog: pytest.LogCaptureFix
     log(logging.ERROR, "100% found")
 
     assert caplog.messages == ["100% lost: bus=100% reason=%(bus)s", "100% found"]
+
+
+class Paid:
+    """An event whose payload no frame of ours may show."""
+
+    def __repr__(self) -> str:
+        return "the payload"
+
+
+def failing_at_once(bus: EventBus) -> None:
+    async def fail(event: Paid) -> None:
+        raise ValueError("declined")
+
+    bus.subscribe(Paid, fail)
+
+
+def failing_later(bus: EventBus) -> None:
+    async def fail(event: Paid) -> None:
+        await checkpoint()
+        raise ValueError("declined")
+
+    bus.subscribe(Paid, fail)
+
+
+def failing_within_a_limit(bus: EventBus) -> None:
+    async def fail(event: Paid) -> None:
+        await checkpoint()
+        raise ValueError("declined")
+
+    bus.subscribe(Paid, fail, timeout=60)
+
+
+def failing_in_a_thread(bus: EventBus) -> None:
+    def fail(event: Paid) -> None:
+        raise ValueError("declined")
+
+    bus.subscribe(Paid, fail)
+
+
+def failing_in_its_call(bus: EventBus) -> None:
+    def fail(event: Paid) -> None:
+        raise ValueError("declined")
+
+    bus.subscribe(Paid, fail, thread=False)
+
+
+async def one() -> int:
+    return 1
+
+
+def failing_with_a_dependency(bus: EventBus) -> None:
+    async def fail(event: Paid, number: Annotated[int, Depends(one)]) -> None:
+        raise ValueError("declined")
+
+    bus.subscribe(Paid, fail)
+
+
+def failing_with_a_dependency_in_a_thread(bus: EventBus) -> None:
+    def fail(event: Paid, number: Annotated[int, Depends(one)]) -> None:
+        raise ValueError("declined")
+
+    bus.subscribe(Paid, fail)
+
+
+def shown_of_ours(error: BaseException | None) -> list[str]:
+    """Where a traceback with local variables, in frames of ours, shows the payload."""
+    found: list[str] = []
+    for frame, _ in traceback.walk_tb(error.__traceback__ if error else None):
+        if frame.f_code.co_filename.startswith(str(PACKAGE)):
+            found += [
+                f"{frame.f_code.co_qualname}: {name}"
+                for name, value in frame.f_locals.items()
+                if "the payload" in repr(value)
+            ]
+    if isinstance(error, BaseExceptionGroup):
+        for each in error.exceptions:
+            found += shown_of_ours(each)
+    return found
+
+
+OF_THE_DISPATCHER = pytest.mark.xfail(reason="the dispatcher's frames have the event as a local")
+
+
+@pytest.mark.parametrize(
+    "subscribe",
+    [
+        pytest.param(failing_at_once, marks=OF_THE_DISPATCHER),
+        failing_later,
+        failing_within_a_limit,
+        failing_in_a_thread,
+        failing_in_its_call,
+        pytest.param(failing_with_a_dependency, marks=OF_THE_DISPATCHER),
+        failing_with_a_dependency_in_a_thread,
+    ],
+)
+@pytest.mark.anyio
+async def test_no_frame_of_ours_shows_the_payload_of_what_failed(
+    subscribe: Callable[[EventBus], None],
+) -> None:
+    bus = EventBus()
+    subscribe(bus)
+    async with bus.context() as unit:
+        bus.publish(Paid())
+        (failure,) = (await unit.drain()).failures
+    with pytest.raises(DispatchError) as raised:
+        await bus.dispatch(Paid())
+
+    assert any(frame.name == "fail" for frame in traceback.extract_tb(failure.error.__traceback__))
+    assert shown_of_ours(failure.error) == []
+    assert shown_of_ours(raised.value) == []
 
 
 def test_no_fact_is_called_as_a_record_of_the_standard_library_calls_its_own() -> None:
