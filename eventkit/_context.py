@@ -393,8 +393,9 @@ class EventContext:
         """Release what was published so far, and deliver it and all that it causes now.
 
         May be called as often as wanted while the unit is open: per chunk, per message, after
-        each commit. Failures are reported as in every drain, and are in the result too. What a
-        cancellation interrupts is undelivered; what had not started waits for the next drain.
+        each commit. Not before a commit: it would deliver what may still be rolled back. Failures
+        are reported as in every drain, and are in the result too. What a cancellation interrupts
+        is undelivered; what had not started waits for the next drain.
 
         Raises:
             DrainInProgressError: Called inside a handler, or while another drain of it runs.

@@ -157,8 +157,9 @@ class EventContextFullError(EventKitError, RuntimeError):
     def __init__(self, bus: str, limit: int) -> None:
         super().__init__(
             f"an event context of bus {bus!r} may have {limit} events waiting (max_events). "
-            "Deliver in between with `await bus.current_context().drain()`, publish one event "
-            "for the whole batch, or raise EventBus(max_events=...)"
+            "Publish one event for the whole batch, or raise EventBus(max_events=...). After a "
+            "commit, outside of a handler, `await bus.current_context().drain()` delivers what "
+            "waits; before the commit it would deliver what may still be rolled back"
         )
         self.limit = limit
 

@@ -208,9 +208,10 @@ async def test_publishing_to_a_full_unit_names_the_limit_and_ways_out(bus: Event
 
     assert error.value.limit == 2
     assert str(error.value) == (
-        "an event context of bus 'shop' may have 2 events waiting (max_events). Deliver in between "
-        "with `await bus.current_context().drain()`, publish one event for the whole batch, or "
-        "raise EventBus(max_events=...)"
+        "an event context of bus 'shop' may have 2 events waiting (max_events). Publish one event "
+        "for the whole batch, or raise EventBus(max_events=...). After a commit, outside of a "
+        "handler, `await bus.current_context().drain()` delivers what waits; before the commit it "
+        "would deliver what may still be rolled back"
     )
 
 
