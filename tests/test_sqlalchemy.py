@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from sqlalchemy.ext.asyncio import (
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import StaticPool
 
-from eventkit import EventBus, Observer
+from eventkit import EventBus, Observer, current_delivery
 from eventkit.sqlalchemy import deliver_on_commit
 from tests.databases import Base, Row, obey, sqlite, to_await
 from tests.witness import assert_settled, freed_by_anyio, ignore, nothing, witnessed
@@ -986,6 +987,34 @@ async def test_a_scoped_session_to_await_stands_for_its_factory(
         await session.remove()
 
     assert seen == ["discarded ada"]
+
+
+async def test_a_session_scoped_by_the_delivery_is_shared_by_no_two_handlers(
+    async_engine: AsyncEngine,
+) -> None:
+    factory = async_sessionmaker(async_engine)
+    session = async_scoped_session(factory, scopefunc=lambda: current_delivery().id)
+    bus = EventBus()
+    used: dict[str, list[AsyncSession]] = {"mail": [], "audit": []}
+
+    async def handle(event: str) -> None:
+        mine = used[current_delivery().handler]
+        try:
+            mine.append(session())
+            await checkpoint()
+            mine.append(session())
+        finally:
+            await session.remove()
+
+    for name in used:
+        bus.subscribe(str, partial(handle), name=name)
+    async with bus.context():
+        bus.publish("ada")
+
+    assert used["mail"][0] is used["mail"][1]
+    assert used["audit"][0] is used["audit"][1]
+    assert used["mail"][0] is not used["audit"][0]
+    assert session.registry.registry == {}
 
 
 async def test_a_session_class_of_ones_own_stays_what_it_is(

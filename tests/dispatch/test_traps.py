@@ -81,6 +81,77 @@ async def test_what_begins_while_a_handler_waits_begins_in_another_task(
     assert len({second, third, fifth}) == 3
 
 
+@stealing
+async def test_a_task_whose_handler_has_waited_and_ended_may_begin_another_that_waits(
+    bus: EventBus, deliver: Deliver
+) -> None:
+    tasks: list[int] = []
+
+    async def handler(event: Ping) -> None:
+        tasks.append(get_current_task().id)
+        await checkpoint()
+
+    for _ in range(3):
+        bus.subscribe(Ping, functools.partial(handler))
+
+    await deliver(bus, Ping())
+
+    assert len(tasks) == 3
+    assert len({*tasks}) == 2
+
+
+async def test_no_two_handlers_that_wait_at_the_same_time_have_the_same_task(
+    bus: EventBus, deliver: Deliver
+) -> None:
+    all_begun = anyio.Event()
+    begun: list[int] = []
+    waiting: set[int] = set()
+    at_once: list[int] = []
+
+    async def handler(event: Ping, number: int) -> None:
+        task = get_current_task().id
+        assert task not in waiting
+        begun.append(number)
+        if len(begun) == 30:
+            all_begun.set()
+        if number % 3:
+            waiting.add(task)
+            await checkpoint()
+            if number % 3 == 2:
+                await all_begun.wait()
+                at_once.append(len(waiting))
+            waiting.remove(task)
+
+    for number in range(30):
+        bus.subscribe(Ping, functools.partial(handler, number=number))
+
+    assert await deliver(bus, Ping()) == []
+    assert max(at_once) >= 10
+
+
+async def test_a_context_variable_is_each_handlers_own_and_what_it_holds_is_the_publishers(
+    bus: EventBus, deliver: Deliver
+) -> None:
+    basket: ContextVar[list[str]] = ContextVar("basket")
+    held: list[list[str]] = []
+
+    async def handler(event: Ping) -> None:
+        held.append(basket.get())
+        basket.set([])
+        await checkpoint()
+        basket.get().append("the handler's own")
+
+    for _ in range(2):
+        bus.subscribe(Ping, functools.partial(handler))
+    published = ["the publisher's"]
+    basket.set(published)
+
+    await deliver(bus, Ping())
+
+    assert [each is published for each in held] == [True, True]
+    assert published == ["the publisher's"]
+
+
 async def test_a_child_that_a_handler_starts_is_a_child_of_its_own_scopes(
     bus: EventBus, deliver: Deliver
 ) -> None:
