@@ -42,7 +42,10 @@ async def stream(
 
         async with stream(bus, OrderPaid) as paid:
             async for event in paid:
-                await websocket.send_text(str(event.order_id))
+                yield {"order_id": event.order_id}
+
+    A websocket has to receive beside it, or it does not hear that the browser has left; the page
+    about streams has the whole example.
 
     It gets what is dispatched from now on in this process, on whichever event loop and in
     whichever thread, in the order in which handlers start. Nobody waits for its reader: what has

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import math
 import pkgutil
 import re
 import sys
@@ -12,10 +13,13 @@ from types import ModuleType
 
 import anyio
 import pytest
+from anyio import create_memory_object_stream, create_task_group
 from starlette.testclient import TestClient
+from starlette.types import Message
 
 import eventkit
 from eventkit._context import abandon
+from eventkit.streams import end_at_shutdown
 from tests.witness import entered
 
 ROOT = Path(__file__).parent.parent
@@ -149,3 +153,95 @@ def test_the_rescue_of_the_shutdown_page_writes_to_a_file(
     assert (tmp_path / "undelivered.jsonl").read_text() == (
         '["shutdown:send_confirmation", "OrderPlaced(number=1)"]\n'
     )
+
+
+class Browser:
+    """A browser that has opened the websocket of the page about streams."""
+
+    def __init__(self, page: ModuleType) -> None:
+        self.page = page
+        self.told: list[Message] = []
+        self.left = False
+        self._say, self._said = create_memory_object_stream[Message](math.inf)
+
+    async def __call__(self) -> None:
+        """Be served, until the endpoint has returned; what it raises is raised."""
+        scope = {"type": "websocket", "path": "/paid", "headers": [], "query_string": b""}
+        self.say("connect")
+        with self._say, self._said:
+            await self.page.app(scope, self._said.receive, self._send)
+
+    def say(self, kind: str, **fields: object) -> None:
+        self._say.send_nowait({"type": f"websocket.{kind}", **fields})
+
+    def leave(self) -> None:
+        self.left = True
+        self.say("disconnect", code=1001)
+
+    @property
+    def watched(self) -> bool:
+        return bool(self.page.bus.handlers_for(self.page.OrderPaid))
+
+    async def _send(self, message: Message) -> None:
+        if self.left:
+            raise OSError("the browser has left")
+        self.told.append(message)
+
+
+@pytest.fixture
+def browser() -> Browser:
+    return Browser(run_page(ROOT / "docs" / "streams.md"))
+
+
+@pytest.mark.anyio
+async def test_a_browser_that_leaves_while_nothing_is_published_is_subscribed_no_longer(
+    browser: Browser,
+) -> None:
+    async with create_task_group() as tasks:
+        tasks.start_soon(browser)
+        await anyio.wait_all_tasks_blocked()
+        assert browser.watched
+        browser.say("receive", text="hello")
+        browser.say("receive", bytes=b"hello")
+        await browser.page.bus.dispatch(browser.page.OrderPaid(1))
+        await anyio.wait_all_tasks_blocked()
+        assert [message["type"] for message in browser.told] == [
+            "websocket.accept",
+            "websocket.send",
+        ]
+
+        browser.leave()
+        await anyio.wait_all_tasks_blocked()
+        subscribed = browser.watched
+        tasks.cancel_scope.cancel()
+    assert not subscribed
+
+
+@pytest.mark.anyio
+async def test_a_browser_that_leaves_as_an_event_comes_leaves_no_traceback(
+    browser: Browser,
+) -> None:
+    async with create_task_group() as tasks:
+        tasks.start_soon(browser)
+        await anyio.wait_all_tasks_blocked()
+        browser.left = True  # of which the application is to hear later
+        await browser.page.bus.dispatch(browser.page.OrderPaid(1))
+        await anyio.wait_all_tasks_blocked()
+        browser.leave()
+    assert not browser.watched
+
+
+@pytest.mark.anyio
+async def test_the_end_of_the_stream_closes_the_websocket(
+    browser: Browser,
+) -> None:
+    async with create_task_group() as tasks:
+        tasks.start_soon(browser)
+        await anyio.wait_all_tasks_blocked()
+        with end_at_shutdown(browser.page.bus, signals=()):
+            pass
+        await anyio.wait_all_tasks_blocked()
+        assert browser.told[-1]["type"] == "websocket.close"
+        browser.say("receive", text="too late")
+        browser.leave()
+    assert not browser.watched
