@@ -16,8 +16,8 @@ class Observer:
 
     Hooks are called synchronously and should be quick; what one raises is logged and changes
     nothing. `published` is called in the publisher's thread and context variables, `delivery` in
-    the handler's, and the other two wherever a unit of work ends. A publish from another thread
-    may be told after its first delivery has started.
+    the handler's, and the other four wherever a unit of work decides about its events or ends. A
+    publish from another thread may be told after its first delivery has started.
     """
 
     def published(self, event: object, deliveries: Sequence[Delivery]) -> None:
