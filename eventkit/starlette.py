@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from eventkit._bus import EventBus, core_of
 from eventkit._context import EventContext, abandon, close_if_idle, enter, finish, leave, outside
 from eventkit._drainer import Drainer
-from eventkit._handlers import is_duration
+from eventkit._handlers import is_duration, layers
 from eventkit._log import log
 from eventkit._loops import current_loop
 
@@ -121,7 +121,7 @@ class EventContextMiddleware:
         app: The ASGI app inside.
         bus: The bus whose events belong to requests. For several, add the middleware for each.
         deliver_if: Judges the outcome of a request whose events nobody has released or discarded
-            before. One that raises counts as False, and is logged.
+            before. One that raises, or returns an awaitable, counts as False and is logged.
         concurrency: How many requests' events are delivered at once in the background. Handlers
             that each hold a database connection need `concurrency` x handlers per event of them,
             beside those of the requests themselves.
@@ -157,7 +157,8 @@ class EventContextMiddleware:
                 f"EventContextMiddleware needs an EventBus, not {bus!r}: "
                 "app.add_middleware(EventContextMiddleware, bus=bus)"
             )
-        if inspect.iscoroutinefunction(deliver_if) or not callable(deliver_if):
+        called = layers(deliver_if, wrapped=False)
+        if any(map(_gives_no_bool, called)) or not callable(deliver_if):
             raise TypeError(
                 f"deliver_if takes a plain function from an Outcome to a bool, not {deliver_if!r}"
             )
@@ -334,7 +335,15 @@ class EventContextMiddleware:
         if self._deliver_if is succeeded:  # and needs no `Outcome` to say so
             return _is_success(response.status, error)
         try:
-            return self._deliver_if(Outcome(scope, response.status, response.body_complete, error))
+            outcome = Outcome(scope, response.status, response.body_complete, error)
+            answer = self._deliver_if(outcome)
+            if inspect.isawaitable(answer):
+                if inspect.iscoroutine(answer):
+                    answer.close()  # or Python warns that nobody has awaited it
+                raise TypeError(
+                    f"deliver_if returned {answer!r}, which nobody awaits: have it return a bool"
+                )
+            return answer
         except Exception as failure:  # noqa: BLE001 - a predicate is user code
             log(
                 logging.ERROR,
@@ -357,6 +366,15 @@ class EventContextMiddleware:
             event_types=", ".join(sorted({entry["event_type"] for entry in wiring})),
             handlers=len(wiring),
         )
+
+
+def _gives_no_bool(function: Callable[..., object]) -> bool:
+    """Whether a call gives something to be awaited or iterated, which is true in any case."""
+    return (
+        inspect.iscoroutinefunction(function)
+        or inspect.isasyncgenfunction(function)
+        or inspect.isgeneratorfunction(function)
+    )
 
 
 def _still_open(marks: Mapping[EventBus, EventContext]) -> dict[EventBus, EventContext]:

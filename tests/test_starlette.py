@@ -1,10 +1,13 @@
 """The middleware's part at the end of a request: what is delivered, and what may go wrong."""
 
+import functools
 import gc
+import inspect
 import logging
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -209,6 +212,63 @@ async def test_a_deliver_if_that_raises_is_logged_and_counts_as_no(
     )
     assert error.exc_info is not None
     assert error.exc_info[0] is LookupError
+
+
+@pytest.mark.parametrize("status", [200, 500])
+async def test_a_deliver_if_that_returns_a_coroutine_is_logged_and_counts_as_no(
+    bus: EventBus, trace: list[str], caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    coroutines: list[Coroutine[object, object, bool]] = []
+
+    def deliver_if(outcome: Outcome) -> Any:
+        coroutines.append(ask_a_database(outcome))
+        return coroutines[-1]
+
+    exchange = Exchange()
+    app = publishing(bus, status=status)
+    await exchange.run(EventContextMiddleware(app, bus, deliver_if=deliver_if))
+
+    assert exchange.status == status
+    assert trace == DISCARDED
+    (coroutine,) = coroutines
+    assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED
+    (line,) = (record for record in caplog.records if record.levelno == logging.ERROR)
+    assert line.getMessage().startswith(
+        "deliver_if failed, so the request's events are discarded: bus=default"
+    )
+    assert line.exc_info is not None
+    assert str(line.exc_info[1]) == (
+        f"deliver_if returned {coroutine!r}, which nobody awaits: have it return a bool"
+    )
+
+
+class Later:
+    """What can be awaited, and is no coroutine."""
+
+    def __await__(self) -> Generator[object, object, bool]:
+        return ask_a_database(Outcome({}, 200, True, None)).__await__()
+
+
+async def test_a_deliver_if_that_returns_another_awaitable_counts_as_no(
+    bus: EventBus, trace: list[str]
+) -> None:
+    later: Any = Later()
+
+    await Exchange().run(EventContextMiddleware(publishing(bus), bus, deliver_if=lambda _: later))
+
+    assert trace == DISCARDED
+
+
+async def test_a_plain_function_that_wraps_an_async_one_may_be_the_rule(
+    bus: EventBus, trace: list[str]
+) -> None:
+    @functools.wraps(ask_a_database)
+    def rule(outcome: Outcome) -> bool:
+        return outcome.status == 200
+
+    await Exchange().run(EventContextMiddleware(publishing(bus), bus, deliver_if=rule))
+
+    assert trace == DELIVERED
 
 
 async def test_a_deliver_if_that_raises_does_not_mask_the_endpoints_error(
@@ -551,7 +611,38 @@ async def ask_a_database(_: Outcome) -> bool:
     return True
 
 
-@pytest.mark.parametrize("deliver_if", [None, True, ask_a_database])
+class AsksADatabase:
+    """A rule that is an object, as those with settings of their own are."""
+
+    async def __call__(self, outcome: Outcome) -> bool:
+        return await ask_a_database(outcome)
+
+    async def method(self, outcome: Outcome) -> bool:
+        return await ask_a_database(outcome)
+
+
+def yields(_: Outcome) -> Generator[bool]:
+    yield False
+
+
+async def yields_later(_: Outcome) -> AsyncGenerator[bool]:
+    yield False
+
+
+NO_PLAIN_FUNCTIONS = {
+    "None": None,
+    "bool": True,
+    "async def": ask_a_database,
+    "object": AsksADatabase(),
+    "method": AsksADatabase().method,
+    "partial": partial(ask_a_database),
+    "partial of an object": partial(AsksADatabase()),
+    "generator": yields,
+    "async generator": yields_later,
+}
+
+
+@pytest.mark.parametrize("deliver_if", NO_PLAIN_FUNCTIONS.values(), ids=NO_PLAIN_FUNCTIONS)
 def test_a_deliver_if_that_is_no_plain_function_is_refused(bus: EventBus, deliver_if: Any) -> None:
     with pytest.raises(TypeError, match="deliver_if takes a plain function") as raised:
         EventContextMiddleware(publishing(bus), bus, deliver_if=deliver_if)
