@@ -384,14 +384,25 @@ def _still_open(marks: Mapping[EventBus, EventContext]) -> dict[EventBus, EventC
 class _Lifespan:
     """One run of the lifespan protocol, with something to do before the app's own steps.
 
-    An app that does not speak the protocol, or leaves early, is spoken for.
+    An app that leaves early is spoken for, and so is one that does not speak the protocol: it
+    raises before it asks for the server's first message. One that raises later has failed.
     """
 
-    __slots__ = ("_answered", "_failure", "_farewell", "_heard", "_ready", "_receive", "_send")
+    __slots__ = (
+        "_answered",
+        "_asked",
+        "_failure",
+        "_farewell",
+        "_heard",
+        "_ready",
+        "_receive",
+        "_send",
+    )
 
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive = receive
         self._send = send
+        self._asked = False  # for the server's first message
         self._heard: set[str] = set()  # what the server has said
         self._answered = False
         self._ready = False
@@ -413,6 +424,7 @@ class _Lifespan:
         """
 
         async def receive() -> Message:
+            self._asked = True
             message = await self._receive()
             self._heard.add(message["type"])
             if message["type"] == "lifespan.shutdown":
@@ -433,7 +445,7 @@ class _Lifespan:
             await app(scope, receive, send)
         except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001
             # Kept for `end`, which raises it: the task group around it would wrap it.
-            if self._answered or not isinstance(error, Exception):
+            if self._asked or self._answered or not isinstance(error, Exception):
                 self._failure = error
                 return
             log(logging.INFO, "the app has no lifespan of its own", reason=repr(error))

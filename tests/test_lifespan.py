@@ -556,11 +556,6 @@ async def raises_at_once(receive: Receive, send: Send) -> None:
     raise LookupError("only HTTP here")
 
 
-async def raises_when_started(receive: Receive, send: Send) -> None:
-    await receive()
-    raise LookupError("only HTTP here")
-
-
 async def returns_at_once(receive: Receive, send: Send) -> None:
     await checkpoint()
 
@@ -583,7 +578,6 @@ async def says_no_farewell(receive: Receive, send: Send) -> None:
     ("lifespan", "farewell"),
     [
         (raises_at_once, True),
-        (raises_when_started, True),
         (returns_at_once, True),
         (returns_when_started, True),
         (leaves_when_started, True),
@@ -617,6 +611,41 @@ async def test_an_app_without_a_whole_lifespan_still_delivers_in_the_background(
         *(["shutdown.complete"] if farewell else []),
     ]
     assert running.error is None
+
+
+async def waits_for_the_server(receive: Receive) -> None:
+    await receive()
+
+
+async def gives_up_waiting(receive: Receive) -> None:
+    """Ask for the server's message, and fail before it has come."""
+    with CancelScope() as scope:
+        scope.cancel()
+        await receive()
+
+
+@pytest.mark.parametrize("buses", [1, 2])
+@pytest.mark.parametrize("asks", [waits_for_the_server, gives_up_waiting])
+async def test_a_start_up_that_fails_without_saying_so_reaches_the_server(
+    asks: Callable[[Receive], Awaitable[None]], buses: int
+) -> None:
+    error = LookupError("no database")
+    trace: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await asks(receive)
+        raise error
+
+    lifespan = Lifespan(wrapped(app, *(EventBus() for _ in range(buses))), trace)
+    async with create_task_group() as tasks:
+        tasks.start_soon(lifespan.run)
+        if asks is waits_for_the_server:
+            await lifespan.start()
+        await wait_all_tasks_blocked()
+        tasks.cancel_scope.cancel()
+
+    assert lifespan.error is error
+    assert trace == []
 
 
 @pytest.mark.parametrize("error", [LookupError("no database"), SystemExit(3)])
