@@ -135,6 +135,8 @@ class NoRequestError(EventKitError, LookupError):
             reason = (
                 "a handler runs after its request, or without one. Put what it needs into the event"
             )
+            if missing.startswith("state."):
+                reason = f"{reason}, or have the lifespan yield it"
         super().__init__(f"a handler's Request has no {missing}: {reason}")
         self.missing = missing
 

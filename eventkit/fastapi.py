@@ -7,6 +7,7 @@ it, and used here alone. Knows nothing of databases.
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -20,14 +21,15 @@ from fastapi import Depends, params
 from fastapi.security import SecurityScopes
 from fastapi.security.base import SecurityBase
 from starlette.background import BackgroundTasks
-from starlette.datastructures import Headers, QueryParams
+from starlette.datastructures import Headers, QueryParams, State
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import Message
 
 from eventkit._bus import EventBus
-from eventkit._context import EventContext, delivering
+from eventkit._context import EventContext, current_delivery, delivering
 from eventkit._handlers import Solver, location_of, name_of
+from eventkit._log import log
 from eventkit.exceptions import BusLookupError, EventKitError, InvalidHandlerError, NoRequestError
 from eventkit.starlette import Origin
 
@@ -91,10 +93,11 @@ class FastAPIResolver:
         for parameter in parameters:
             _check(parameter, private)
         dependant = private.get_dependant(path="/", call=_shell(parameters))
+        told = set[str]()  # which names in the state this handler has been warned of
 
         def solver(origin: object) -> AbstractAsyncContextManager[Mapping[str, object]]:
             known = origin if isinstance(origin, Origin) else None
-            return _Solution(private, dependant, known)
+            return _Solution(private, dependant, known, told)
 
         return solver
 
@@ -122,18 +125,32 @@ class _Solution(AbstractAsyncContextManager[Mapping[str, object]]):
     A handler has but one end, so here they are the same, and all ends in reverse order.
     """
 
-    __slots__ = ("_dependant", "_origin", "_private", "_stack")
+    __slots__ = (
+        "_dependant",
+        "_given",
+        "_made",
+        "_origin",
+        "_private",
+        "_stack",
+        "_state",
+        "_told",
+    )
 
     def __init__(
         self,
         private: _Private,
         dependant: Any,  # FastAPI's own
         origin: Origin | None,
+        told: set[str],
     ) -> None:
         self._private = private
         self._dependant = dependant
         self._origin = origin
+        self._told = told
         self._stack = AsyncExitStack()
+        self._given: Mapping[str, Any] = origin.state if origin else {}
+        self._state = dict(self._given)  # a copy, as servers make for each request
+        self._made: Sequence[str] = ()
 
     async def __aenter__(self) -> Mapping[str, object]:
         try:
@@ -148,13 +165,34 @@ class _Solution(AbstractAsyncContextManager[Mapping[str, object]]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool | None:
-        return await self._stack.__aexit__(exc_type, exc, traceback)
+        swallowed = await self._stack.__aexit__(exc_type, exc, traceback)
+        if self._made:
+            self._tell_of_leftovers()
+        return swallowed
+
+    def _put_into_state(self) -> list[str]:
+        """The names in the state that are there, or are something else, since the beginning."""
+        nothing = object()
+        return [n for n, it in self._state.items() if self._given.get(n, nothing) is not it]
+
+    def _tell_of_leftovers(self) -> None:
+        """Warn of what the dependencies put into the state for a middleware of requests to end."""
+        left = [name for name in self._put_into_state() if name in self._made]
+        if left and not self._told.issuperset(left):
+            self._told.update(left)
+            log(
+                logging.WARNING,
+                "a dependency left something in the request.state of a handler, which no "
+                "middleware commits or closes: use a dependency that cleans up by itself (yield)",
+                handler=current_delivery().handler,
+                left=", ".join(left),
+            )
 
     async def _solve(self) -> Mapping[str, object]:
         origin, stack = self._origin, self._stack
         scope = _Scope(
             type="http",
-            state=dict(origin.state) if origin else {},  # a copy, as servers make for each request
+            state=self._state,
             eventkit=delivering(),
             # Since 0.121 FastAPI takes the stacks from here.
             fastapi_inner_astack=stack,
@@ -171,6 +209,7 @@ class _Solution(AbstractAsyncContextManager[Mapping[str, object]]):
         )
         if errors:
             raise NoRequestError("valid parameters for an overriding dependency")
+        self._made = self._put_into_state()
         return values
 
 
@@ -245,6 +284,41 @@ class _HandlerRequest(Request):
     @property
     def cookies(self) -> dict[str, str]:
         return _COOKIES
+
+    @property
+    def session(self) -> NoReturn:
+        raise NoRequestError("session")
+
+    @property
+    def auth(self) -> NoReturn:
+        raise NoRequestError("auth")
+
+    @property
+    def user(self) -> NoReturn:
+        raise NoRequestError("user")
+
+    @property
+    def state(self) -> State:
+        return _HandlerState(self.scope["state"])
+
+
+class _HandlerState(State):
+    """The state of a handler's `Request`; a middleware of requests has put nothing into it."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise _NoStateError(f"state.{name}") from None
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+
+class _NoStateError(NoRequestError, AttributeError, KeyError):
+    """So that `hasattr`, `getattr` and `except` do what they do in an endpoint."""
+
+    __str__ = Exception.__str__  # a `KeyError` shows its message in quotes
 
 
 class _HandlerResponse(Response):

@@ -32,6 +32,7 @@ from fastapi.requests import HTTPConnection
 from fastapi.security import HTTPBearer, SecurityScopes
 from pydantic import Field
 from starlette.applications import Starlette
+from starlette.datastructures import State
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eventkit import (
@@ -733,6 +734,19 @@ READS: dict[str, Callable[[Request], object]] = {
     "method": lambda request: request.method,
     "path": lambda request: request.url,
     "app": lambda request: request.app,
+    "session": lambda request: request.session,
+    "auth": lambda request: request.auth,
+    "user": lambda request: request.user,
+    "state.user": lambda request: request.state.user,
+}
+
+PUT_INTO_EVENT = (
+    "a handler runs after its request, or without one. Put what it needs into the event"
+)
+REASONS = {
+    "app": "the unit of work was opened neither in a request nor in the lifespan of an application "
+    "whose EventContextMiddleware has this bus",
+    "state.user": f"{PUT_INTO_EVENT}, or have the lifespan yield it",
 }
 
 
@@ -753,14 +767,50 @@ async def test_a_handlers_request_says_what_it_has_not(bus: EventBus, part: str)
     (error,) = caught.value.exceptions
     assert isinstance(error, NoRequestError)
     missing = "headers" if part == "multi-headers" else part
-    reason = (
-        "the unit of work was opened neither in a request nor in the lifespan of an application "
-        "whose EventContextMiddleware has this bus"
-        if part == "app"
-        else "a handler runs after its request, or without one. Put what it needs into the event"
-    )
     assert error.missing == missing
+    reason = REASONS.get(missing, PUT_INTO_EVENT)
     assert str(error) == f"a handler's Request has no {missing}: {reason}"
+
+
+async def test_a_dependency_that_reads_the_state_of_a_request_says_what_a_handler_has_not(
+    bus: EventBus,
+) -> None:
+    def get_user(request: Request) -> str:
+        user: str = request.state.user
+        return user
+
+    @bus.on(Ping)
+    async def handler(event: Ping, user: Annotated[str, Depends(get_user)]) -> None: ...
+
+    with pytest.raises(DispatchError) as caught:
+        await bus.dispatch(Ping())
+
+    (error,) = caught.value.exceptions
+    assert isinstance(error, NoRequestError)
+    assert error.missing == "state.user"
+
+
+async def test_asking_whether_the_state_has_something_is_answered_as_in_an_endpoint(
+    bus: EventBus,
+) -> None:
+    answers: list[object] = []
+
+    @bus.on(Ping)
+    async def handler(event: Ping, connection: HTTPConnection) -> None:
+        state: Any = connection.state
+        answers.extend([hasattr(state, "user"), getattr(state, "user", None), connection.state])
+        with pytest.raises(KeyError) as missing:
+            state["user"]
+        answers.append(str(missing.value).partition(":")[0])
+        state.user = "ada"
+        answers.extend([state.user, state["user"], connection.state.user])
+        del state.user
+
+    await bus.dispatch(Ping())
+
+    assert answers[:2] == [False, None]
+    assert isinstance(answers[2], State)
+    assert answers[3:] == ["a handler's Request has no state.user", *["ada"] * 3]
 
 
 async def test_a_default_that_a_request_replaces_is_replaced(bus: EventBus) -> None:
@@ -773,6 +823,91 @@ async def test_a_default_that_a_request_replaces_is_replaced(bus: EventBus) -> N
     await bus.dispatch(Ping())
 
     assert seen
+
+
+# What a dependency leaves to a middleware, which a handler has not.
+
+LEFT = (
+    "a dependency left something in the request.state of a handler, which no middleware commits or "
+    "closes: use a dependency that cleans up by itself (yield)"
+)
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+class Resource:
+    """Stands for what has to be closed."""
+
+
+def provide_session(request: Request) -> Resource:
+    """As advanced-alchemy does it: its middleware commits, and closes."""
+    if not hasattr(request.state, "session"):
+        request.state.session = Resource()
+    session: Resource = request.state.session
+    return session
+
+
+async def yield_session(request: Request) -> AsyncGenerator[Resource]:
+    request.state.session = Resource()
+    yield request.state.session
+    del request.state.session
+
+
+async def replace_name(request: Request) -> None:
+    request.state.name = "another name"
+    request.state.mark = "a mark"
+
+
+def left_by(handler: Callable[..., object], names: str) -> str:
+    return f"{LEFT}: handler={__name__}:{handler.__qualname__} left={names}"
+
+
+async def test_what_a_dependency_leaves_in_the_state_is_told_once_for_each_handler(
+    bus: EventBus, caplog: pytest.LogCaptureFixture
+) -> None:
+    @bus.on(Ping)
+    async def save(event: Ping, session: Annotated[Resource, Depends(provide_session)]) -> None: ...
+
+    @bus.on(Ping)
+    def fail(event: Ping, session: Annotated[Resource, Depends(provide_session)]) -> None:
+        raise Boom
+
+    for number in range(2):
+        async with bus.context():
+            bus.publish(Ping(number))
+
+    assert sorted(warnings_in(caplog)) == [left_by(fail, "session"), left_by(save, "session")]
+
+
+async def test_what_replaces_the_lifespans_state_for_a_handler_is_told(
+    bus: EventBus, app: FastAPI, caplog: pytest.LogCaptureFixture
+) -> None:
+    @bus.on(Ping)
+    async def rename(event: Ping, _: Annotated[None, Depends(replace_name)]) -> None: ...
+
+    async with lifespan_of(app) as lifespan:
+        exchange = Exchange("/publish", method="POST")
+        exchange.scope["state"] = lifespan.scope["state"]
+        await exchange.run(app)
+
+    assert warnings_in(caplog) == [left_by(rename, "name, mark")]
+
+
+async def test_what_a_dependency_takes_away_again_or_a_handler_sets_is_not_told(
+    bus: EventBus, caplog: pytest.LogCaptureFixture
+) -> None:
+    @bus.on(Ping)
+    async def save(event: Ping, session: Annotated[Resource, Depends(yield_session)]) -> None: ...
+
+    @bus.on(Ping)
+    async def mark(event: Ping, request: Request) -> None:
+        request.state.mark = "set"
+
+    await bus.dispatch(Ping())
+
+    assert warnings_in(caplog) == []
 
 
 # Refusals
