@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 from anyio import create_task_group, move_on_after
 from starlette.applications import Starlette
@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from eventkit._bus import EventBus, core_of
 from eventkit._context import EventContext, abandon, close_if_idle, enter, finish, leave, outside
 from eventkit._drainer import Drainer
-from eventkit._handlers import is_duration, layers
+from eventkit._handlers import is_duration, layers, name_of
 from eventkit._log import log
 from eventkit._loops import current_loop
 
@@ -115,7 +115,9 @@ class EventContextMiddleware:
     What a deadline ends is counted, logged and told to observers as undelivered.
 
     A request inside another one of the same bus (a mounted app with the same middleware) shares
-    its context. Websockets have none: open one per message with `async with bus.context():`.
+    its context. An application that has the middleware twice for one bus does not start up if
+    their options differ. Websockets have none: open one per message with
+    `async with bus.context():`.
 
     Args:
         app: The ASGI app inside.
@@ -137,7 +139,8 @@ class EventContextMiddleware:
 
     Raises:
         TypeError: `bus` is not an `EventBus`, or `deliver_if` is not a plain function.
-        ValueError: A number is out of range.
+        ValueError: A number is out of range; at start-up: the application has another one for the
+            same bus with other options.
     """
 
     def __init__(
@@ -175,6 +178,14 @@ class EventContextMiddleware:
             )
         self.app = app
         self.bus = bus
+        self._options: Mapping[str, object] = {
+            "deliver_if": deliver_if,
+            "concurrency": concurrency,
+            "max_pending": max_pending,
+            "overload_timeout": overload_timeout,
+            "shutdown_timeout": shutdown_timeout,
+            "background": background,
+        }
         self._deliver_if = deliver_if
         self._concurrency = concurrency
         self._max_pending = max_pending
@@ -291,11 +302,13 @@ class EventContextMiddleware:
 
     async def _serve_lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the app's lifespan, and in it the tasks that deliver in the background."""
-        marks: set[EventBus] = scope.setdefault(_SCOPE_KEY, set())
-        if self.bus in marks:  # an instance outside has such tasks
+        marks: dict[EventBus, EventContextMiddleware] = scope.setdefault(_SCOPE_KEY, {})
+        outer = marks.setdefault(self.bus, self)
+        if outer is not self:  # which has such tasks
+            if self._options != outer._options:  # noqa: SLF001 - an instance of this class
+                await _refuse_to_start(receive, send, _added_twice(outer, self))
             await self.app(scope, receive, send)
             return
-        marks.add(self.bus)
         lifespan = _Lifespan(receive, send)
         async with create_task_group() as tasks:
             drainer = Drainer(
@@ -379,6 +392,34 @@ def _gives_no_bool(function: Callable[..., object]) -> bool:
 
 def _still_open(marks: Mapping[EventBus, EventContext]) -> dict[EventBus, EventContext]:
     return {bus: context for bus, context in marks.items() if not context.closed}
+
+
+def _added_twice(outer: EventContextMiddleware, inner: EventContextMiddleware) -> ValueError:
+    """What is wrong with two middlewares for one bus that have other options."""
+    differences = [
+        f"{name}={_shown(theirs)} outside and {name}={_shown(ours)} inside"
+        for (name, theirs), ours in zip(
+            outer._options.items(),  # noqa: SLF001 - for the class above alone
+            inner._options.values(),  # noqa: SLF001
+            strict=True,
+        )
+        if theirs != ours
+    ]
+    return ValueError(
+        f"EventContextMiddleware was added twice to one application for the bus "
+        f"{inner.bus.name!r}, with other options: {', '.join(differences)}. Remove one of the two"
+    )
+
+
+def _shown(option: object) -> str:
+    return name_of(option) if callable(option) else repr(option)
+
+
+async def _refuse_to_start(receive: Receive, send: Send, error: Exception) -> NoReturn:
+    """Tell the server why, as ASGI defines it: an app that only raises might have no lifespan."""
+    await receive()
+    await send({"type": "lifespan.startup.failed", "message": str(error)})
+    raise error
 
 
 class _Lifespan:

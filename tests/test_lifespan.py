@@ -32,7 +32,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from trio.testing import MockClock
 
 from eventkit import EventBus
-from eventkit.starlette import EventContextMiddleware
+from eventkit.starlette import EventContextMiddleware, Outcome
 from tests.asgi import Backend, Exchange, Lifespan, client_of, lifespan_of, respond, traced
 from tests.witness import assert_settled, witnessed
 
@@ -415,6 +415,85 @@ async def test_the_same_bus_twice_has_one_crew(
     ]
     stops = [r for r in caplog.records if r.getMessage().startswith("eventkit has stopped")]
     assert len(stops) == 1
+
+
+def strict(outcome: Outcome) -> bool:
+    return outcome.status == 200
+
+
+OTHER_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"concurrency": 8}, "concurrency=4 outside and concurrency=8 inside"),
+    ({"max_pending": None}, "max_pending=10000 outside and max_pending=None inside"),
+    ({"overload_timeout": 1}, "overload_timeout=5.0 outside and overload_timeout=1 inside"),
+    ({"shutdown_timeout": 8}, "shutdown_timeout=20.0 outside and shutdown_timeout=8 inside"),
+    ({"background": True}, "background=None outside and background=True inside"),
+    (
+        {"deliver_if": strict, "concurrency": 1},
+        "deliver_if=eventkit.starlette:succeeded outside and "
+        "deliver_if=tests.test_lifespan:strict inside, "
+        "concurrency=4 outside and concurrency=1 inside",
+    ),
+]
+
+
+@pytest.mark.parametrize("inner_app", [Starlette, FastAPI])
+@pytest.mark.parametrize(("options", "difference"), OTHER_OPTIONS)
+async def test_the_same_bus_twice_with_other_options_is_an_error_at_start_up(
+    bus: EventBus,
+    options: dict[str, Any],
+    difference: str,
+    inner_app: Callable[[], Starlette | FastAPI],
+) -> None:
+    app = inner_app()
+    app.add_middleware(EventContextMiddleware, bus=bus, **options)
+    app.add_middleware(EventContextMiddleware, bus=EventBus(name="another"))
+    app.add_middleware(EventContextMiddleware, bus=bus)
+    lifespan = Lifespan(app)
+
+    await lifespan_fails(lifespan)
+
+    assert lifespan.trace == ["startup.failed"]
+    assert isinstance(lifespan.error, ValueError)
+    assert str(lifespan.error) == (
+        "EventContextMiddleware was added twice to one application for the bus 'default', with "
+        f"other options: {difference}. Remove one of the two"
+    )
+
+
+async def lifespan_fails(lifespan: Lifespan) -> None:
+    async with create_task_group() as tasks:
+        tasks.start_soon(lifespan.run)
+        await lifespan.start()
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_middleware_around_an_app_that_has_it_too_is_the_same_bus_twice(
+    bus: EventBus,
+) -> None:
+    app = Starlette()
+    app.add_middleware(EventContextMiddleware, bus=bus, concurrency=8)
+    lifespan = Lifespan(wrapped(app, bus))
+
+    await lifespan_fails(lifespan)
+
+    assert lifespan.trace == ["startup.failed"]
+    assert isinstance(lifespan.error, ValueError)
+
+
+async def test_a_mounted_app_with_other_options_shares_the_context(
+    bus: EventBus, trace: list[str]
+) -> None:
+    inner = Starlette()
+    inner.add_middleware(EventContextMiddleware, bus=bus, concurrency=8)
+    inner.mount("/", publishing(bus))
+    outer = Starlette()
+    outer.add_middleware(EventContextMiddleware, bus=bus)
+    outer.mount("/inner", inner)
+
+    async with lifespan_of(outer):
+        await request(outer, "/inner/once")
+
+    assert trace == ["handling /inner/once", "handled /inner/once"]
 
 
 def test_one_app_is_served_on_one_event_loop_after_the_other(bus: EventBus) -> None:
