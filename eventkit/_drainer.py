@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
+from collections.abc import Callable
 from contextvars import copy_context
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -68,16 +69,25 @@ class Drainer:
         concurrency: How many units are drained at once.
         max_pending: How many deliveries may wait before it calls itself full; None for no limit.
             What is submitted is always taken: holding back new work is for the submitter.
+        watch: Called with how many deliveries wait when that changes, and when somebody begins to
+            wait for room, which its second argument says. It must not raise.
     """
 
     def __init__(
-        self, core: Core, tasks: TaskGroup, *, concurrency: int, max_pending: int | None
+        self,
+        core: Core,
+        tasks: TaskGroup,
+        *,
+        concurrency: int,
+        max_pending: int | None,
+        watch: Callable[[int, bool], None] = lambda waiting, held: None,
     ) -> None:
         self._core = core
         self._name = f"eventkit drains {core.name!r}"
         self._tasks = tasks
         self._concurrency = concurrency
         self._max_pending = max_pending
+        self._watch = watch
         self._variables = copy_context()
         self._open: set[EventContext] = set()
         self._waiting: deque[_Ended] = deque()
@@ -125,6 +135,7 @@ class Drainer:
         """Wait for at most `timeout` seconds until it is not full, and say whether it is so."""
         tally = self._core.tally
         tally.shift("held", 1)
+        self._watch(self._waiting_deliveries, True)
         try:
             with move_on_after(timeout):
                 while self.full:
@@ -198,6 +209,7 @@ class Drainer:
             self._waiting_deliveries += ended.deliveries
             self._waiting.append(ended)
             self._core.tally.shift("units_waiting", 1)
+            self._watch(self._waiting_deliveries, False)
 
     def _start(self, ended: _Ended) -> None:
         self._core.tally.shift("units_draining", 1)
@@ -258,6 +270,7 @@ class Drainer:
             following = self._waiting.popleft()
             self._waiting_deliveries -= following.deliveries
             self._core.tally.shift("units_waiting", -1)
+            self._watch(self._waiting_deliveries, False)
             self._start(following)
         self._make_room()
         self._changed()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+from collections import Counter
 from collections.abc import Awaitable, Callable, Generator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +19,20 @@ from typing import Any, NoReturn
 from anyio import create_task_group, move_on_after
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eventkit._bus import EventBus, core_of
-from eventkit._context import EventContext, abandon, close_if_idle, enter, finish, leave, outside
+from eventkit._context import (
+    Core,
+    EventContext,
+    abandon,
+    close_if_idle,
+    enter,
+    finish,
+    leave,
+    outside,
+)
 from eventkit._drainer import Drainer
 from eventkit._handlers import is_duration, layers, name_of
 from eventkit._log import log
@@ -130,7 +140,7 @@ class EventContextMiddleware:
         max_pending: When this many deliveries wait for the background, new requests with unsafe
             methods are held before the app sees them; None for no limit.
         overload_timeout: Seconds that they are held for, before they are answered 503 with
-            `Retry-After`.
+            `Retry-After` and JSON, `{"detail": ...}`.
         shutdown_timeout: Seconds that deliveries may go on at shutdown, and that a request may
             take to deliver its events itself.
         background: Whether requests leave delivery to the lifespan's tasks: True and False say
@@ -293,8 +303,8 @@ class EventContextMiddleware:
         return await drainer.wait_for_room(self._overload_timeout)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = PlainTextResponse(
-            "Too many events wait to be delivered. Try again later.",
+        response = JSONResponse(
+            {"detail": "Too many events wait to be delivered. Try again later."},
             status_code=503,
             headers={"Retry-After": str(math.ceil(self._overload_timeout))},
         )
@@ -316,6 +326,7 @@ class EventContextMiddleware:
                 tasks,
                 concurrency=self._concurrency,
                 max_pending=self._max_pending,
+                watch=_Overload(core_of(self.bus), self._concurrency, self._max_pending),
             )
             close = partial(drainer.close, self._shutdown_timeout)
             origin = Origin(self._app_of(scope), scope.get("state", {}))
@@ -379,6 +390,51 @@ class EventContextMiddleware:
             event_types=", ".join(sorted({entry["event_type"] for entry in wiring})),
             handlers=len(wiring),
         )
+
+
+class _Overload:
+    """Warns when half as many deliveries wait as may, and when requests are held for too many.
+
+    Once each in an episode, which is over when less than a quarter as many wait.
+    """
+
+    __slots__ = ("_concurrency", "_core", "_max_pending", "_said_half", "_said_held")
+
+    def __init__(self, core: Core, concurrency: int, max_pending: int | None) -> None:
+        self._core = core
+        self._concurrency = concurrency
+        self._max_pending = math.inf if max_pending is None else max_pending
+        self._said_half = self._said_held = False
+
+    def __call__(self, waiting: int, held: bool) -> None:
+        """Be told how many deliveries wait, and whether a request begins to wait for room."""
+        if waiting * 4 < self._max_pending:
+            self._said_half = self._said_held = False
+        elif held and not self._said_held:
+            self._said_half = self._said_held = True
+            self._warn(
+                "too many deliveries wait, so new requests are held and then answered 503", waiting
+            )
+        elif not self._said_half and self._max_pending <= waiting * 2 < self._max_pending * 2:
+            self._said_half = True
+            self._warn("half as many deliveries wait as may", waiting)
+
+    def _warn(self, what: str, waiting: int) -> None:
+        log(
+            logging.WARNING,
+            f"{what}: raise concurrency, or make the slowest handler faster",
+            bus=self._core.name,
+            waiting=waiting,
+            max_pending=self._max_pending,
+            concurrency=self._concurrency,
+            slowest_handler=self._slowest(),
+        )
+
+    def _slowest(self) -> str:
+        """The handler that most of what runs now belongs to: a slow one is found running."""
+        running = sorted(self._core.tally.running(), key=lambda delivery: delivery.published_at)
+        counted = Counter(delivery.handler for delivery in running).most_common(1)
+        return counted[0][0] if counted else "none has begun"
 
 
 def _gives_no_bool(function: Callable[..., object]) -> bool:

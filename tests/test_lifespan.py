@@ -1,6 +1,7 @@
 """Delivery in the background: tasks of the application's lifespan, in process."""
 
 import asyncio
+import json
 import logging
 import math
 import threading
@@ -28,7 +29,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from trio.testing import MockClock
 
 from eventkit import EventBus
@@ -1069,12 +1070,140 @@ async def test_when_too_much_waits_unsafe_requests_are_held_and_then_refused_bef
         assert anyio.current_time() - begun == 2.5
         assert exchange.status == 503
         assert (b"retry-after", b"3") in exchange.sent[0]["headers"]
-        assert exchange.body == b"Too many events wait to be delivered. Try again later."
+        assert (b"content-type", b"application/json") in exchange.sent[0]["headers"]
+        assert json.loads(exchange.body) == {
+            "detail": "Too many events wait to be delivered. Try again later."
+        }
         assert bus.stats.published == 2
         assert (bus.stats.held, bus.stats.refused) == (0, 1)
 
     assert gate.trace == ["handled /running", "handled /waiting"]
     assert_settled(bus)
+
+
+class Turnstile:
+    """A handler of strings that lets as many go on as it is told to."""
+
+    def __init__(self, bus: EventBus) -> None:
+        self._semaphore = anyio.Semaphore(0)
+        bus.subscribe(str, self.handle, name="turnstile")
+
+    async def handle(self, event: str) -> None:
+        await self._semaphore.acquire()
+
+    async def let_pass(self, number: int) -> None:
+        for _ in range(number):
+            self._semaphore.release()
+            await wait_all_tasks_blocked()
+
+
+def warnings_of_overload(caplog: pytest.LogCaptureFixture, slowest: str) -> list[str]:
+    """What was said since the last look: "half" of what may wait does, or requests are "held"."""
+    texts = {
+        "half as many deliveries wait as may": "half",
+        "too many deliveries wait, so new requests are held and then answered 503": "held",
+    }
+    said: list[str] = []
+    for record in caplog.records:
+        if record.levelno == logging.WARNING:
+            text, _, rest = record.getMessage().partition(": ")
+            said.append(texts[text])
+            advice, _, facts = rest.partition(": ")
+            assert advice == "raise concurrency, or make the slowest handler faster"
+            waiting = {"half": 2, "held": 4}[said[-1]]
+            assert facts == (
+                f"bus=default waiting={waiting} max_pending=4 concurrency=1 "
+                f"slowest_handler={slowest}"
+            )
+    caplog.clear()
+    return said
+
+
+async def test_an_overload_is_told_once_with_its_limits_and_the_slowest_handler_and_early(
+    bus: EventBus, caplog: pytest.LogCaptureFixture
+) -> None:
+    handler = Turnstile(bus)
+    app = wrapped(publishing(bus), bus, concurrency=1, max_pending=4, overload_timeout=math.inf)
+
+    async with create_task_group() as tasks, lifespan_of(app):
+        for episode in range(2):
+            said = []
+            for number in range(5):
+                await request(app, f"/{episode}/{number}")
+                await wait_all_tasks_blocked()
+                said.append(warnings_of_overload(caplog, "turnstile"))
+            assert said == [[], [], ["half"], [], []]
+
+            for _ in range(3):
+                tasks.start_soon(request, app, "/held")
+            await wait_all_tasks_blocked()
+            assert (bus.stats.held, bus.stats.units_waiting) == (3, 4)
+            assert warnings_of_overload(caplog, "turnstile") == ["held"]
+
+            await handler.let_pass(4)
+            await request(app, "/once more")
+            tasks.start_soon(request, app, "/held again")
+            await wait_all_tasks_blocked()
+            assert (bus.stats.held, bus.stats.units_waiting) == (1, 4)
+            assert warnings_of_overload(caplog, "turnstile") == []  # the same episode goes on
+            await handler.let_pass(6)
+            assert bus.stats.pending == bus.stats.running == 0
+
+
+async def test_the_slowest_handler_is_the_one_that_most_of_what_runs_belongs_to(
+    bus: EventBus, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = Event()
+
+    @bus.on(str)
+    async def quick(event: str) -> None: ...
+
+    @bus.on(str)
+    async def waits_sometimes(event: str) -> None:
+        if event == "/0":
+            await opened.wait()
+
+    @bus.on(str)
+    async def waits_always(event: str) -> None:
+        await opened.wait()
+
+    app = wrapped(publishing(bus), bus, concurrency=2, max_pending=6)
+    async with lifespan_of(app):
+        for number in range(3):
+            await request(app, f"/{number}")
+            await wait_all_tasks_blocked()
+        opened.set()
+
+    (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert line.endswith(
+        f"concurrency=2 slowest_handler=tests.test_lifespan:{waits_always.__qualname__}"
+    )
+
+
+@virtual_time
+async def test_where_no_handler_has_begun_an_overload_names_none(
+    bus: EventBus, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = Gate(bus)
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        for _ in range(2):
+            bus.publish(scope["path"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    class AtOnce(Exchange):
+        async def _send(self, message: Message) -> None:
+            self.sent.append(message)
+
+    app = wrapped(serve, bus, concurrency=1, max_pending=4)
+    async with lifespan_of(app):
+        for number in range(2):
+            await AtOnce(f"/{number}", method="POST", spec_version="2.3").run(app)
+        assert bus.stats.running == 0
+        gate.open.set()
+
+    (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert line.endswith("concurrency=1 slowest_handler=none has begun")
 
 
 @pytest.mark.parametrize("method", SAFE)
