@@ -66,8 +66,9 @@ class EventBus(Subscribing):
         resolver: What gives handlers their dependencies; left out, FastAPI's `Depends` does, which
             is looked for when the first handler that has some is subscribed.
         debug: Whether a failure's note says where its event was published, and so does
-            `Delivery.published_from`; it makes `publish` look for its caller. Left out, it is so
-            under `python -X dev` and pytest.
+            `Delivery.published_from`; it makes `publish` look for its caller. It also times each
+            step of a handler on the event loop, and the log names a handler that blocks the loop,
+            once. Left out, both are so under `python -X dev`, and the first under pytest.
 
     Attributes:
         name: As given.
@@ -103,7 +104,9 @@ class EventBus(Subscribing):
             raise TypeError(
                 f"resolver takes an object with the methods of eventkit.Resolver, not {resolver!r}"
             )
-        self._registry = Registry(resolver)
+        # Not under pytest: tests run handlers as production does, and may stop the clock.
+        timed = bool(sys.flags.dev_mode) if debug is None else debug
+        self._registry = Registry(resolver, timed=timed)
         self._core = Core(
             bus=self,
             name=name,

@@ -17,7 +17,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, overload
 from weakref import WeakSet
 
 from eventkit._events import type_name
-from eventkit._handlers import Handler, Resolver, inspect_handler, with_dependencies
+from eventkit._handlers import Handler, Resolver, inspect_handler, timed, with_dependencies
 from eventkit._log import log
 from eventkit.exceptions import (
     DuplicateNameError,
@@ -447,12 +447,23 @@ class Registry:
 
     Args:
         resolver: Compiles the dependencies of handlers; None for FastAPI's, once one has some.
+        timed: Whether the steps of handlers are timed, to name those that block the event loop.
     """
 
-    __slots__ = ("_by_type", "_lasting", "_lock", "_names", "_plans", "_resolver", "_unhandled")
+    __slots__ = (
+        "_by_type",
+        "_lasting",
+        "_lock",
+        "_names",
+        "_plans",
+        "_resolver",
+        "_timed",
+        "_unhandled",
+    )
 
-    def __init__(self, resolver: Resolver | None) -> None:
+    def __init__(self, resolver: Resolver | None, *, timed: bool) -> None:
         self._resolver = resolver
+        self._timed = timed
         self._lock = RLock()  # finalizers run anywhere, also while it is held
         self._by_type: dict[type, dict[object, Subscription]] = {}
         self._names = _Names()
@@ -476,7 +487,8 @@ class Registry:
                 event_type, identity = declaration.event_type, target.identity
                 for table in (self._by_type, added):
                     declaration._refuse_twin(table.get(event_type, {}).get(identity))
-                subscription = Subscription(declaration, target, self)
+                to_run = timed(target) if self._timed else target
+                subscription = Subscription(declaration, to_run, self)
                 added.setdefault(event_type, {})[identity] = subscription
             for event_type, subscriptions in added.items():
                 self._by_type.setdefault(event_type, {}).update(subscriptions)
