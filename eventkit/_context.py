@@ -1164,8 +1164,11 @@ def _why_none() -> str:
     if on_event_loop() or in_worker_thread():
         return (
             "no request or job surrounds the caller. In a web application install the middleware: "
-            "app.add_middleware(EventContextMiddleware, bus=bus). Elsewhere, open a unit of work: "
-            "`async with bus.context():`, in a thread `with bus.context():`"
+            "app.add_middleware(EventContextMiddleware, bus=bus). If it is installed, this code "
+            "runs outside of it: add it last, because the last one added is the outermost. "
+            "Elsewhere, and in an exception_handler(Exception), which is outside of all "
+            "middlewares, open a unit of work: `async with bus.context():`, in a thread "
+            "`with bus.context():`"
         )
     thread = threading.current_thread()
     if thread is not threading.main_thread():

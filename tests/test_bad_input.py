@@ -41,7 +41,9 @@ NOWHERE = "no event context of bus 'shop' is active here: "
 NO_MIDDLEWARE = (
     NOWHERE
     + "no request or job surrounds the caller. In a web application install the middleware: "
-    "app.add_middleware(EventContextMiddleware, bus=bus). Elsewhere, open a unit of work: "
+    "app.add_middleware(EventContextMiddleware, bus=bus). If it is installed, this code runs "
+    "outside of it: add it last, because the last one added is the outermost. Elsewhere, and in an "
+    "exception_handler(Exception), which is outside of all middlewares, open a unit of work: "
     "`async with bus.context():`, in a thread `with bus.context():`"
 )
 OVER = (

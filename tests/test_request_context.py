@@ -188,13 +188,47 @@ async def test_a_base_http_middleware_inside_sees_the_context_and_one_outside_do
     app.add_middleware(EventContextMiddleware, bus=bus)
     if not inside:
         app.add_middleware(Publishing)
-        with pytest.raises(NoEventContextError, match="install the middleware"):
+        with pytest.raises(NoEventContextError, match=OUTSIDE):
             await Exchange().run(app)
         return
 
     await Exchange().run(app)
 
     assert trace[1::2] == ["handled before", "handled ordered", "handled after"]
+
+
+OUTSIDE = (
+    "install the middleware: .* If it is installed, this code runs outside of it: add it last, "
+    "because the last one added is the outermost"
+)
+
+
+@pytest.mark.anyio
+async def test_a_handler_of_all_exceptions_is_outside_and_is_told_so_and_may_open_a_unit(
+    bus: EventBus, trace: list[str]
+) -> None:
+    async def apologise(request: Request, error: Exception) -> Response:
+        with pytest.raises(
+            NoEventContextError, match=r"in an exception_handler\(Exception\), which"
+        ):
+            bus.publish("failed")
+        async with bus.context():
+            bus.publish("failed")
+        return Response(status_code=500)
+
+    def fail(request: Request) -> None:
+        raise ZeroDivisionError
+
+    app = serving(fail)
+    app.add_exception_handler(Exception, apologise)
+    app.add_middleware(EventContextMiddleware, bus=bus)
+    exchange = Exchange()
+
+    with pytest.raises(ZeroDivisionError):
+        await exchange.run(app)
+
+    assert exchange.status == 500
+    assert trace == ["handling failed", "handled failed"]
 
 
 @pytest.mark.anyio
