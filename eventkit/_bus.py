@@ -10,7 +10,7 @@ from types import EllipsisType
 from typing import Concatenate, TypedDict, TypeVar, overload
 
 from eventkit import _context
-from eventkit._context import Core, EventContext, log_failure
+from eventkit._context import Core, EventContext, log_failure, refuse_as_field
 from eventkit._events import Delivery, type_name
 from eventkit._explain import explain
 from eventkit._handlers import Resolver, is_duration
@@ -338,6 +338,13 @@ class EventBus(Subscribing):
         with core.tally.lock:
             at = [*map(id, core.observers)].index(id(observer))
             core.observers = core.observers[:at] + core.observers[at + 1 :]
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: object, handler: Callable[[object], object]
+    ) -> object:
+        """What FastAPI and Pydantic ask, where they take the class for a field of theirs."""
+        return refuse_as_field(source, handler, "events: Bus")
 
     def __repr__(self) -> str:
         subscribed = sum(1 for _ in self._registry)

@@ -426,6 +426,13 @@ class EventContext:
         finally:
             failures.clear()  # a handler's traceback leads to `report`, which would close a ring
 
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: object, handler: Callable[[object], object]
+    ) -> object:
+        """What FastAPI and Pydantic ask, where they take the class for a field of theirs."""
+        return refuse_as_field(source, handler, "unit: CurrentContext")
+
     def __enter__(self) -> Self:
         if on_event_loop():
             raise EventContextUsageError(
@@ -916,6 +923,23 @@ def begin(
             section._take(unit, unit._staged)
     _begun.set(section)
     return section
+
+
+def refuse_as_field(source: object, handler: Callable[[object], object], instead: str) -> object:
+    """Say which alias FastAPI knows, where Pydantic is asked for a field of this class.
+
+    Raises:
+        TypeError: Pydantic cannot make one; a model that allows arbitrary types can.
+    """
+    try:
+        return handler(source)
+    except Exception as error:  # Pydantic's, which is not imported here
+        name, alias = getattr(source, "__name__", source), instead.partition(": ")[2]
+        raise TypeError(
+            f"{name} is no field that FastAPI can read from a request. In an endpoint, a "
+            f"dependency or a handler declare `{instead}`: from eventkit.fastapi import {alias}. "
+            "In a model of Pydantic set arbitrary_types_allowed=True"
+        ) from error
 
 
 def log_failure(delivery: Delivery, error: Exception) -> None:

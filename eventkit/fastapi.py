@@ -16,7 +16,14 @@ from functools import cache
 from types import TracebackType
 from typing import Annotated, Any, NoReturn, cast, get_args, get_origin
 
-import fastapi
+try:
+    import fastapi
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"eventkit.fastapi needs {error.name}, which is not installed: install "
+        "fastapi-eventkit[fastapi]",
+        name=error.name,
+    ) from error
 from fastapi import Depends, params
 from fastapi.security import SecurityScopes
 from fastapi.security.base import SecurityBase
@@ -78,8 +85,11 @@ class FastAPIResolver:
         if get_origin(annotation) is Annotated:
             annotation, *metadata = get_args(annotation)
             declared += metadata
-        return any(isinstance(thing, _MARKERS) for thing in declared) or (
-            isinstance(annotation, type) and issubclass(annotation, _TYPES)
+        return (
+            any(isinstance(thing, _MARKERS) for thing in declared)
+            or (isinstance(annotation, type) and issubclass(annotation, _TYPES))
+            # Refused by `compile`, in words that name the alias for it.
+            or (_is_aliased(annotation) and parameter.default is parameter.empty)
         )
 
     def compile(self, parameters: Sequence[inspect.Parameter]) -> Solver:
@@ -100,6 +110,10 @@ class FastAPIResolver:
             return _Solution(private, dependant, known, told)
 
         return solver
+
+
+def _is_aliased(annotation: object) -> bool:
+    return annotation is EventBus or annotation is EventContext
 
 
 def _check(parameter: inspect.Parameter, private: _Private) -> None:

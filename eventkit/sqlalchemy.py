@@ -10,7 +10,14 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-from sqlalchemy import Executable, TextClause, event
+try:
+    from sqlalchemy import Executable, TextClause, event
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"eventkit.sqlalchemy needs {error.name}, which is not installed: install "
+        "fastapi-eventkit[sqlalchemy]",
+        name=error.name,
+    ) from error
 from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session, sessionmaker
 

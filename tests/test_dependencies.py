@@ -30,7 +30,7 @@ from fastapi.concurrency import contextmanager_in_threadpool
 from fastapi.dependencies import utils
 from fastapi.requests import HTTPConnection
 from fastapi.security import HTTPBearer, SecurityScopes
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.datastructures import State
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -40,6 +40,7 @@ from eventkit import (
     Delivery,
     DispatchError,
     EventBus,
+    EventContext,
     EventKitError,
     EventRouter,
     HandlerTimeoutError,
@@ -823,6 +824,82 @@ async def test_a_default_that_a_request_replaces_is_replaced(bus: EventBus) -> N
     await bus.dispatch(Ping())
 
     assert seen
+
+
+# The classes where the aliases were meant.
+
+NO_FIELD = (
+    "{} is no field that FastAPI can read from a request. In an endpoint, a dependency or a "
+    "handler declare `{}: {}`: from eventkit.fastapi import {}. In a model of Pydantic set "
+    "arbitrary_types_allowed=True"
+)
+NO_BUS = NO_FIELD.format("EventBus", "events", "Bus", "Bus")
+NO_UNIT = NO_FIELD.format("EventContext", "unit", "CurrentContext", "CurrentContext")
+
+
+async def takes_the_bus(events: EventBus) -> None: ...
+async def takes_the_unit(unit: EventContext) -> None: ...
+async def depends_on_the_bus(it: Annotated[None, Depends(takes_the_bus)]) -> None: ...
+async def takes_any_bus(events: EventBus | None) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "told"),
+    [
+        (takes_the_bus, NO_BUS),
+        (takes_any_bus, NO_BUS),
+        (depends_on_the_bus, NO_BUS),
+        (takes_the_unit, NO_UNIT),
+    ],
+)
+def test_an_endpoint_that_takes_the_class_is_refused_in_words_that_name_the_alias(
+    endpoint: Callable[..., object], told: str
+) -> None:
+    with pytest.raises(TypeError) as caught:
+        FastAPI().post("/")(endpoint)
+
+    assert str(caught.value) == told
+
+
+def test_a_model_may_have_a_bus_where_arbitrary_types_are_allowed(bus: EventBus) -> None:
+    class Settings(BaseModel):
+        model_config = ConfigDict(arbitrary_types_allowed=True)
+
+        bus: EventBus
+        unit: EventContext | None = None
+
+    assert Settings(bus=bus, unit=bus.context()).bus is bus
+    with pytest.raises(ValidationError, match="instance of EventBus"):
+        Settings.model_validate({"bus": "orders"})
+
+
+async def handler_of_the_bus(event: Ping, events: EventBus) -> None: ...
+async def handler_of_the_unit(event: Ping, unit: EventContext) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("handler", "told"),
+    [
+        (handler_of_the_bus, f"FastAPI cannot resolve 'events': {NO_BUS}"),
+        (handler_of_the_unit, f"FastAPI cannot resolve 'unit': {NO_UNIT}"),
+    ],
+)
+def test_a_handler_that_takes_the_class_is_refused_in_words_that_name_the_alias(
+    bus: EventBus, handler: Callable[..., object], told: str
+) -> None:
+    assert refusal(bus, handler) == f"{place(handler)}: {told}"
+
+
+async def test_a_handler_may_have_a_bus_as_its_default(bus: EventBus) -> None:
+    seen: list[object] = []
+
+    @bus.on(Ping)
+    async def handler(event: Ping, other: EventBus = bus) -> None:
+        seen.append(other)
+
+    await bus.dispatch(Ping())
+
+    assert seen == [bus]
 
 
 # What a dependency leaves to a middleware, which a handler has not.

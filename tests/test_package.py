@@ -66,3 +66,20 @@ def test_importing_what_is_for_everybody_pulls_in_nothing_optional(name: str) ->
     )
 
     assert OPTIONAL & set(json.loads(imported.stdout)) == set()
+
+
+@pytest.mark.parametrize("extra", ["fastapi", "sqlalchemy"])
+def test_importing_an_adapter_without_its_extra_names_the_extra(extra: str) -> None:
+    script = (
+        f"import sys; sys.modules[{extra!r}] = None\n"
+        f"try:\n    import eventkit.{extra}\n"
+        "except ModuleNotFoundError as error:\n    print(error.name, error, sep=': ')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, check=True, text=True
+    )
+
+    assert ended.stdout.strip() == (
+        f"{extra}: eventkit.{extra} needs {extra}, which is not installed: "
+        f"install fastapi-eventkit[{extra}]"
+    )
