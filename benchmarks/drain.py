@@ -27,6 +27,7 @@ from benchmarks.harness import (
 from benchmarks.peers import Handler, Ordered
 from benchmarks.report import Bar, Panel, drawing, grid, number, table
 from eventkit import EventBus
+from eventkit._bus import core_of
 
 PACKAGES = ("anyio",)
 
@@ -110,7 +111,7 @@ def subscription_bytes(count: int) -> float:
         for number, handler in enumerate(handlers):
             bus.subscribe(kinds[number // 10], handler)
         for kind in kinds:
-            bus.handlers_for(kind)
+            core_of(bus).plan_for(kind())
         return taken() / count
 
 

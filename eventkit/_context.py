@@ -730,7 +730,7 @@ class EventContext:
 
     def _without_cancelled(self, envelope: _Envelope) -> Plan:
         """The plan as it is now; the deliveries of cancelled subscriptions are discarded."""
-        plan = Plan.of(envelope.plan)
+        plan = envelope.plan = envelope.plan.renewed()
         left = set(range(len(plan))) - {*plan.places}
         self._skip([envelope.delivery(place) for place in sorted(left)], Outcome.DISCARDED)
         return plan

@@ -140,18 +140,24 @@ class Plan(tuple[Subscription, ...]):  # noqa: SLOT001 - a tuple can have no slo
         handlers: What each of them runs.
         places: Which of them are active.
         alike: Whether all handlers are bare coroutine functions under the usual limit.
-        valid: Whether all this is still so; where it is not, `Plan.of` the same ones is.
+        valid: Whether all this is still so; where it is not, `renewed` is.
     """
 
     handlers: tuple[Handler, ...]
     places: Sequence[int]
     alike: bool
     valid: bool
+    _groups: Sequence[Sequence[Subscription]] | None  # None where each is alone in its group
 
     @classmethod
-    def of(cls, subscriptions: Iterable[Subscription]) -> Self:
-        """As things stand."""
-        plan = cls(subscriptions)
+    def of(cls, groups: Sequence[Sequence[Subscription]]) -> Self:
+        """As things stand, given the subscriptions of each handler that the event reaches.
+
+        An event may reach a handler through several of its types. The handler runs once, for the
+        first of these subscriptions that is active.
+        """
+        plan = cls(next((each for each in group if each.active), group[0]) for group in groups)
+        plan._groups = groups if any(len(group) > 1 for group in groups) else None
         plan.handlers = tuple(each.target for each in plan)
         plan.places = range(len(plan))
         if not all(each.active for each in plan):
@@ -159,6 +165,10 @@ class Plan(tuple[Subscription, ...]):  # noqa: SLOT001 - a tuple can have no slo
         plan.alike = all(handler.direct for handler in plan.handlers)
         plan.valid = True
         return plan
+
+    def renewed(self) -> Self:
+        """The same handlers at the same places, as things stand now."""
+        return self.of(self._groups or [(each,) for each in self])
 
 
 def declare(
@@ -518,10 +528,14 @@ class Registry:
             self._forget_plans()
 
     def _forget_plans(self) -> None:
-        """Look everything up again; deliveries that wait have their plans. Needs the lock."""
-        for plan in self._plans.values():
+        """Look everything up again; deliveries that wait have their plans. Needs the lock.
+
+        The lock keeps other threads out, but not a finalizer that publishes in the midst of this.
+        What it looks up goes into the new cache.
+        """
+        plans, self._plans = self._plans, {}
+        for plan in plans.values():
             plan.valid = False
-        self._plans = {}
 
     def keep(self) -> Callable[[], None]:
         """Remember who is subscribed now; what is returned brings that back.
@@ -557,31 +571,41 @@ class Registry:
             InvalidEventTypeError: It is a class, or a collection that nobody handles.
         """
         plan = self._plans.get(type(event))
-        if plan is None:
-            refuse_non_event(event)
-            plan = self.resolve(type(event))
-            if not plan and type(event) in _COLLECTIONS:
-                self._plans.pop(type(event), None)  # or the next one would pass
+        return self._look_up(event) if plan is None else plan
+
+    def _look_up(self, event: object) -> Plan:
+        """Do as `plan_for`, for a type that is not in the cache."""
+        refuse_non_event(event)
+        event_type = type(event)
+        with self._lock:
+            plans = self._plans
+            plan = self.resolve(event_type)
+            if not plan and event_type in _COLLECTIONS:
                 raise InvalidEventTypeError(
-                    f"a {type(event).__name__} is no event that anybody handles: publish the "
+                    f"a {event_type.__name__} is no event that anybody handles: publish the "
                     "events in it, publish(*events)"
                 )
-            if not plan and type(event) not in self._unhandled:
-                self._unhandled.add(type(event))
-                log(logging.INFO, "nobody handles these events", event_type=type_name(type(event)))
+            plans[event_type] = plan
+            if self._plans is not plans:  # a finalizer has changed something while we looked
+                plan.valid = False
+            is_news = not plan and event_type not in self._unhandled
+            if is_news:
+                self._unhandled.add(event_type)
+        if is_news:
+            log(logging.INFO, "nobody handles these events", event_type=type_name(event_type))
         return plan
 
     def resolve(self, event_type: type) -> Plan:
-        """The subscriptions for an event of exactly this type, in start order."""
+        """The subscriptions for an event of exactly this type, in start order.
+
+        Who only asks leaves no trace: what is refused and what is logged is up to `plan_for`.
+        """
+        groups: dict[object, list[Subscription]] = {}
         with self._lock:
-            plans = self._plans  # a change while we look drops it, and what we put there
-            found: dict[object, Subscription] = {}
             for base in event_type.__mro__:
                 for identity, subscription in [*self._by_type.get(base, {}).items()]:
-                    first = found.setdefault(identity, subscription)
-                    found[identity] = min(first, subscription, key=_order_of)
-            plan = plans[event_type] = Plan.of(in_order(found.values()))
-        return plan
+                    groups.setdefault(identity, []).append(subscription)
+            return Plan.of(sorted(map(in_order, groups.values()), key=_order_of_first))
 
     def __iter__(self) -> Iterator[Subscription]:
         with self._lock:
@@ -604,3 +628,7 @@ def in_order(subscriptions: Iterable[Subscription]) -> list[Subscription]:
 
 def _order_of(subscription: Subscription) -> int:
     return subscription._order
+
+
+def _order_of_first(group: Sequence[Subscription]) -> int:
+    return group[0]._order

@@ -300,10 +300,30 @@ async def test_a_collection_is_an_event_only_where_somebody_handles_it(
     assert bus.stats.published == 1
 
 
+@pytest.mark.parametrize("ask", ["explain", "handlers_for"])
+@pytest.mark.parametrize("kind", [list, tuple, set, frozenset])
+async def test_a_collection_is_refused_whoever_asked_about_its_type_before(
+    bus: EventBus, kind: type, ask: str
+) -> None:
+    getattr(bus, ask)(kind)
+    async with bus.context():
+        with pytest.raises(InvalidEventTypeError):
+            bus.publish(kind([1]))
+        bus.handlers_for(kind)
+        with pytest.raises(InvalidEventTypeError):
+            await bus.dispatch(kind([1]))
+
+    assert bus.stats.published == 0
+
+
+@pytest.mark.parametrize("asked", [False, True])
 async def test_an_event_that_nobody_handles_is_no_error_and_leaves_one_line_per_type(
-    bus: EventBus, caplog: pytest.LogCaptureFixture
+    bus: EventBus, caplog: pytest.LogCaptureFixture, asked: bool
 ) -> None:
     caplog.set_level(logging.INFO, "eventkit")
+    if asked:
+        assert bus.handlers_for(OfMeta) == ()
+        assert "reaches no handler" in bus.explain(OfMeta)
     async with bus.context():
         bus.publish(OfMeta(), OfMeta())
         bus.subscribe(str, nothing).cancel()  # as whoever opens and closes a stream does

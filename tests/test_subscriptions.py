@@ -1,5 +1,6 @@
 """Who receives an event, in which order, and for how long."""
 
+import gc
 import inspect
 import sys
 import threading
@@ -16,9 +17,11 @@ from eventkit import (
     DuplicateSubscriptionError,
     EventBus,
     EventRouter,
+    InvalidEventTypeError,
     InvalidHandlerError,
     RouterClosedError,
     Subscription,
+    current_delivery,
 )
 from tests.witness import assert_settled, calling, nothing, witnessed
 
@@ -295,6 +298,74 @@ async def test_a_handler_may_cancel_subscriptions_to_later_events(
         bus.publish("a", 1, "b")
 
     assert seen == ["handled a", "handled 1", "discarded b"]
+    assert_settled(bus)
+
+
+@pytest.mark.parametrize("cancelled", [Base, Left])
+async def test_a_handler_of_two_matching_types_runs_while_one_of_its_subscriptions_is_active(
+    bus: EventBus, noted: Noted, cancelled: type
+) -> None:
+    handler = noted.handler("a")
+    subscriptions = {
+        event_type: bus.subscribe(event_type, handler, thread=False) for event_type in (Base, Left)
+    }
+    async with bus.context():
+        bus.publish(Left(), Base())
+        subscriptions[cancelled].cancel()
+
+    assert noted.calls == (["a"] if cancelled is Base else ["a", "a"])
+    assert_settled(bus)
+
+
+async def test_a_handler_runs_no_more_once_all_of_its_subscriptions_are_cancelled(
+    bus: EventBus, noted: Noted
+) -> None:
+    handler = noted.handler("a")
+    made = [bus.subscribe(each, handler, thread=False) for each in (Base, Left, object)]
+    async with bus.context():
+        bus.publish(Left())
+        for subscription in made:
+            subscription.cancel()
+
+    assert noted.calls == []
+    assert bus.stats.discarded == 1
+    assert_settled(bus)
+
+
+async def test_the_subscription_that_is_left_says_how_its_handler_is_called(
+    bus: EventBus, noted: Noted
+) -> None:
+    seen = witnessed(bus)
+    names_seen: list[str] = []
+
+    async def handler(event: object) -> None:
+        names_seen.append(current_delivery().handler)
+
+    first = bus.subscribe(Base, handler, name="of the base")
+    bus.subscribe(Left, handler, name="of the subclass", timeout=5)
+    bus.subscribe(Left, noted.handler("b"), thread=False)
+    async with bus.context() as unit:
+        bus.publish(Left())
+        ids = [delivery.id for delivery in unit.pending]
+        first.cancel()
+
+    assert names_seen == ["of the subclass"]
+    assert noted.calls == ["b"]
+    assert len(ids) == len(seen) == 2
+    assert_settled(bus)
+
+
+async def test_what_was_subscribed_after_the_publish_stands_in_for_nobody(
+    bus: EventBus, noted: Noted
+) -> None:
+    handler = noted.handler("a")
+    early = bus.subscribe(Base, handler, thread=False)
+    async with bus.context():
+        bus.publish(Left())
+        bus.subscribe(Left, handler, thread=False)
+        early.cancel()
+
+    assert noted.calls == []
     assert_settled(bus)
 
 
@@ -605,6 +676,40 @@ async def test_threads_subscribe_and_cancel_while_others_publish(bus: EventBus) 
     assert_settled(bus)
 
 
+def test_threads_subscribe_while_others_publish_what_nobody_handles(bus: EventBus) -> None:
+    kinds = [type(f"Kind{number}", (), {}) for number in range(200)]
+    mistakes: list[Any] = [[1], (1,), {1}, frozenset([1])]
+    done, failed = threading.Event(), list[BaseException]()
+
+    def subscribe() -> None:
+        try:
+            while not done.is_set():
+                bus.subscribe(Base, nothing, thread=False).cancel()
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    subscribing = threading.Thread(target=subscribe)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    subscribing.start()
+    try:
+        for _ in range(20):
+            with bus.context():
+                for kind in kinds:
+                    bus.publish(kind())
+                    for mistake in mistakes:
+                        with pytest.raises(InvalidEventTypeError):
+                            bus.publish(mistake)
+    finally:
+        done.set()
+        subscribing.join()
+        sys.setswitchinterval(interval)
+
+    assert failed == []
+    assert bus.stats.published == 20 * len(kinds)
+
+
 def test_a_subscription_may_be_cancelled_by_a_finalizer_at_any_moment(bus: EventBus) -> None:
     """The garbage collector runs finalizers in the middle of a resolution, in its thread."""
     held = bus.subscribe(Base, nothing)
@@ -614,3 +719,63 @@ def test_a_subscription_may_be_cancelled_by_a_finalizer_at_any_moment(bus: Event
         held.cancel()  # as if the collector ran here: the same thread, with the lock held
 
     assert bus.handlers_for(Base) == ()
+
+
+def test_a_finalizer_may_publish_what_nobody_handles_while_somebody_subscribes(
+    bus: EventBus,
+) -> None:
+    published = 0
+    armed = True
+
+    class Leaving:
+        """Publishes an event of a new type when the collector finds it, and leaves an heir."""
+
+        def __init__(self) -> None:
+            self.cycle = self
+
+        def __del__(self) -> None:
+            nonlocal published
+            if armed:
+                bus.publish(type("Left", (), {})())
+                published += 1
+                Leaving()
+
+    threshold = gc.get_threshold()
+    try:
+        with bus.context():
+            bus.publish(Base())
+            Leaving()
+            gc.set_threshold(1)  # collect wherever that is possible
+            for _ in range(20):
+                bus.subscribe(Base, nothing).cancel()
+            armed = False
+    finally:
+        gc.set_threshold(*threshold)
+
+    assert published > 0
+    assert bus.stats.published == published + 1
+
+
+async def test_a_subscription_cancelled_after_one_that_a_finalizer_cancelled_does_not_run(
+    bus: EventBus, noted: Noted
+) -> None:
+    """The finalizer runs while the first event of a type is looked up."""
+    by_finalizer = bus.subscribe(Right, noted.handler("by the finalizer"), thread=False)
+    later = bus.subscribe(object, noted.handler("later"), thread=False)
+
+    class Looked(type):
+        def __getattribute__(cls, name: str) -> Any:
+            if name == "__mro__":
+                by_finalizer.cancel()
+            return super().__getattribute__(name)
+
+    class Event(metaclass=Looked):
+        pass
+
+    async with bus.context():
+        bus.publish(Event())
+        assert not by_finalizer.active
+        later.cancel()
+
+    assert noted.calls == []
+    assert bus.stats.discarded == 1
