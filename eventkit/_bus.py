@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import EllipsisType
 from typing import Concatenate, TypedDict, TypeVar, overload
+from weakref import WeakValueDictionary
 
 from eventkit import _context
 from eventkit._context import Core, EventContext, log_failure, refuse_as_field
 from eventkit._events import Delivery, type_name
 from eventkit._explain import explain
 from eventkit._handlers import Resolver, is_duration
+from eventkit._log import log
 from eventkit._observers import Observation, Observer
 from eventkit._registry import (
     Declaration,
@@ -28,6 +31,9 @@ from eventkit._registry import (
 from eventkit._stats import Stats, Tally
 
 E = TypeVar("E")
+
+# All buses of the process, by their id, as long as somebody else keeps them.
+_buses: WeakValueDictionary[int, EventBus] = WeakValueDictionary()
 
 
 class Wiring(TypedDict):
@@ -66,9 +72,10 @@ class EventBus(Subscribing):
         resolver: What gives handlers their dependencies; left out, FastAPI's `Depends` does, which
             is looked for when the first handler that has some is subscribed.
         debug: Whether a failure's note says where its event was published, and so does
-            `Delivery.published_from`; it makes `publish` look for its caller. It also times each
-            step of a handler on the event loop, and the log names a handler that blocks the loop,
-            once. Left out, both are so under `python -X dev`, and the first under pytest.
+            `Delivery.published_from`; it makes `publish` look for its caller. The log line about
+            events that nobody handles is then a warning. It also times each step of a handler on
+            the event loop, and the log names a handler that blocks the loop, once. Left out, all
+            are so under `python -X dev`, and under pytest all but the last.
 
     Attributes:
         name: As given.
@@ -106,7 +113,7 @@ class EventBus(Subscribing):
             )
         # Not under pytest: tests run handlers as production does, and may stop the clock.
         timed = bool(sys.flags.dev_mode) if debug is None else debug
-        self._registry = Registry(resolver, timed=timed)
+        self._registry = Registry(resolver, self._log_unhandled, timed=timed)
         self._core = Core(
             bus=self,
             name=name,
@@ -119,6 +126,7 @@ class EventBus(Subscribing):
             tally=Tally(),
             report_failure=log_failure,
         )
+        _buses[id(self)] = self
 
     @property
     def name(self) -> str:
@@ -222,8 +230,8 @@ class EventBus(Subscribing):
             EventContextClosedError: It has ended.
             EventContextFullError: More than `max_events` would wait in it.
             EventDepthError: A handler published this, too many handlers deep.
-            InvalidEventTypeError: A class was given instead of an instance of it, or a list or the
-                like that nobody handles instead of the events in it.
+            InvalidEventTypeError: A class was given instead of an instance of it, or something
+                that nobody handles and that is no event: a list of events, a name, a `dict`, None.
         """
         _context.publish(self._core, events, even_on_failure)
 
@@ -250,8 +258,8 @@ class EventBus(Subscribing):
         Raises:
             DispatchError: Handlers failed; the group has every failure.
             EventDepthError: Handlers dispatch to handlers, too many deep.
-            InvalidEventTypeError: A class was given instead of an instance of it, or a list or the
-                like that nobody handles instead of the events in it.
+            InvalidEventTypeError: A class was given instead of an instance of it, or something
+                that nobody handles and that is no event: a list of events, a name, a `dict`, None.
         """
         dispatching = _context.dispatch(self._core, event)
         del event  # or a traceback that shows local variables shows the payload
@@ -346,6 +354,23 @@ class EventBus(Subscribing):
         """What FastAPI and Pydantic ask, where they take the class for a field of theirs."""
         return refuse_as_field(source, handler, "events: Bus")
 
+    def _log_unhandled(self, event_type: type) -> None:
+        """Say once that nobody handles events of this type, and which other buses would."""
+        others = (other() for other in _buses.valuerefs())
+        handled_by = ", ".join(
+            f"another bus {other.name!r}"
+            for other in others
+            if other is not None and _handles(other, event_type)
+        )
+        log(
+            logging.WARNING if self._core.debug else logging.INFO,
+            "nobody handles these events",
+            event_type=type_name(event_type),
+            bus=self.name,
+            error=None,
+            **({"handled_by": handled_by} if handled_by else {}),
+        )
+
     def __repr__(self) -> str:
         subscribed = sum(1 for _ in self._registry)
         return f"<EventBus {self.name!r}, {subscribed} subscriptions, {self.stats.pending} pending>"
@@ -354,6 +379,11 @@ class EventBus(Subscribing):
 def registry_of(bus: EventBus) -> Registry:
     """Who is subscribed to the bus, for the testing kit."""
     return bus._registry  # noqa: SLF001 - the one door to it
+
+
+def _handles(bus: EventBus, event_type: type) -> bool:
+    """Whether the bus has a handler of it, other than one for every event."""
+    return any(each.event_type is not object for each in registry_of(bus).resolve(event_type))
 
 
 def _debugging() -> bool:

@@ -7,9 +7,9 @@ Knows nothing of how handlers are run.
 from __future__ import annotations
 
 import inspect
-import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from enum import Enum
 from itertools import count
 from threading import RLock
 from types import EllipsisType, FrameType
@@ -18,7 +18,6 @@ from weakref import WeakSet
 
 from eventkit._events import type_name
 from eventkit._handlers import Handler, Resolver, inspect_handler, timed, with_dependencies
-from eventkit._log import log
 from eventkit.exceptions import (
     DuplicateNameError,
     DuplicateSubscriptionError,
@@ -35,7 +34,18 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _order = count()
-_COLLECTIONS = {list, tuple, set, frozenset}  # events that were not taken out of it, most likely
+# Modules whose classes nobody has made to say what happened.
+_NOT_OURS = {
+    "builtins",
+    "collections",
+    "datetime",
+    "decimal",
+    "fractions",
+    "functools",
+    "itertools",
+    "types",
+    "uuid",
+}
 _IMPORTLIB = "<frozen importlib._bootstrap>"
 
 
@@ -220,6 +230,28 @@ def refuse_non_event(event: object) -> None:
             f"an event is an instance, not a class: publish {event.__name__}(...), not "
             f"{event.__name__}"
         )
+
+
+def _is_event_type(event_type: type) -> bool:
+    """Whether it looks like a class of events, so that an instance without a handler is fine."""
+    if issubclass(event_type, BaseException):
+        return True
+    return event_type.__module__ not in _NOT_OURS and not issubclass(event_type, Enum)
+
+
+def _not_an_event(event: object) -> InvalidEventTypeError:
+    """What to say of an instance of what is no event type, and has no handler. Not its value."""
+    name = type(event).__name__
+    no_event = f"an object of the type {name!r} is no event that anybody handles"
+    if isinstance(event, Coroutine):
+        return InvalidEventTypeError(f"{no_event}: await it, and publish what it returns")
+    if isinstance(event, Iterable) and not isinstance(event, str | bytes | bytearray | Mapping):
+        return InvalidEventTypeError(f"{no_event}: publish the events in it, publish(*events)")
+    kind = f"a member of the enum {name!r}" if isinstance(event, Enum) else f"of {name!r}"
+    return InvalidEventTypeError(
+        f"an event is an instance of a class of yours, not {kind}, which nobody handles: make a "
+        "class of what happened, and publish an instance, publish(UserCreated(...))"
+    )
 
 
 def caller() -> str:
@@ -457,6 +489,7 @@ class Registry:
 
     Args:
         resolver: Compiles the dependencies of handlers; None for FastAPI's, once one has some.
+        unhandled: Called with each type of events that nobody handles, when the first is published.
         timed: Whether the steps of handlers are timed, to name those that block the event loop.
     """
 
@@ -467,18 +500,24 @@ class Registry:
         "_names",
         "_plans",
         "_resolver",
+        "_subscribed",
+        "_tell_unhandled",
         "_timed",
         "_unhandled",
     )
 
-    def __init__(self, resolver: Resolver | None, *, timed: bool) -> None:
+    def __init__(
+        self, resolver: Resolver | None, unhandled: Callable[[type], None], *, timed: bool
+    ) -> None:
         self._resolver = resolver
+        self._tell_unhandled = unhandled
         self._timed = timed
         self._lock = RLock()  # finalizers run anywhere, also while it is held
         self._by_type: dict[type, dict[object, Subscription]] = {}
         self._names = _Names()
         self._plans: dict[type, Plan] = {}
         self._unhandled: WeakSet[type] = WeakSet()  # told once: each stream drops the cache twice
+        self._subscribed: WeakSet[type] = WeakSet()  # what had a handler, and looks like no event
         self._lasting: list[Subscription] = []  # made by an import since somebody keeps the state
 
     def add(self, declarations: Sequence[Declaration]) -> list[Subscription]:
@@ -502,6 +541,8 @@ class Registry:
                 added.setdefault(event_type, {})[identity] = subscription
             for event_type, subscriptions in added.items():
                 self._by_type.setdefault(event_type, {}).update(subscriptions)
+                if not _is_event_type(event_type):
+                    self._subscribed.add(event_type)
             self._names.add(declarations)
             self._forget_plans()
             made = in_order(s for group in added.values() for s in group.values())
@@ -546,6 +587,7 @@ class Registry:
         with self._lock:
             then = [each for group in self._by_type.values() for each in group.values()]
             plans = self._plans
+            subscribed = {*self._subscribed}
             self._lasting = []
 
         def restore() -> None:
@@ -555,6 +597,7 @@ class Registry:
                 for subscription in self:
                     subscription.active = False
                 self._by_type, self._names = {}, _Names()
+                self._subscribed = WeakSet(subscribed)
                 for subscription in in_order({*then, *self._lasting}):
                     group = self._by_type.setdefault(subscription.event_type, {})
                     group[subscription._declared.identity] = subscription
@@ -568,7 +611,7 @@ class Registry:
         """The subscriptions that an event reaches, in start order.
 
         Raises:
-            InvalidEventTypeError: It is a class, or a collection that nobody handles.
+            InvalidEventTypeError: It is a class, or nobody handles it and it looks like no event.
         """
         plan = self._plans.get(type(event))
         return self._look_up(event) if plan is None else plan
@@ -580,11 +623,8 @@ class Registry:
         with self._lock:
             plans = self._plans
             plan = self.resolve(event_type)
-            if not plan and event_type in _COLLECTIONS:
-                raise InvalidEventTypeError(
-                    f"a {event_type.__name__} is no event that anybody handles: publish the "
-                    "events in it, publish(*events)"
-                )
+            if not plan and not self._is_known(event_type):
+                raise _not_an_event(event)
             plans[event_type] = plan
             if self._plans is not plans:  # a finalizer has changed something while we looked
                 plan.valid = False
@@ -592,8 +632,17 @@ class Registry:
             if is_news:
                 self._unhandled.add(event_type)
         if is_news:
-            log(logging.INFO, "nobody handles these events", event_type=type_name(event_type))
+            self._tell_unhandled(event_type)
         return plan
+
+    def _is_known(self, event_type: type) -> bool:
+        """Whether it looks like a class of events, or has had a handler of its own before.
+
+        A stream of texts that nobody reads any more must not make `publish` raise.
+        """
+        return _is_event_type(event_type) or any(
+            base in self._subscribed for base in event_type.__mro__ if base is not object
+        )
 
     def resolve(self, event_type: type) -> Plan:
         """The subscriptions for an event of exactly this type, in start order.

@@ -5,11 +5,19 @@ import logging
 import pickle
 import re
 import threading
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from decimal import Decimal
+from enum import Enum
 from functools import partial
-from typing import Annotated, Any, NewType, Optional, TypeVar, Union
+from http import HTTPStatus
+from types import SimpleNamespace
+from typing import Annotated, Any, NamedTuple, NewType, Optional, TypeVar, Union
+from unittest.mock import Mock
+from uuid import UUID
 
 import anyio
 import pytest
@@ -258,6 +266,23 @@ async def test_dispatching_past_the_depth_limit_raises_the_same(bus: EventBus) -
     assert_settled(bus)
 
 
+class UserId(int):
+    """A class of somebody's own."""
+
+
+class Text(str):
+    """Another one."""
+
+    __slots__ = ()
+
+
+class Point(NamedTuple):
+    """And a tuple with names."""
+
+    x: int
+    y: int
+
+
 class Meta(type):
     """A class of classes."""
 
@@ -280,14 +305,132 @@ async def test_publishing_a_class_says_that_an_event_is_an_instance(
     assert bus.stats.published == 0
 
 
+class Color(Enum):
+    """What is no class of events."""
+
+    RED = 1
+
+
+def numbers() -> Generator[int]:
+    yield 1
+
+
+ITERABLES: list[object] = [numbers(), iter([1]), map(str, [1]), {}.values(), deque([1]), range(2)]
+VALUES: list[object] = [
+    "user.created",
+    b"user.created",
+    None,
+    {"id": 1},
+    defaultdict(int),
+    True,
+    1.5,
+    Decimal(1),
+    datetime.now(UTC),
+    UUID(int=1),
+    len,
+    numbers,
+    partial(len),
+    SimpleNamespace(id=1),
+]
+
+
+@pytest.mark.parametrize("event", ITERABLES, ids=lambda event: type(event).__name__)
+async def test_an_iterable_of_events_is_no_event(bus: EventBus, event: object) -> None:
+    told = (
+        f"an object of the type {type(event).__name__!r} is no event that anybody handles: publish "
+        "the events in it, publish(*events)"
+    )
+    async with bus.context():
+        assert refusal(InvalidEventTypeError, bus.publish, event) == told
+    with pytest.raises(InvalidEventTypeError, match=re.escape(told)):
+        await bus.dispatch(event)
+
+    assert bus.stats.published == 0
+
+
+@pytest.mark.parametrize("event", VALUES, ids=lambda event: type(event).__name__)
+async def test_a_name_or_a_value_is_no_event_where_nobody_handles_it(
+    bus: EventBus, event: object
+) -> None:
+    told = (
+        "an event is an instance of a class of yours, not of "
+        f"{type(event).__name__!r}, which nobody handles: make a class of what happened, and "
+        "publish an instance, publish(UserCreated(...))"
+    )
+    bus = EventBus()
+    async with bus.context():
+        assert refusal(InvalidEventTypeError, bus.publish, event) == told
+        assert refusal(InvalidEventTypeError, bus.publish, event, {"id": 1}) == told
+    with pytest.raises(InvalidEventTypeError, match=re.escape(told)):
+        await bus.dispatch(event)
+
+    assert bus.stats.published == 0
+
+
+@pytest.mark.parametrize("event", [Color.RED, HTTPStatus.OK], ids=str)
+async def test_a_member_of_an_enum_is_no_event_where_nobody_handles_it(
+    event: Enum,
+) -> None:
+    bus = EventBus()
+    told = (
+        "an event is an instance of a class of yours, not a member of the enum "
+        f"{type(event).__name__!r}, which nobody handles: make a class of what happened, and "
+        "publish an instance, publish(UserCreated(...))"
+    )
+    async with bus.context():
+        assert refusal(InvalidEventTypeError, bus.publish, event) == told
+        with bus.subscribe(type(event), nothing):
+            bus.publish(event)
+
+
+async def test_a_coroutine_is_no_event_and_the_remedy_is_to_await_it(bus: EventBus) -> None:
+    async def look_up() -> Point:
+        raise NotImplementedError
+
+    event = look_up()
+    async with bus.context():
+        assert refusal(InvalidEventTypeError, bus.publish, event) == (
+            "an object of the type 'coroutine' is no event that anybody handles: await it, and "
+            "publish what it returns"
+        )
+    event.close()
+
+
+@pytest.mark.parametrize(
+    "event", [ValueError(), UserId(1), Point(1, 2), Mock()], ids=lambda event: type(event).__name__
+)
+async def test_an_exception_and_an_instance_of_ones_own_class_are_events(
+    bus: EventBus, event: object
+) -> None:
+    bus = EventBus()
+    async with bus.context():
+        bus.publish(event)
+    await bus.dispatch(event)
+
+    assert bus.stats.published == 2
+
+
+async def test_what_once_had_a_handler_stays_an_event() -> None:
+    """Or a stream of texts would make `publish` raise whenever its last reader has left."""
+    bus = EventBus()
+    bus.subscribe(str, nothing).cancel()
+    bus.subscribe(object, nothing).cancel()  # says nothing about any type
+    async with bus.context():
+        bus.publish("a", Text("b"))
+        with pytest.raises(InvalidEventTypeError):
+            bus.publish(1)
+
+    assert bus.stats.published == 2
+
+
 @pytest.mark.parametrize("collection", [list, tuple, set, frozenset])
 async def test_a_collection_is_an_event_only_where_somebody_handles_it(
     bus: EventBus, collection: type
 ) -> None:
     events = collection([1, 2])
     told = (
-        f"a {collection.__name__} is no event that anybody handles: publish the events in it, "
-        "publish(*events)"
+        f"an object of the type {collection.__name__!r} is no event that anybody handles: publish "
+        "the events in it, publish(*events)"
     )
     async with bus.context():
         assert refusal(InvalidEventTypeError, bus.publish, events) == told
@@ -329,7 +472,9 @@ async def test_an_event_that_nobody_handles_is_no_error_and_leaves_one_line_per_
         bus.subscribe(str, nothing).cancel()  # as whoever opens and closes a stream does
         bus.publish(OfMeta())
 
-    assert caplog.messages == [f"nobody handles these events: event_type={__name__}.OfMeta"]
+    [record] = caplog.records
+    assert record.getMessage().startswith("nobody handles these events")
+    assert record.__dict__["eventkit"] == {"event_type": f"{__name__}.OfMeta", "bus": "shop"}
 
 
 # Draining

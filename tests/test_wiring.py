@@ -1,8 +1,11 @@
 """Looking at a bus: what explains who gets an event, names, and what a debugger shows."""
 
+import gc
+import logging
 import sys
 from types import SimpleNamespace
 from typing import Any
+from weakref import ref
 
 import pytest
 
@@ -17,6 +20,7 @@ from eventkit import (
     Publisher,
     current_delivery,
 )
+from eventkit._events import type_name
 from tests.witness import nothing
 
 pytestmark = pytest.mark.anyio
@@ -51,6 +55,11 @@ def write_line(event: OrderEvent) -> None: ...
 
 def place(function: Any) -> str:
     return f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
+
+
+def facts_of(record: logging.LogRecord) -> dict[str, object]:
+    facts: dict[str, object] = record.__dict__["eventkit"]
+    return facts
 
 
 def declared_at(bus: EventBus, handler: str) -> str:
@@ -388,3 +397,59 @@ def test_an_observation_detached_by_many_threads_at_once_is_detached_once() -> N
     assert reentered == [None]
     kept.detach()
     assert bus._core.observers == ()
+
+
+# Where nobody handles an event
+
+
+@pytest.mark.parametrize(("debug", "level"), [(True, logging.WARNING), (False, logging.INFO)])
+async def test_that_nobody_handles_an_event_is_a_warning_in_debug_mode(
+    caplog: pytest.LogCaptureFixture, debug: bool, level: int
+) -> None:
+    class Unheard: ...
+
+    caplog.set_level(logging.INFO, "eventkit")
+    bus = EventBus(name="shop", debug=debug)
+    EventBus(name="audit").subscribe(object, nothing)  # handles every event, so not this one
+    async with bus.context():
+        bus.publish(Unheard(), Unheard())
+    await bus.dispatch(Unheard())
+
+    [record] = caplog.records
+    assert record.levelno == level
+    assert facts_of(record) == {"event_type": type_name(Unheard), "bus": "shop"}
+
+
+async def test_that_nobody_handles_an_event_names_the_other_buses_that_have_a_handler(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Base: ...
+
+    class Sent(Base): ...
+
+    caplog.set_level(logging.INFO, "eventkit")
+    here = EventBus(name="shop")
+    others = [EventBus(name=name) for name in ("mail", "shop", "audit", "billing")]
+    others[0].subscribe(Sent, nothing)
+    others[1].subscribe(Base, nothing)
+    others[2].subscribe(object, nothing)
+    others[3].subscribe(Sent, nothing).cancel()
+    await here.dispatch(Sent())
+
+    [record] = caplog.records
+    assert facts_of(record)["handled_by"] == "another bus 'mail', another bus 'shop'"
+
+
+async def test_a_bus_that_is_gone_is_named_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    class Sent: ...
+
+    caplog.set_level(logging.INFO, "eventkit")
+    other = EventBus(name="mail")
+    other.subscribe(Sent, nothing)
+    gone = ref(other)
+    del other
+    gc.collect()
+    await EventBus(name="shop").dispatch(Sent())
+
+    assert gone() is None
+    assert "handled_by" not in facts_of(caplog.records[0])
