@@ -6,6 +6,8 @@ Knows nothing of how handlers are run.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import inspect
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +16,7 @@ from itertools import count
 from threading import RLock
 from types import EllipsisType, FrameType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, overload
-from weakref import WeakSet
+from weakref import WeakSet, WeakValueDictionary
 
 from eventkit._events import type_name
 from eventkit._handlers import Handler, Resolver, inspect_handler, timed, with_dependencies
@@ -46,6 +48,7 @@ _NOT_OURS = {
     "types",
     "uuid",
 }
+_MADE_BY_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE of CPython: made while Python runs
 _IMPORTLIB = "<frozen importlib._bootstrap>"
 
 
@@ -236,7 +239,13 @@ def _is_event_type(event_type: type) -> bool:
     """Whether it looks like a class of events, so that an instance without a handler is fine."""
     if issubclass(event_type, BaseException):
         return True
-    return event_type.__module__ not in _NOT_OURS and not issubclass(event_type, Enum)
+    module, name = event_type.__module__, event_type.__qualname__
+    foreign = module in _NOT_OURS and (
+        not event_type.__flags__ & _MADE_BY_PYTHON
+        # A class that `exec`, `new_class` or `make_dataclass` has made may only claim to be there.
+        or getattr(sys.modules.get(module), name, None) is event_type
+    )
+    return not foreign and not issubclass(event_type, Enum)
 
 
 def _not_an_event(event: object) -> InvalidEventTypeError:
@@ -494,7 +503,9 @@ class Registry:
     """
 
     __slots__ = (
+        "__weakref__",
         "_by_type",
+        "_changes",
         "_lasting",
         "_lock",
         "_names",
@@ -515,10 +526,12 @@ class Registry:
         self._lock = RLock()  # finalizers run anywhere, also while it is held
         self._by_type: dict[type, dict[object, Subscription]] = {}
         self._names = _Names()
+        self._changes = 0
         self._plans: dict[type, Plan] = {}
         self._unhandled: WeakSet[type] = WeakSet()  # told once: each stream drops the cache twice
         self._subscribed: WeakSet[type] = WeakSet()  # what had a handler, and looks like no event
         self._lasting: list[Subscription] = []  # made by an import since somebody keeps the state
+        _registries[id(self)] = self
 
     def add(self, declarations: Sequence[Declaration]) -> list[Subscription]:
         """Subscribe all of them, or raise and subscribe none.
@@ -544,7 +557,7 @@ class Registry:
                 if not _is_event_type(event_type):
                     self._subscribed.add(event_type)
             self._names.add(declarations)
-            self._forget_plans()
+            self._changed()
             made = in_order(s for group in added.values() for s in group.values())
             if _importing():
                 self._lasting += made
@@ -560,13 +573,18 @@ class Registry:
                 if not subscriptions:
                     del self._by_type[subscription.event_type]
                 self._names.remove(subscription)
-                self._forget_plans()
+                self._changed()
 
     def retarget(self, subscription: Subscription, target: Handler) -> None:
         """Have another handler run in the place of the declared one, also for what is queued."""
         with self._lock:
             subscription.target = target
-            self._forget_plans()
+            self._changed()
+
+    def _changed(self) -> None:
+        """Note that subscriptions are others than before. Needs the lock."""
+        self._changes += 1
+        self._forget_plans()
 
     def _forget_plans(self) -> None:
         """Look everything up again; deliveries that wait have their plans. Needs the lock.
@@ -578,6 +596,18 @@ class Registry:
         for plan in plans.values():
             plan.valid = False
 
+    def let_types_go(self) -> None:
+        """Have the cache keep no type alive; it is filled again by what is published.
+
+        Called by the garbage collector, so in any thread and at any moment. Where another thread
+        is at work here, the types stay until the next time.
+        """
+        if self._lock.acquire(blocking=False):
+            try:
+                self._forget_plans()
+            finally:
+                self._lock.release()
+
     def keep(self) -> Callable[[], None]:
         """Remember who is subscribed now; what is returned brings that back.
 
@@ -586,13 +616,13 @@ class Registry:
         """
         with self._lock:
             then = [each for group in self._by_type.values() for each in group.values()]
-            plans = self._plans
+            changes = self._changes
             subscribed = {*self._subscribed}
             self._lasting = []
 
         def restore() -> None:
             with self._lock:
-                if self._plans is plans:  # each change drops the cache, so there was none
+                if self._changes == changes:
                     return
                 for subscription in self:
                     subscription.active = False
@@ -603,7 +633,7 @@ class Registry:
                     group[subscription._declared.identity] = subscription
                     subscription.active = True
                     self._names.add([subscription])
-                self._forget_plans()
+                self._changed()
 
         return restore
 
@@ -660,6 +690,33 @@ class Registry:
         with self._lock:
             subscriptions = in_order(s for group in self._by_type.values() for s in group.values())
         return iter(subscriptions)
+
+
+# All registries of the process, by their id, as long as their buses live.
+_registries: WeakValueDictionary[int, Registry] = WeakValueDictionary()
+_partial_collections = count(1)
+_PARTIAL_COLLECTIONS = 1000
+
+
+def _before_collecting(phase: str, info: Mapping[str, int]) -> None:
+    """Have no cache keep types that the garbage collector could free.
+
+    A class is part of reference cycles, so nothing but the collector frees it. A cache with weak
+    keys would make each look-up twice as dear. Full collections are rare and cost more than to
+    look everything up again. Python 3.14 and builds without the GIL start none by themselves, so
+    now and then a partial one does it, too.
+    """
+    if phase == "start" and (
+        info["generation"] == 2 or next(_partial_collections) % _PARTIAL_COLLECTIONS == 0
+    ):
+        for alive in _registries.valuerefs():
+            registry = alive()
+            if registry is not None:
+                registry.let_types_go()
+
+
+gc.callbacks.append(_before_collecting)
+atexit.register(gc.callbacks.remove, _before_collecting)  # afterwards this module is taken apart
 
 
 def _importing() -> bool:

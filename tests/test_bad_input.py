@@ -14,7 +14,7 @@ from decimal import Decimal
 from enum import Enum
 from functools import partial
 from http import HTTPStatus
-from types import SimpleNamespace
+from types import SimpleNamespace, new_class
 from typing import Annotated, Any, NamedTuple, NewType, Optional, TypeVar, Union
 from unittest.mock import Mock
 from uuid import UUID
@@ -283,6 +283,13 @@ class Point(NamedTuple):
     y: int
 
 
+def executed() -> object:
+    """An instance of a class that says that it is a built-in one."""
+    namespace: dict[str, Any] = {}
+    exec("class Executed: ...", namespace)
+    return namespace["Executed"]()
+
+
 class Meta(type):
     """A class of classes."""
 
@@ -397,7 +404,9 @@ async def test_a_coroutine_is_no_event_and_the_remedy_is_to_await_it(bus: EventB
 
 
 @pytest.mark.parametrize(
-    "event", [ValueError(), UserId(1), Point(1, 2), Mock()], ids=lambda event: type(event).__name__
+    "event",
+    [ValueError(), UserId(1), Point(1, 2), Mock(), executed(), new_class("Made")()],
+    ids=lambda event: type(event).__name__,
 )
 async def test_an_exception_and_an_instance_of_ones_own_class_are_events(
     bus: EventBus, event: object

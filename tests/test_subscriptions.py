@@ -2,13 +2,17 @@
 
 import gc
 import inspect
+import subprocess
 import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import make_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from types import ModuleType
+from typing import Any, Generic, TypeVar, cast
+from weakref import ref
 
 import pytest
 from anyio import create_task_group, to_thread
@@ -779,3 +783,132 @@ async def test_a_subscription_cancelled_after_one_that_a_finalizer_cancelled_doe
 
     assert noted.calls == []
     assert bus.stats.discarded == 1
+
+
+# Types that come and go
+
+
+def made_at_run_time(number: int) -> type[Base]:
+    """A class of events, as a plug-in or a schema has it made."""
+    return make_dataclass(f"Made{number}", ["payload"], bases=(Base,))
+
+
+def as_a_module(number: int) -> type[Base]:
+    """One of a module that is imported, and thrown out again."""
+    module = ModuleType("plugin")
+    module.__dict__["Base"] = Base
+    sys.modules["plugin"] = module
+    try:
+        exec("class Made(Base):\n    def __init__(self, payload): ...", module.__dict__)
+        made: type[Base] = module.__dict__["Made"]
+        return made
+    finally:
+        del sys.modules["plugin"]
+
+
+@pytest.mark.parametrize("make", [made_at_run_time, as_a_module])
+@pytest.mark.parametrize("handled_as", [None, object, Base])
+async def test_types_made_at_run_time_are_freed_once_their_events_are_delivered(
+    bus: EventBus, make: Callable[[int], Callable[[object], Base]], handled_as: type | None
+) -> None:
+    if handled_as is not None:
+        bus.subscribe(handled_as, nothing, thread=False)
+    types = [make(number) for number in range(5)]
+    async with bus.context():
+        for event_type in types:
+            bus.publish(event_type(1))
+            await bus.dispatch(event_type(2))
+            bus.explain(cast("type", event_type))
+    kept = [ref(event_type) for event_type in types]
+    del types, event_type
+    gc.collect()
+
+    assert [each() for each in kept] == [None] * 5
+    assert_settled(bus)
+
+
+async def test_types_made_at_run_time_are_freed_once_their_subscriptions_are_cancelled(
+    bus: EventBus,
+) -> None:
+    kept: list[ref[type]] = []
+    for number in range(5):
+        event_type = made_at_run_time(number)
+        kept.append(ref(event_type))
+        with bus.subscribe(event_type, nothing, name=f"{number}", thread=False):
+            await bus.dispatch(event_type(1))
+        await bus.dispatch(event_type(2))
+    del event_type
+    gc.collect()
+
+    assert [each() for each in kept] == [None] * 5
+
+
+async def test_what_waits_while_the_garbage_collector_runs_is_delivered_all_the_same(
+    bus: EventBus, noted: Noted
+) -> None:
+    bus.subscribe(Base, noted.handler("a"), thread=False)
+    cancelled = bus.subscribe(Base, noted.handler("cancelled"), thread=False)
+    async with bus.context():
+        bus.publish(Left())
+        gc.collect()
+        bus.publish(Left())
+        cancelled.cancel()
+
+    assert noted.calls == ["a", "a"]
+    assert bus.stats.discarded == 2
+    assert_settled(bus)
+
+
+def test_types_stay_while_another_thread_changes_subscriptions_and_are_freed_the_next_time(
+    bus: EventBus,
+) -> None:
+    locked, unlock = threading.Event(), threading.Event()
+
+    def change() -> None:
+        with bus._registry._lock:
+            locked.set()
+            unlock.wait()
+
+    event_type = made_at_run_time(1)
+    kept = ref(event_type)
+    with bus.context():
+        bus.publish(event_type(1))
+    del event_type
+    changing = threading.Thread(target=change)
+    changing.start()
+    locked.wait()
+    gc.collect()
+    assert kept() is not None
+    unlock.set()
+    changing.join()
+    gc.collect()
+
+    assert kept() is None
+
+
+def test_types_are_let_go_too_where_python_starts_partial_collections_only(bus: EventBus) -> None:
+    gc.disable()
+    try:
+        with bus.context():
+            bus.publish(made_at_run_time(1)(1))
+        assert len(bus._registry._plans) == 1
+        for _ in range(1000):
+            gc.collect(0)
+    finally:
+        gc.enable()
+
+    assert bus._registry._plans == {}
+
+
+def test_the_garbage_collector_knows_eventkit_no_more_when_python_ends() -> None:
+    """It would call into a module that has been taken apart."""
+    script = """
+import atexit, gc, sys
+atexit.register(lambda: print(any("eventkit" in each.__module__ for each in gc.callbacks)))
+import eventkit
+print(any("eventkit" in each.__module__ for each in gc.callbacks))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert run.stdout.split() == ["True", "False"]
+    assert run.stderr == ""
