@@ -112,6 +112,10 @@ def test_a_bus_says_who_it_is() -> None:
     assert repr(EventBus()) == "<EventBus 'default', 0 subscriptions, 0 pending>"
 
 
+class Unheard:
+    """An event without a handler."""
+
+
 def test_stats_count_every_delivery_once() -> None:
     shop = EventBus()
     shop.report_failure = ignore
@@ -126,7 +130,7 @@ def test_stats_count_every_delivery_once() -> None:
     cancelled = shop.subscribe(int, calling(list), thread=False)
     shop.subscribe(int, nothing, name="other", thread=False)
     with shop.context() as unit:
-        shop.publish("a", "bad", 1, 2.0)
+        shop.publish("a", "bad", 1, Unheard())
         assert shop.stats == stats(published=4, accepted=4, pending=4)
         cancelled.cancel()
         unit.release()

@@ -16,7 +16,7 @@ from anyio.lowlevel import checkpoint
 from structlog.testing import LogCapture
 
 from eventkit import Delivery, EventBus, HandlerTimeoutError, Observer, current_delivery
-from tests.witness import assert_settled, calling, witnessed
+from tests.witness import Number, assert_settled, calling, witnessed
 
 pytestmark = pytest.mark.anyio
 
@@ -100,7 +100,7 @@ async def test_observers_are_told_everything_in_order(bus: EventBus) -> None:
     bus.observe(recorder)
 
     async with bus.context():
-        bus.publish("cause", 1)
+        bus.publish("cause", Number(1))
         with suppress(LookupError):
             async with bus.context():
                 bus.publish("x", "y")
@@ -692,16 +692,16 @@ async def test_what_becomes_of_each_event_is_told_once_handler_or_not(
     deciding = Deciding(failing=failing)
     with bus.observe(deciding):
         async with bus.context() as unit:
-            bus.publish("good", 1)
+            bus.publish("good", Number(1))
             unit.release()
-            bus.publish("cause", 2)
+            bus.publish("cause", Number(2))
             async with bus.context() as inner:
-                bus.publish("nested", 3)
+                bus.publish("nested", Number(3))
                 inner.release()
             with suppress(LookupError):
                 async with bus.context():
-                    bus.publish("lost", 4)
-                    bus.publish(5, even_on_failure=True)
+                    bus.publish("lost", Number(4))
+                    bus.publish(Number(5), even_on_failure=True)
                     raise LookupError
 
     assert deciding.decided == [
@@ -719,9 +719,9 @@ async def test_events_that_nobody_handles_fill_no_unit_of_work_that_is_watched()
     bus.subscribe(str, calling(int))
     with bus.observe(Deciding()):
         async with bus.context() as unit:
-            bus.publish(*range(10))
+            bus.publish(*map(Number, range(10)))
             unit.discard()
-            bus.publish("one", *range(10))
+            bus.publish("one", *map(Number, range(10)))
             unit.release()
             await unit.drain()
             bus.publish("another")

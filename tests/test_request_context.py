@@ -29,6 +29,7 @@ from eventkit import (
 )
 from eventkit.starlette import EventContextMiddleware
 from tests.asgi import Backend, Exchange, client_of, respond, traced
+from tests.witness import Number
 
 
 @pytest.fixture
@@ -301,7 +302,7 @@ async def test_publishing_after_the_request_has_ended_says_that_it_is_over(bus: 
     await Exchange().run(serving(act, bus))
 
     with pytest.raises(EventContextClosedError, match="the request or job it belongs to is over"):
-        contexts[0].publish("late")
+        contexts[0].publish(Number(1))
 
 
 # Each request its own.

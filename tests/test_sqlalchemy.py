@@ -39,7 +39,7 @@ from sqlalchemy.pool import StaticPool
 from eventkit import EventBus, Observer, current_delivery
 from eventkit.sqlalchemy import deliver_on_commit
 from tests.databases import Base, Row, obey, sqlite, to_await
-from tests.witness import assert_settled, freed_by_anyio, ignore, nothing, witnessed
+from tests.witness import Number, assert_settled, freed_by_anyio, ignore, nothing, witnessed
 
 pytestmark = pytest.mark.anyio
 
@@ -528,10 +528,10 @@ async def test_observers_hear_of_the_decision_when_it_is_made_also_about_unhandl
     bus.observe(Told())
     async with bus.context():
         with sessions() as session:
-            bus.publish("ada", 1)
+            bus.publish("ada", Number(1))
             session.commit()
             session.add(Row(name="bob"))
-            bus.publish("bob", 2)
+            bus.publish("bob", Number(2))
             session.rollback()
             told.append("end")
 

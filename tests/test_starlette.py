@@ -107,6 +107,7 @@ ERROR = ZeroDivisionError()
 )
 async def test_deliver_if_is_told_how_the_request_ended(
     bus: EventBus,
+    trace: list[str],
     app: dict[str, Any],
     exchange: dict[str, Any],
     status: int | None,

@@ -17,7 +17,7 @@ from anyio import CancelScope, create_task_group, fail_after, to_thread
 
 from eventkit import EventBus, InvalidEventTypeError, StreamOverflowError
 from eventkit.streams import EventStream, end_at_shutdown, stream
-from tests.witness import assert_settled
+from tests.witness import Number, assert_settled
 
 pytestmark = pytest.mark.anyio
 
@@ -52,7 +52,7 @@ async def test_a_stream_gives_the_events_of_its_type_in_the_order_of_their_dispa
 ) -> None:
     async with stream(bus, str) as events:
         async with bus.context():
-            bus.publish("a", 1, Text("b"))
+            bus.publish("a", Number(1), Text("b"))
         await bus.dispatch("c")
 
         assert await read(events, 3) == ["a", "b", "c"]

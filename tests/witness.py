@@ -18,6 +18,7 @@ from eventkit.testing.contract._bus import (
 )
 
 __all__ = [
+    "Number",
     "Witness",
     "assert_settled",
     "calling",
@@ -33,6 +34,10 @@ freed_by_anyio = pytest.mark.skipif(
     tuple(map(int, version("anyio").split(".")[:2])) < (4, 12),
     reason="older releases of AnyIO keep exceptions, and what they lead to, in rings",
 )
+
+
+class Number(int):
+    """An event that most buses have no handler for, and that shows itself as the number it is."""
 
 
 @contextmanager
