@@ -60,6 +60,9 @@ class EventBus(Subscribing):
 
     It holds nothing that is bound to an event loop: one bus at module level serves any number of
     loops, one after the other or at once. Subscribing, publishing and reading are thread-safe.
+    A process may be forked at any moment, also while other threads publish. The child has the
+    subscriptions and the counters of that moment; what other threads had published is pending
+    there for ever, and is delivered by the parent alone.
 
     Args:
         name: Stands in logs and messages.

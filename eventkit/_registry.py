@@ -13,13 +13,13 @@ import sys
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from itertools import count
-from threading import RLock
 from types import EllipsisType, FrameType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, overload
 from weakref import WeakSet, WeakValueDictionary
 
 from eventkit._events import type_name
 from eventkit._handlers import Handler, Resolver, inspect_handler, timed, with_dependencies
+from eventkit._stats import new_lock
 from eventkit.exceptions import (
     DuplicateNameError,
     DuplicateSubscriptionError,
@@ -523,7 +523,7 @@ class Registry:
         self._resolver = resolver
         self._tell_unhandled = unhandled
         self._timed = timed
-        self._lock = RLock()  # finalizers run anywhere, also while it is held
+        self._lock = new_lock()
         self._by_type: dict[type, dict[object, Subscription]] = {}
         self._names = _Names()
         self._changes = 0

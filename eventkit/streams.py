@@ -11,7 +11,6 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 from contextlib import asynccontextmanager, contextmanager
-from threading import RLock
 from types import FrameType
 from typing import Any, Generic, Literal, Self, TypeVar
 
@@ -21,6 +20,7 @@ from anyio.lowlevel import checkpoint, current_token
 from eventkit._bus import EventBus
 from eventkit._events import type_name
 from eventkit._log import log
+from eventkit._stats import new_lock
 from eventkit.exceptions import StreamOverflowError
 
 __all__ = ["EventStream", "Overflow", "end_at_shutdown", "stream"]
@@ -117,7 +117,7 @@ class EventStream(Generic[E]):
         self._size = size
         self._overflow = overflow
         self._state: Literal["open", "ended", "overflown"] = "open"
-        self._lock = RLock()  # signal handlers run anywhere, also while it is held
+        self._lock = new_lock()
         self._arrival = Event()  # set, and never cleared: each wait has a new one
         self._token = current_token()
         self._call_soon = threadsafe_call_of(self._token)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from threading import Condition, RLock
+from threading import Condition
 
 from eventkit._context import Failure, current_delivery
 from eventkit._events import Delivery
 from eventkit._observers import Observer
+from eventkit._stats import new_lock
 from eventkit.exceptions import NoDeliveryError
 
 
@@ -63,7 +64,7 @@ class Ledger(Observer):
     """
 
     def __init__(self) -> None:
-        self.changed = Condition(RLock())  # finalizers run anywhere, also while it is held
+        self.changed = Condition(new_lock())
         self.records: list[Record] = []
         self.dropped: list[object] = []
         self.successes: list[Delivery] = []
