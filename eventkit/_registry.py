@@ -73,8 +73,13 @@ class Declaration:
         """Where it was subscribed, or declared on a router, as `file:line`."""
         return _place(self._file, self._line)
 
-    def _refuse_twin(self, twin: Declaration | None) -> None:
-        """Raise if the same handler is there for the same event type already."""
+    def _refuse_twin(self, twin: Declaration | None, *, named_twice: bool = False) -> None:
+        """Raise if the same handler is there for the same event type already.
+
+        Args:
+            twin: The declaration of the same handler, if there is one.
+            named_twice: Whether one decorator has made both declarations.
+        """
         if twin is not None:
             included_twice = twin._declared is self._declared
             raise DuplicateSubscriptionError(
@@ -82,6 +87,8 @@ class Declaration:
                 type_name(self._event_type),
                 twin.subscribed_at,
                 caller() if included_twice else self.subscribed_at,
+                included_twice=included_twice,
+                named_twice=named_twice,
             )
 
 
@@ -467,7 +474,8 @@ class EventRouter(Subscribing):
         self._names.refuse_clashes(declarations)
         for declaration in declarations:
             key = (declaration.event_type, declaration._declared.identity)
-            declaration._refuse_twin(self._declarations.get(key) or added.get(key))
+            declaration._refuse_twin(self._declarations.get(key))
+            declaration._refuse_twin(added.get(key), named_twice=True)
             added[key] = declaration
         self._declarations.update(added)
         self._names.add(declarations)
@@ -547,8 +555,8 @@ class Registry:
             self._names.refuse_clashes(declarations)
             for declaration, target in zip(declarations, targets, strict=True):
                 event_type, identity = declaration.event_type, target.identity
-                for table in (self._by_type, added):
-                    declaration._refuse_twin(table.get(event_type, {}).get(identity))
+                declaration._refuse_twin(self._by_type.get(event_type, {}).get(identity))
+                declaration._refuse_twin(added.get(event_type, {}).get(identity), named_twice=True)
                 to_run = timed(target) if self._timed else target
                 subscription = Subscription(declaration, to_run, self)
                 added.setdefault(event_type, {})[identity] = subscription

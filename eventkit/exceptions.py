@@ -66,12 +66,33 @@ class DuplicateSubscriptionError(EventKitError, ValueError):
         second: Where it was subscribed again.
     """
 
-    def __init__(self, handler: str, event_type: str, first: str, second: str) -> None:
-        places = f"first at {first}, again at {second}. Remove one of the two"
-        if first == second:
-            places = f"at {first}, its router was included twice"
+    def __init__(
+        self,
+        handler: str,
+        event_type: str,
+        first: str,
+        second: str,
+        *,
+        included_twice: bool = False,
+        named_twice: bool = False,
+    ) -> None:
+        factory = "where a function makes an application and is called twice, make the bus in it"
+        if included_twice:
+            reason = (
+                f"its router was included twice. The handler is declared at {first}, and the "
+                f"router was included again at {second}. Include a router once, directly or "
+                f"through another one; {factory}, too"
+            )
+        elif named_twice:
+            reason = f"the decorator at {first} names the same event type twice. Name it once"
+        elif first == second:
+            reason = (
+                f"the line at {first} has run twice. Subscribe where code runs once; {factory}, too"
+            )
+        else:
+            reason = f"first at {first}, again at {second}. Remove one of the two"
         super().__init__(
-            f"{handler} is already subscribed to {event_type}: {places}; a handler runs once per "
+            f"{handler} is already subscribed to {event_type}: {reason}; a handler runs once per "
             "event in any case"
         )
         self.handler = handler

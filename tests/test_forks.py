@@ -52,7 +52,7 @@ def forked(work: Callable[[], object]) -> str:
         try:
             work()
             os.write(writing, b"done")
-        except BaseException as error:  # noqa: BLE001 - the parent is told
+        except BaseException as error:
             os.write(writing, repr(error).encode())
         finally:
             os._exit(0)

@@ -547,8 +547,60 @@ def test_a_router_included_twice_names_the_declaration_and_the_second_include(
     with pytest.raises(DuplicateSubscriptionError) as error:
         bus.include(router)
 
+    included = line() - 2
+    assert str(error.value) == (
+        f"{__name__}:a is already subscribed to {__name__}.Base: its router was included twice. "
+        f"The handler is declared at {HERE}:{declared}, and the router was included again at "
+        f"{HERE}:{included}. Include a router once, directly or through another one; where a "
+        "function makes an application and is called twice, make the bus in it, too; a handler "
+        "runs once per event in any case"
+    )
     assert error.value.first == f"{HERE}:{declared}"
-    assert error.value.second == f"{HERE}:{line() - 3}"
+    assert error.value.second == f"{HERE}:{included}"
+
+
+def test_a_router_included_through_two_others_is_said_to_be_included_twice(
+    bus: EventBus, noted: Noted
+) -> None:
+    inner, one, other = EventRouter(), EventRouter(), EventRouter()
+    inner.on(Base)(noted.handler("a"))
+    one.include(inner)
+    other.include(inner)
+    bus.include(one)
+    with pytest.raises(DuplicateSubscriptionError, match="its router was included twice"):
+        bus.include(other)
+    outer = EventRouter()
+    outer.include(inner)
+    with pytest.raises(DuplicateSubscriptionError, match="its router was included twice"):
+        outer.include(inner)
+
+
+def test_a_line_that_subscribes_twice_is_told_so(bus: EventBus, noted: Noted) -> None:
+    handler = noted.handler("twice")
+
+    def create_app() -> None:
+        bus.subscribe(Base, handler)
+
+    create_app()
+    with pytest.raises(DuplicateSubscriptionError) as error:
+        create_app()
+
+    place = f"{HERE}:{line() - 6}"
+    assert str(error.value) == (
+        f"{__name__}:twice is already subscribed to {__name__}.Base: the line at {place} has run "
+        "twice. Subscribe where code runs once; where a function makes an application and is "
+        "called twice, make the bus in it, too; a handler runs once per event in any case"
+    )
+    assert error.value.first == error.value.second == place
+
+
+def test_naming_a_type_twice_in_one_decorator_says_so_of_the_line(
+    bus: EventBus, noted: Noted
+) -> None:
+    with pytest.raises(DuplicateSubscriptionError, match="names the same event type twice"):
+        bus.on(Left, Left)(noted.handler("a"))
+    with pytest.raises(DuplicateSubscriptionError, match="names the same event type twice"):
+        EventRouter().on(Left, Left)(noted.handler("a"))
 
 
 def test_routers_cannot_include_each_other(noted: Noted) -> None:
