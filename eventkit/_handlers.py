@@ -150,6 +150,28 @@ class Handler:
             return function
         return id(function)
 
+    @property
+    def defined_in(self) -> str:
+        """The module whose code it is, also where it has an explicit name."""
+        return self.module or _module_and_name(self.function)[0]
+
+    def comes_again(self, other: Handler) -> bool:
+        """Whether the other one is of the same lines of a file, which has run again since.
+
+        So it is after a reload, and where a file is imported by a second name. Functions that a
+        loop or a closure makes of the same lines share their code; a second run makes it anew.
+        """
+        code, before = self.code, other.code
+        if code is before or code is None or before is None:
+            return False
+        return (
+            code.co_firstlineno == before.co_firstlineno
+            and code.co_filename == before.co_filename
+            and code.co_qualname == before.co_qualname
+            and not code.co_filename.startswith("<")  # of texts that are executed, and of no file
+            and (code.co_name != "<lambda>" or code == before)  # a line may have several
+        )
+
     async def start(self, event: object, origin: object) -> Awaitable[object] | None:
         """Call the function where it belongs; what it returns to be awaited, is returned.
 

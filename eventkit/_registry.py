@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import gc
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
@@ -19,6 +20,7 @@ from weakref import WeakSet, WeakValueDictionary
 
 from eventkit._events import type_name
 from eventkit._handlers import Handler, Resolver, inspect_handler, timed, with_dependencies
+from eventkit._log import log
 from eventkit._stats import new_lock
 from eventkit.exceptions import (
     DuplicateNameError,
@@ -28,6 +30,7 @@ from eventkit.exceptions import (
     RouterClosedError,
 )
 
+D = TypeVar("D", bound="Declaration")
 E = TypeVar("E")
 E2 = TypeVar("E2")
 E3 = TypeVar("E3")
@@ -102,7 +105,7 @@ class Subscription(Declaration):
         target: What a delivery runs: the declared handler, but for a fake of the testing kit.
     """
 
-    __slots__ = ("_order", "_registry", "active", "target")
+    __slots__ = ("_order", "_registry", "_successor", "active", "target")
 
     def __init__(self, declaration: Declaration, target: Handler, registry: Registry) -> None:
         super().__init__(
@@ -112,6 +115,15 @@ class Subscription(Declaration):
         self.active: bool = True
         self._order = next(_order)
         self._registry = registry
+        self._successor: Subscription | None = None  # who has replaced it
+
+    @property
+    def _latest(self) -> Subscription:
+        """Who stands in its place now: itself, or the last one that has replaced it."""
+        latest = self
+        while latest._successor is not None:
+            latest = latest._successor
+        return latest
 
     @property
     def handler(self) -> Callable[..., object]:
@@ -176,7 +188,7 @@ class Plan(tuple[Subscription, ...]):  # noqa: SLOT001 - a tuple can have no slo
         An event may reach a handler through several of its types. The handler runs once, for the
         first of these subscriptions that is active.
         """
-        plan = cls(next((each for each in group if each.active), group[0]) for group in groups)
+        plan = cls(_first_active(group) for group in groups)
         plan._groups = groups if any(len(group) > 1 for group in groups) else None
         plan.handlers = tuple(each.target for each in plan)
         plan.places = range(len(plan))
@@ -189,6 +201,11 @@ class Plan(tuple[Subscription, ...]):  # noqa: SLOT001 - a tuple can have no slo
     def renewed(self) -> Self:
         """The same handlers at the same places, as things stand now."""
         return self.of(self._groups or [(each,) for each in self])
+
+
+def _first_active(group: Sequence[Subscription]) -> Subscription:
+    latest = [each._latest for each in group]
+    return next((each for each in latest if each.active), group[0])
 
 
 def declare(
@@ -311,15 +328,18 @@ class _Names:
             if name in self._given:
                 holders.append(next(iter(self._given[name].values())))
             for holder in holders:
-                if holder._declared.identity != handler.identity:
+                known = holder._declared
+                if known.identity != handler.identity and not handler.comes_again(known):
                     raise DuplicateNameError(name, holder._declared.location, handler.location)
 
     def add(self, declarations: Iterable[Declaration]) -> None:
+        """Note them."""
         for declaration in _with_given_name(declarations):
             types = self._given.setdefault(declaration._declared.name, {})
             types[declaration.event_type] = declaration
 
     def remove(self, declaration: Declaration) -> None:
+        """Forget it."""
         if declaration._declared.named:
             types = self._given[declaration._declared.name]
             del types[declaration.event_type]
@@ -329,6 +349,33 @@ class _Names:
 
 def _with_given_name(declarations: Iterable[Declaration]) -> Iterator[Declaration]:
     return (declaration for declaration in declarations if declaration._declared.named)
+
+
+class _Reruns:
+    """Handlers whose file has run again: by which names was said once."""
+
+    __slots__ = ("_told",)
+
+    def __init__(self) -> None:
+        self._told: set[tuple[str, str]] = set()
+
+    def earlier(self, declaration: Declaration, known: Iterable[D]) -> D | None:
+        """The one among those of the same type that the declaration replaces, if there is one."""
+        handler = declaration._declared
+        return next((each for each in known if handler.comes_again(each._declared)), None)
+
+    def warn(self, earlier: Declaration, later: Declaration) -> None:
+        """Log it, once for each pair of modules."""
+        modules = earlier._declared.defined_in, later._declared.defined_in
+        if modules not in self._told:
+            self._told.add(modules)
+            log(
+                logging.WARNING,
+                "a module has run twice, and its handlers were replaced",
+                module=modules[0],
+                again_as=modules[1],
+                file=later._declared.location.rpartition(":")[0],
+            )
 
 
 class Subscribing:
@@ -436,11 +483,12 @@ class EventRouter(Subscribing):
         bus.include(router)
     """
 
-    __slots__ = ("_declarations", "_included", "_names", "_routers")
+    __slots__ = ("_declarations", "_included", "_names", "_reruns", "_routers")
 
     def __init__(self) -> None:
         self._declarations: dict[tuple[type, object], Declaration] = {}
         self._names = _Names()
+        self._reruns = _Reruns()
         self._routers: list[EventRouter] = []
         self._included = False
 
@@ -477,8 +525,25 @@ class EventRouter(Subscribing):
             declaration._refuse_twin(self._declarations.get(key))
             declaration._refuse_twin(added.get(key), named_twice=True)
             added[key] = declaration
+        for declaration in declarations:
+            self._drop_earlier(declaration)
         self._declarations.update(added)
         self._names.add(declarations)
+
+    def _drop_earlier(self, declaration: Declaration) -> None:
+        """Forget the handler that this one replaces, because its file has run again."""
+        known = {
+            key: each
+            for key, each in self._declarations.items()
+            if each.event_type is declaration.event_type
+        }
+        earlier = self._reruns.earlier(declaration, known.values())
+        if earlier is not None:
+            self._declarations = {
+                key: each for key, each in self._declarations.items() if each is not earlier
+            }
+            self._names.remove(earlier)
+            self._reruns.warn(earlier, declaration)
 
     def __repr__(self) -> str:
         return f"<EventRouter with {len(self._declarations)} declarations>"
@@ -518,6 +583,7 @@ class Registry:
         "_lock",
         "_names",
         "_plans",
+        "_reruns",
         "_resolver",
         "_subscribed",
         "_tell_unhandled",
@@ -535,6 +601,7 @@ class Registry:
         self._by_type: dict[type, dict[object, Subscription]] = {}
         self._names = _Names()
         self._changes = 0
+        self._reruns = _Reruns()
         self._plans: dict[type, Plan] = {}
         self._unhandled: WeakSet[type] = WeakSet()  # told once: each stream drops the cache twice
         self._subscribed: WeakSet[type] = WeakSet()  # what had a handler, and looks like no event
@@ -560,6 +627,7 @@ class Registry:
                 to_run = timed(target) if self._timed else target
                 subscription = Subscription(declaration, to_run, self)
                 added.setdefault(event_type, {})[identity] = subscription
+            replaced = self._replace(s for group in added.values() for s in group.values())
             for event_type, subscriptions in added.items():
                 self._by_type.setdefault(event_type, {}).update(subscriptions)
                 if not _is_event_type(event_type):
@@ -569,7 +637,27 @@ class Registry:
             made = in_order(s for group in added.values() for s in group.values())
             if _importing():
                 self._lasting += made
+        for earlier, later in replaced:
+            self._reruns.warn(earlier, later)
         return made
+
+    def _replace(
+        self, subscriptions: Iterable[Subscription]
+    ) -> list[tuple[Subscription, Subscription]]:
+        """Have each stand in the place of the one whose file has run again, if there is one.
+
+        What waits for the earlier one is handled by the later one. Needs the lock.
+        """
+        replaced: list[tuple[Subscription, Subscription]] = []
+        for later in subscriptions:
+            group = self._by_type.get(later.event_type, {})
+            earlier = self._reruns.earlier(later, group.values())
+            if earlier is not None:
+                self.remove(earlier)
+                earlier._successor = later
+                later._order = earlier._order
+                replaced.append((earlier, later))
+        return replaced
 
     def remove(self, subscription: Subscription) -> None:
         """End a subscription; the second time nothing happens."""
@@ -636,7 +724,11 @@ class Registry:
                     subscription.active = False
                 self._by_type, self._names = {}, _Names()
                 self._subscribed = WeakSet(subscribed)
-                for subscription in in_order({*then, *self._lasting}):
+                stay = {*then, *self._lasting}
+                for subscription in in_order(stay):
+                    if subscription._latest is not subscription and subscription._latest in stay:
+                        continue  # its module was imported again
+                    subscription._successor = None
                     group = self._by_type.setdefault(subscription.event_type, {})
                     group[subscription._declared.identity] = subscription
                     subscription.active = True
