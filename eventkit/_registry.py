@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from enum import Enum
 from itertools import count
 from types import EllipsisType, FrameType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, overload
 from weakref import WeakSet, WeakValueDictionary
 
 from eventkit._events import type_name
@@ -544,6 +544,17 @@ class EventRouter(Subscribing):
             }
             self._names.remove(earlier)
             self._reruns.warn(earlier, declaration)
+
+    if not TYPE_CHECKING:  # pragma: no branch - checkers know best what it has
+
+        def __getattr__(self, name: str) -> object:
+            """Say what FastAPI's `include_router` would not: that it got the wrong kind of router."""
+            raise AttributeError(
+                f"an EventRouter has no attribute {name!r}. It has handlers of events and no "
+                "routes: the bus includes it, bus.include(router), not the application",
+                name=name,
+                obj=self,
+            )
 
     def __repr__(self) -> str:
         return f"<EventRouter with {len(self._declarations)} declarations>"

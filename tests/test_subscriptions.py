@@ -16,6 +16,7 @@ from weakref import ref
 
 import pytest
 from anyio import create_task_group, to_thread
+from fastapi import APIRouter, FastAPI
 
 from eventkit import (
     DuplicateSubscriptionError,
@@ -630,6 +631,23 @@ def test_include_takes_routers_only(bus: EventBus) -> None:
         with pytest.raises(InvalidHandlerError) as error:
             target.include(thing)
         assert str(error.value) == f"include() takes an EventRouter, not {print!r}"
+
+
+@pytest.mark.parametrize("application", [FastAPI, APIRouter])
+def test_an_application_that_includes_a_router_of_events_is_told_that_the_bus_does_it(
+    application: Callable[[], FastAPI | APIRouter],
+) -> None:
+    router: Any = EventRouter()
+    with pytest.raises(AttributeError) as error:
+        application().include_router(router)
+
+    assert str(error.value) == (
+        f"an EventRouter has no attribute {error.value.name!r}. It has handlers of events and no "
+        "routes: the bus includes it, bus.include(router), not the application"
+    )
+    assert error.value.obj is router
+    assert not hasattr(router, "routes")
+    assert repr(router) == "<EventRouter with 0 declarations>"
 
 
 # Looking at it
