@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from types import EllipsisType
 from typing import Concatenate, TypedDict, TypeVar, overload
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 from eventkit import _context
 from eventkit._context import Core, EventContext, log_failure, refuse_as_field
@@ -129,6 +129,8 @@ class EventBus(Subscribing):
             tally=Tally(),
             report_failure=log_failure,
         )
+        # The first subscription of each place that subscribes in units of work, and its unit.
+        self._made_in_units: dict[str, tuple[Subscription, ref[EventContext]] | None] = {}
         _buses[id(self)] = self
 
     @property
@@ -201,7 +203,7 @@ class EventBus(Subscribing):
             DuplicateNameError: Another handler has been given this name.
         """
         declaration = declare(event_type, handler, name=name, timeout=timeout, thread=thread)
-        return self._registry.add([declaration])[0]
+        return self._add([declaration])[0]
 
     def include(self, router: EventRouter) -> None:
         """Subscribe all handlers of a router, or none.
@@ -213,8 +215,33 @@ class EventBus(Subscribing):
         """
         include_into(self, router)
 
-    def _add(self, declarations: Sequence[Declaration]) -> None:
-        self._registry.add(declarations)
+    def _add(self, declarations: Sequence[Declaration]) -> list[Subscription]:
+        made = self._registry.add(declarations)
+        unit = _context.surrounding()
+        if unit is not None:  # which is rare: subscribing belongs to where the bus is made
+            for subscription in made:
+                self._watch(subscription, unit)
+        return made
+
+    def _watch(self, subscription: Subscription, unit: EventContext) -> None:
+        """Warn once of a place that subscribes in one unit of work after the other."""
+        place = subscription.subscribed_at
+        before = self._made_in_units.setdefault(place, (subscription, ref(unit)))
+        if before is None:  # who reads the log knows
+            return
+        earlier, its_unit = before
+        if not earlier.active:
+            self._made_in_units[place] = (subscription, ref(unit))
+        elif (of_earlier := its_unit()) is None or of_earlier.closed:
+            self._made_in_units[place] = None
+            log(
+                logging.WARNING,
+                "a place subscribes in each unit of work, and nobody cancels",
+                subscribed_at=place,
+                handler=subscription.name,
+                event_type=type_name(subscription.event_type),
+                bus=self.name,
+            )
 
     def publish(self, *events: object, even_on_failure: bool = False) -> None:
         """Say that something happened; handlers run when the unit of work has succeeded.

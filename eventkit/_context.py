@@ -1053,6 +1053,12 @@ def current_delivery() -> Delivery:
     return context._delivery
 
 
+def surrounding() -> EventContext | None:
+    """The unit of work, of whichever bus, that surrounds the caller; None if it is not open."""
+    context = _current()
+    return None if context is None or context.closed else context
+
+
 def delivering() -> dict[object, EventContext]:
     """The bus whose handler the caller is part of, with the unit of work that the delivery is."""
     context = _current()

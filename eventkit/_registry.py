@@ -548,7 +548,7 @@ class EventRouter(Subscribing):
     if not TYPE_CHECKING:  # pragma: no branch - checkers know best what it has
 
         def __getattr__(self, name: str) -> object:
-            """Say what FastAPI's `include_router` would not: that it got the wrong kind of router."""
+            """Say what `include_router` of FastAPI would not: this is another kind of router."""
             raise AttributeError(
                 f"an EventRouter has no attribute {name!r}. It has handlers of events and no "
                 "routes: the bus includes it, bus.include(router), not the application",

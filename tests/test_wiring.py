@@ -3,11 +3,14 @@
 import gc
 import logging
 import sys
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from weakref import ref
 
 import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
 
 from eventkit import (
     Delivery,
@@ -21,6 +24,7 @@ from eventkit import (
     current_delivery,
 )
 from eventkit._events import type_name
+from eventkit.starlette import EventContextMiddleware
 from tests.witness import nothing
 
 pytestmark = pytest.mark.anyio
@@ -453,3 +457,116 @@ async def test_a_bus_that_is_gone_is_named_no_more(caplog: pytest.LogCaptureFixt
 
     assert gone() is None
     assert "handled_by" not in facts_of(caplog.records[0])
+
+
+# Subscribing again and again
+
+
+AGAIN = "a place subscribes in each unit of work, and nobody cancels"
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
+    return [facts_of(each) for each in caplog.records if each.getMessage().startswith(AGAIN)]
+
+
+@pytest.mark.parametrize("how", ["subscribe", "on", "include"])
+def test_an_endpoint_that_subscribes_is_told_so_once(
+    caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    bus = EventBus(name="shop")
+    app = FastAPI()
+    app.add_middleware(EventContextMiddleware, bus=bus)
+    places: list[str] = []
+
+    @app.post("/")
+    def endpoint() -> None:
+        async def mail(event: OrderPaid) -> None: ...
+
+        if how == "subscribe":
+            bus.subscribe(OrderPaid, mail)
+        elif how == "on":
+            bus.on(OrderPaid)(mail)
+        else:
+            router = EventRouter()
+            router.on(OrderPaid)(mail)
+            bus.include(router)
+        places.append(bus.handlers_for(OrderPaid)[-1].subscribed_at)
+
+    client = TestClient(app)
+    client.post("/")
+    assert warnings_of(caplog) == []
+    for _ in range(3):
+        client.post("/")
+
+    handler = f"{__name__}:{mail_in(endpoint)}"
+    assert warnings_of(caplog) == [
+        {
+            "subscribed_at": places[0],
+            "handler": handler,
+            "event_type": type_name(OrderPaid),
+            "bus": "shop",
+        }
+    ]
+    assert caplog.records[0].levelno == logging.WARNING
+    assert len(bus.describe()) == 4
+
+
+def mail_in(endpoint: Any) -> str:
+    return f"{endpoint.__qualname__}.<locals>.mail"
+
+
+async def test_a_handler_that_subscribes_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+    bus = EventBus()
+
+    @bus.on(str)
+    async def handle(event: str) -> None:
+        bus.subscribe(int, partial(count))
+
+    for _ in range(3):
+        await bus.dispatch("a")
+
+    assert len(warnings_of(caplog)) == 1
+
+
+async def test_who_subscribes_in_a_unit_of_work_and_cancels_is_told_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bus = EventBus()
+
+    async def follow(left: list[int]) -> None:
+        """As requests do whose responses overlap, each with a subscription of its own."""
+        async with bus.context():
+            with bus.subscribe(int, partial(count)):
+                if left:
+                    await follow(left[1:])
+
+    for _ in range(3):
+        await follow([1, 2, 3])
+
+    assert warnings_of(caplog) == []
+
+
+async def test_who_subscribes_several_handlers_in_one_unit_of_work_or_outside_is_told_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bus = EventBus()
+    async with bus.context():
+        for _ in range(5):
+            bus.subscribe(int, partial(count))
+    for _ in range(5):
+        bus.subscribe(int, partial(count))
+        async with bus.context():
+            pass
+
+    assert warnings_of(caplog) == []
+
+
+async def test_each_place_is_told_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    bus = EventBus()
+    for _ in range(3):
+        async with bus.context():
+            bus.subscribe(int, partial(count))
+            bus.subscribe(int, partial(count))
+
+    first, second = warnings_of(caplog)
+    assert first["subscribed_at"] != second["subscribed_at"]
