@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from enum import Enum
 from itertools import count
 from types import EllipsisType, FrameType
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, Self, TypeVar, overload
 from weakref import WeakSet, WeakValueDictionary
 
 from eventkit._events import type_name
@@ -35,8 +35,11 @@ E = TypeVar("E")
 E2 = TypeVar("E2")
 E3 = TypeVar("E3")
 E4 = TypeVar("E4")
+E_contra = TypeVar("E_contra", contravariant=True)
+E_co = TypeVar("E_co", covariant=True)
 P = ParamSpec("P")
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 _order = count()
 # Modules whose classes nobody has made to say what happened.
@@ -378,6 +381,30 @@ class _Reruns:
             )
 
 
+class _Taking(Protocol[E_contra, P, R_co]):  # pyright: ignore[reportInvalidTypeVarUse]
+    """A handler as type checkers see it: it takes an event, and it has a signature of its own.
+
+    A callable has to fit both. The first one keeps all of it, with the names of its parameters and
+    with what it takes beyond the event type. The second one checks it.
+    """
+
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+    @overload
+    def __call__(self, event: E_contra, /, *args: Any, **kwargs: Any) -> object: ...
+
+
+class _Decorator(Protocol[E_co]):
+    """What `on` returns."""
+
+    @overload
+    def __call__(self, handler: _Taking[E_co, P, R], /) -> Callable[P, R]: ...
+    @overload  # mypy finds no `P` for a callable of exactly this event whose parameter has no name
+    def __call__(
+        self, handler: Callable[Concatenate[E_co, P], R], /
+    ) -> Callable[Concatenate[E_co, P], R]: ...
+
+
 class Subscribing:
     """The decorator `on`, for whatever can take declarations."""
 
@@ -395,7 +422,7 @@ class Subscribing:
         name: str | None = None,
         timeout: float | None | EllipsisType = ...,
         thread: bool | None = None,
-    ) -> Callable[[Callable[Concatenate[E, P], R]], Callable[Concatenate[E, P], R]]: ...
+    ) -> _Decorator[E]: ...
     @overload
     def on(
         self,
@@ -406,7 +433,7 @@ class Subscribing:
         name: str | None = None,
         timeout: float | None | EllipsisType = ...,
         thread: bool | None = None,
-    ) -> Callable[[Callable[Concatenate[E | E2, P], R]], Callable[Concatenate[E | E2, P], R]]: ...
+    ) -> _Decorator[E | E2]: ...
     @overload
     def on(
         self,
@@ -418,10 +445,7 @@ class Subscribing:
         name: str | None = None,
         timeout: float | None | EllipsisType = ...,
         thread: bool | None = None,
-    ) -> Callable[
-        [Callable[Concatenate[E | E2 | E3 | E4, P], R]],
-        Callable[Concatenate[E | E2 | E3 | E4, P], R],
-    ]: ...
+    ) -> _Decorator[E | E2 | E3 | E4]: ...
     def on(
         self,
         *event_types: type,
@@ -430,6 +454,9 @@ class Subscribing:
         thread: bool | None = None,
     ) -> Callable[[Callable[..., R]], Callable[..., R]]:
         """Declare the decorated function a handler, and return it unchanged.
+
+        Type checkers see its own signature afterwards, so a unit test may call it by the names of
+        its parameters. To give the event types options of their own, stack decorators.
 
         The handlers of an event run at the same time, each in its own context variables. What is
         kept per task may be shared: no two handlers that wait have the same task, but one that

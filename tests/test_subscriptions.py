@@ -11,7 +11,7 @@ from dataclasses import make_dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 from weakref import ref
 
 import pytest
@@ -311,7 +311,7 @@ async def test_a_handler_of_two_matching_types_runs_while_one_of_its_subscriptio
     bus: EventBus, noted: Noted, cancelled: type
 ) -> None:
     handler = noted.handler("a")
-    subscriptions = {
+    subscriptions: dict[type, Subscription] = {
         event_type: bus.subscribe(event_type, handler, thread=False) for event_type in (Base, Left)
     }
     async with bus.context():
@@ -445,6 +445,21 @@ def test_the_decorator_returns_the_function_itself(bus: EventBus) -> None:
 
     assert bus.on(Base)(handle) is handle
     assert EventRouter().on(Left, Right)(handle) is handle
+
+
+async def test_stacked_decorators_subscribe_with_options_of_their_own(bus: EventBus) -> None:
+    seen: list[object] = []
+
+    @bus.on(Left, timeout=5)
+    @bus.on(Right, name="right")
+    async def handle(event: Left | Right) -> None:
+        seen.append((type(event), current_delivery().handler.rpartition(".")[2]))
+
+    await bus.dispatch(Left())
+    await bus.dispatch(Right())
+
+    assert seen == [(Left, "handle"), (Right, "right")]
+    assert bus.handlers_for(Left)[0].timeout == 5
 
 
 # Routers
@@ -858,19 +873,19 @@ async def test_a_subscription_cancelled_after_one_that_a_finalizer_cancelled_doe
 # Types that come and go
 
 
-def made_at_run_time(number: int) -> type[Base]:
+def made_at_run_time(number: int) -> type[Any]:
     """A class of events, as a plug-in or a schema has it made."""
     return make_dataclass(f"Made{number}", ["payload"], bases=(Base,))
 
 
-def as_a_module(number: int) -> type[Base]:
+def as_a_module(number: int) -> type[Any]:
     """One of a module that is imported, and thrown out again."""
     module = ModuleType("plugin")
     module.__dict__["Base"] = Base
     sys.modules["plugin"] = module
     try:
         exec("class Made(Base):\n    def __init__(self, payload): ...", module.__dict__)
-        made: type[Base] = module.__dict__["Made"]
+        made: type[Any] = module.__dict__["Made"]
         return made
     finally:
         del sys.modules["plugin"]
@@ -879,18 +894,21 @@ def as_a_module(number: int) -> type[Base]:
 @pytest.mark.parametrize("make", [made_at_run_time, as_a_module])
 @pytest.mark.parametrize("handled_as", [None, object, Base])
 async def test_types_made_at_run_time_are_freed_once_their_events_are_delivered(
-    bus: EventBus, make: Callable[[int], Callable[[object], Base]], handled_as: type | None
+    bus: EventBus, make: Callable[[int], type[Any]], handled_as: type | None
 ) -> None:
     if handled_as is not None:
         bus.subscribe(handled_as, nothing, thread=False)
-    types = [make(number) for number in range(5)]
+    kept: list[ref[type]] = []
+
+    async def use(event_type: type[Any]) -> None:
+        kept.append(ref(event_type))
+        bus.publish(event_type(1))
+        await bus.dispatch(event_type(2))
+        bus.explain(event_type)
+
     async with bus.context():
-        for event_type in types:
-            bus.publish(event_type(1))
-            await bus.dispatch(event_type(2))
-            bus.explain(cast("type", event_type))
-    kept = [ref(event_type) for event_type in types]
-    del types, event_type
+        for number in range(5):
+            await use(make(number))
     gc.collect()
 
     assert [each() for each in kept] == [None] * 5
@@ -901,13 +919,15 @@ async def test_types_made_at_run_time_are_freed_once_their_subscriptions_are_can
     bus: EventBus,
 ) -> None:
     kept: list[ref[type]] = []
-    for number in range(5):
-        event_type = made_at_run_time(number)
+
+    async def use(event_type: type[Any]) -> None:
         kept.append(ref(event_type))
-        with bus.subscribe(event_type, nothing, name=f"{number}", thread=False):
+        with bus.subscribe(event_type, nothing, name="counted", thread=False):
             await bus.dispatch(event_type(1))
         await bus.dispatch(event_type(2))
-    del event_type
+
+    for number in range(5):
+        await use(made_at_run_time(number))
     gc.collect()
 
     assert [each() for each in kept] == [None] * 5

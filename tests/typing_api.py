@@ -10,8 +10,9 @@ from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from inspect import Parameter
-from typing import Annotated, assert_type
+from typing import Annotated, TypeVar, assert_type
 from uuid import UUID
 
 from fastapi import Depends
@@ -104,15 +105,69 @@ async def call_handlers() -> None:
     assert_type(await greet(created), str)
     await greet(created, "Good morning")
     await greet(created, salutation="Good morning")
-    # What no checker can be told: the event's name (`Concatenate` takes it by position), and that
-    # a handler of a base takes more than what it is subscribed to (type variables have no lower
-    # bound, nor an upper one that is generic).
-    await greet(event=created)  # type: ignore[call-arg]
-    audit(UserEvent(1))  # type: ignore[arg-type]
+    await greet(event=created)
+    audit(UserEvent(1))
+    audit(event=UserEvent(1))
+    await greet(user=created)  # type: ignore[call-arg]
     await greet(created, 1)  # type: ignore[arg-type]
     await greet()  # type: ignore[call-arg]
     audit(created)
     audit(OrderPaid())  # type: ignore[arg-type]
+
+
+# Stacked, for options of their own, it is checked by each, and keeps its signature.
+
+
+@bus.on(OrderPaid, timeout=5)
+@router.on(OrderSent, name="sent")
+async def stacked(event: OrderPaid | OrderSent, times: int = 1) -> bool:
+    return times > 1
+
+
+@bus.on(OrderLost)  # type: ignore[arg-type]
+@bus.on(OrderPaid)
+async def stacked_wrongly(event: OrderPaid | OrderSent) -> None: ...
+
+
+async def call_stacked() -> None:
+    assert_type(await stacked(OrderPaid(), times=2), bool)
+    assert_type(await stacked(event=OrderSent()), bool)
+    await stacked(OrderLost())  # type: ignore[arg-type]
+
+
+# Whatever is callable.
+
+
+class Calls:
+    async def __call__(self, event: OrderPaid) -> None: ...
+
+
+T = TypeVar("T")
+
+
+@bus.on(OrderPaid)
+def generic(event: T) -> T:
+    return event
+
+
+bus.on(OrderPaid)(Calls())
+bus.on(OrderSent)(Calls())  # type: ignore[arg-type]
+bus.on(UserCreated)(partial(greet, salutation="Hi"))
+bus.on(OrderPaid)(print)
+
+
+def subscribe_given(
+    exactly: Callable[[OrderPaid], None],
+    anything: Callable[[object], int],
+    other: Callable[[int], int],
+) -> None:
+    assert_type(bus.on(OrderPaid)(exactly), Callable[[OrderPaid], None])
+    assert_type(bus.on(object)(anything), Callable[[object], int])
+    assert_type(bus.on(OrderPaid, OrderSent)(anything)(1), int)
+    bus.on(OrderPaid)(other)  # type: ignore[arg-type]
+
+
+bus.on(OrderPaid)(1)  # type: ignore[call-overload]
 
 
 # What a handler takes beside the event is its own affair; callers have to give it.
