@@ -847,10 +847,9 @@ def _before_collecting(phase: str, info: Mapping[str, int]) -> None:
     if phase == "start" and (
         info["generation"] == 2 or next(_partial_collections) % _PARTIAL_COLLECTIONS == 0
     ):
-        for alive in _registries.valuerefs():
-            registry = alive()
-            if registry is not None:
-                registry.let_types_go()
+        alive = [each() for each in _registries.valuerefs()]
+        for registry in filter(None, alive):
+            registry.let_types_go()
 
 
 gc.callbacks.append(_before_collecting)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from eventkit import EventBus
+from eventkit._stats import _after_fork_in_child, _before_fork
 from eventkit.testing import EventCapture
 from tests.witness import assert_settled, calling, nothing
 
@@ -142,6 +143,24 @@ def test_a_child_that_is_forked_under_a_lock_may_leave_it(bus: EventBus) -> None
 
     assert end == "done"
     publish(bus)
+
+
+def test_what_a_child_does_frees_each_lock_but_those_that_its_thread_had_before(
+    bus: EventBus,
+) -> None:
+    """Here in this process, where coverage sees it: a child ends without telling."""
+    other = EventBus()
+    other.subscribe(int, nothing, thread=False)
+    with bus._core.tally.lock:
+        _before_fork()
+        _after_fork_in_child()
+        assert not in_thread(lambda: publish(other)).is_alive()
+        waiting = threading.Thread(target=publish, args=[bus])
+        waiting.start()
+        assert bus.stats.published == 0
+    waiting.join(DEADLINE)
+
+    assert bus.stats.published == 2
 
 
 def in_thread(work: Callable[[], object]) -> threading.Thread:
