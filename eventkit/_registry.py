@@ -375,7 +375,7 @@ class _Reruns:
             log(
                 logging.WARNING,
                 "a module has run twice, and its handlers were replaced",
-                module=modules[0],
+                first_as=modules[0],
                 again_as=modules[1],
                 file=later._declared.location.rpartition(":")[0],
             )

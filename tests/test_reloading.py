@@ -126,7 +126,7 @@ async def test_a_module_that_is_imported_by_two_names_handles_each_event_once(
     assert record.levelno == logging.WARNING
     assert record.getMessage().startswith("a module has run twice, and its handlers were replaced")
     assert facts_of(record) == {
-        "module": "its_handlers",
+        "first_as": "its_handlers",
         "again_as": "other_name",
         "file": str(tmp_path / "its_handlers.py"),
     }
@@ -144,7 +144,7 @@ async def test_a_module_that_is_reloaded_handles_each_event_once_and_in_the_same
     now = [id(each.handler) for each in shared.bus.handlers_for(shared.Event)]
     assert not {*before} & {*now}
     [record] = caplog.records
-    assert facts_of(record)["module"] == facts_of(record)["again_as"] == "its_handlers"
+    assert facts_of(record)["first_as"] == facts_of(record)["again_as"] == "its_handlers"
 
 
 def test_a_script_that_is_run_and_imported_mails_once(tmp_path: Path) -> None:
