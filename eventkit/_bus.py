@@ -295,7 +295,7 @@ class EventBus(Subscribing):
         del event  # or a traceback that shows local variables shows the payload
         await dispatching
 
-    def context(self) -> EventContext:
+    def context(self, *, independent: bool = False) -> EventContext:
         """A unit of work outside HTTP, for `async with`, or for `with` in synchronous jobs.
 
         A clean exit delivers its events, and returns when their handlers have ended; an exception
@@ -303,8 +303,14 @@ class EventBus(Subscribing):
         undelivered. Inside another context of this bus it is a savepoint: see `EventContext`.
         A synchronous job's handlers run on an event loop of their own (asyncio), or in a worker
         thread on the loop it works for.
+
+        Args:
+            independent: It is no savepoint. The unit of work around it neither delivers nor
+                discards its events, and neither does a transaction that is open in that unit.
+                For tasks and threads that may outlive what started them. Inside a handler its
+                events still name that delivery as their cause, and count in `max_depth`.
         """
-        return EventContext(self._core)
+        return EventContext(self._core, independent=independent)
 
     def current_context(self) -> EventContext:
         """The active unit of work of this bus.

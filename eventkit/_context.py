@@ -294,9 +294,12 @@ class EventContext:
     _drained: anyio.Event | None = None  # there while somebody waits for the drain's end
     _before: EventContext | None = None  # what was active when it became so
     _origin: object = None  # which application it belongs to; for resolvers alone
+    _independent = False
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, *, independent: bool = False) -> None:
         self._core = core
+        if independent:
+            self._independent = True
         self._staged: list[_Envelope] = []
         self._released: deque[_Envelope] = deque()
         self._load = _Load()
@@ -501,7 +504,7 @@ class EventContext:
 
     def _enter(self) -> None:
         """Open it, and make it the active one."""
-        self._open(_current())
+        self._open(_current(), nested=not self._independent)
         self._activate()
 
     def _activate(self) -> None:
@@ -528,22 +531,29 @@ class EventContext:
         if self._is_delivery:
             return (
                 f"the handler that this event context of bus {bus!r} belongs to has ended "
-                f"({self._delivery}). A task that outlives its handler needs a unit of its own: "
-                "`async with bus.context():`"
+                f"({self._delivery}). A task that outlives its handler needs a unit that is "
+                "independent of it: `async with bus.context(independent=True):`"
             )
         return (
             f"this event context of bus {bus!r} has ended: the request or job it belongs to is "
             "over, and its events were delivered. A task or thread that outlives it needs a unit "
-            "of its own: `async with bus.context():`"
+            "that is independent of it: `async with bus.context(independent=True):`, in a thread "
+            "`with`"
         )
 
     def _inside_handler(self) -> bool:
-        """Whether it, or who asks, is inside a handler of this bus."""
-        return any(
-            unit._core is self._core and unit._is_delivery and not unit.closed
-            for innermost in (self, _current())
-            for unit in _outward(innermost)
-        )
+        """Whether it, or who asks, is inside a handler of this bus.
+
+        What is independent of the handler is not inside it.
+        """
+        for innermost in (self, _current()):
+            for unit in _outward(innermost):
+                if unit._core is self._core:
+                    if unit._independent:
+                        break
+                    if unit._is_delivery and not unit.closed:
+                        return True
+        return False
 
     def _tag(self, envelopes: Sequence[_Envelope]) -> None:
         """Have the innermost open transaction decide what is published here. Needs the lock."""

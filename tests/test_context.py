@@ -18,7 +18,15 @@ import pytest
 from anyio import CancelScope, create_task_group, from_thread, to_thread, wait_all_tasks_blocked
 from anyio.lowlevel import checkpoint
 
-from eventkit import DispatchError, DrainReport, EventBus, EventContext, EventContextClosedError
+from eventkit import (
+    DispatchError,
+    DrainInProgressError,
+    DrainReport,
+    EventBus,
+    EventContext,
+    EventContextClosedError,
+    EventContextFullError,
+)
 from eventkit.testing.contract._bus import Gate
 from tests.witness import assert_settled, calling, freed_by_anyio, ignore, nothing, witnessed
 
@@ -312,6 +320,144 @@ def test_release_and_discard_may_be_called_from_other_threads(
         raise LookupError
 
     assert seen == ["discarded b", "handled a"]
+
+
+# Units that are independent of the one around them
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["delivers", "discards"])
+async def test_an_independent_unit_is_neither_delivered_nor_discarded_by_the_one_around_it(
+    bus: EventBus, seen: list[str], fails: bool
+) -> None:
+    with suppress(LookupError):
+        async with bus.context():
+            bus.publish("around")
+            async with bus.context(independent=True) as unit:
+                bus.publish("a")
+                assert bus.current_context() is unit
+                assert seen == []
+            assert seen == ["handled a"]
+            with suppress(ZeroDivisionError):
+                async with bus.context(independent=True):
+                    bus.publish("b")
+                    raise ZeroDivisionError
+            assert seen == ["handled a", "discarded b"]
+            if fails:
+                raise LookupError
+
+    assert seen[2:] == (["discarded around"] if fails else ["handled around"])
+
+
+async def test_a_task_with_an_independent_unit_is_delivered_whoever_ends_first(
+    bus: EventBus, seen: list[str]
+) -> None:
+    opened, go_on = anyio.Event(), anyio.Event()
+
+    async def job(event: str) -> None:
+        async with bus.context(independent=True):
+            bus.publish(event)
+            if event == "late":
+                opened.set()
+                await go_on.wait()
+
+    async with create_task_group() as tasks:
+        with suppress(LookupError):
+            async with bus.context():
+                tasks.start_soon(job, "early")
+                tasks.start_soon(job, "late")
+                await opened.wait()
+                await wait_all_tasks_blocked()
+                raise LookupError
+        assert seen == ["handled early"]
+        go_on.set()
+
+    assert seen == ["handled early", "handled late"]
+
+
+async def test_units_inside_an_independent_one_are_its_savepoints(
+    bus: EventBus, seen: list[str]
+) -> None:
+    async with bus.context(), bus.context(independent=True) as unit:
+        async with bus.context():
+            bus.publish("a")
+        assert [delivery.event for delivery in unit.pending] == ["a"]
+        assert seen == []
+
+    assert seen == ["handled a"]
+
+
+async def test_a_full_unit_leaves_room_in_an_independent_one() -> None:
+    bus = EventBus(max_events=1)
+    bus.subscribe(int, nothing, thread=False)
+
+    async with bus.context():
+        bus.publish(1)
+        async with bus.context(independent=True):
+            bus.publish(2)
+        with pytest.raises(EventContextFullError):
+            bus.publish(3)
+
+    assert bus.stats.handled == 2
+
+
+async def test_an_independent_unit_in_a_handler_is_delivered_although_the_handler_fails(
+    bus: EventBus, seen: list[str]
+) -> None:
+    causes: list[object] = []
+
+    @bus.on(int)
+    async def handle(event: int) -> None:
+        bus.publish("dropped")
+        async with bus.context(independent=True) as unit:
+            bus.publish("kept")
+            async with bus.context() as inner:
+                bus.publish("midway")
+                report = await inner.drain()
+            assert report.handled == 1
+            assert [delivery.event for delivery in unit.pending] == ["kept"]
+            causes.extend(delivery.cause and delivery.cause.event for delivery in unit.pending)
+        assert seen == ["handled midway", "handled kept"]
+        with pytest.raises(DrainInProgressError):
+            await bus.current_context().drain()
+        raise LookupError
+
+    async with bus.context():
+        bus.publish(1)
+
+    assert causes == [1]
+    assert seen == ["handled midway", "handled kept", "failed 1", "discarded dropped"]
+
+
+async def test_independent_units_in_handlers_are_as_deep_as_others() -> None:
+    bus = EventBus(max_depth=3)
+    bus.report_failure = ignore
+    depths: list[int] = []
+
+    @bus.on(int)
+    async def again(event: int) -> None:
+        depths.append(event)
+        async with bus.context(independent=True):
+            bus.publish(event + 1)
+
+    async with bus.context():
+        bus.publish(0)
+
+    assert depths == [0, 1, 2, 3]
+
+
+async def test_a_synchronous_unit_may_be_independent(bus: EventBus, seen: list[str]) -> None:
+    def job() -> None:
+        with bus.context(independent=True):
+            bus.publish("a")
+        assert seen == ["handled a"]
+
+    with suppress(LookupError):
+        async with bus.context():
+            bus.publish("around")
+            await to_thread.run_sync(job)
+            raise LookupError
+
+    assert seen == ["handled a", "discarded around"]
 
 
 # Cancellation: what is true of our state if this `await` never returns?

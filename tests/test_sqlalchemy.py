@@ -393,6 +393,24 @@ async def test_a_context_inside_a_transaction_leaves_its_events_to_it(
     assert seen == ["discarded dropped", "discarded handed over"]
 
 
+async def test_a_transaction_does_not_decide_for_an_independent_context_inside_it(
+    bus: EventBus, sessions: Sessions, seen: list[str]
+) -> None:
+    async with bus.context():
+        with suppress(Wrong), sessions.begin() as session:
+            session.add(Row(name="ada"))
+            bus.publish("ada")
+            async with bus.context(independent=True):
+                with sessions.begin() as inner:
+                    bus.publish("cid")
+                    inner.rollback()
+                bus.publish("bob")
+            assert seen == ["discarded cid", "handled bob"]
+            raise Wrong
+
+    assert seen == ["discarded cid", "handled bob", "discarded ada"]
+
+
 async def test_a_transaction_that_is_rolled_back_in_an_inner_context_leaves_the_outer_ones_events(
     bus: EventBus, sessions: Sessions, seen: list[str]
 ) -> None:

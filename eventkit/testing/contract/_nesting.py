@@ -340,8 +340,8 @@ class NestingContract(BusContract):
         assert len(told) == 1
         assert re.fullmatch(
             r"the handler that this event context of bus 'default' belongs to has ended \("
-            r"builtins\.int -> .*handle\)\. A task that outlives its handler needs a unit of its "
-            r"own: `async with bus\.context\(\):`",
+            r"builtins\.int -> .*handle\)\. A task that outlives its handler needs a unit that is "
+            r"independent of it: `async with bus\.context\(independent=True\):`",
             told[0],
         )
 
