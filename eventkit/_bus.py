@@ -295,7 +295,7 @@ class EventBus(Subscribing):
         del event  # or a traceback that shows local variables shows the payload
         await dispatching
 
-    def context(self, *, independent: bool = False) -> EventContext:
+    def context(self, *, independent: bool = False, background: bool = False) -> EventContext:
         """A unit of work outside HTTP, for `async with`, or for `with` in synchronous jobs.
 
         A clean exit delivers its events, and returns when their handlers have ended; an exception
@@ -309,8 +309,16 @@ class EventBus(Subscribing):
                 discards its events, and neither does a transaction that is open in that unit.
                 For tasks and threads that may outlive what started them. Inside a handler its
                 events still name that delivery as their cause, and count in `max_depth`.
+            background: The block does not wait for handlers. The tasks of the application's
+                lifespan, which `EventContextMiddleware` starts on this event loop, deliver the
+                events, as they do for requests: at most `concurrency` units at once, and at
+                shutdown before the application closes its resources. The exit is no checkpoint
+                then, and a cancellation that comes later does not reach the handlers. The exit
+                waits all the same where no lifespan is running, and in a request or a websocket
+                of an in-process client. A savepoint hands its events to the unit around it, which
+                decides when they are delivered: there it has no effect.
         """
-        return EventContext(self._core, independent=independent)
+        return EventContext(self._core, independent=independent, background=background)
 
     def current_context(self) -> EventContext:
         """The active unit of work of this bus.

@@ -26,7 +26,7 @@ from enum import Enum
 from itertools import count
 from time import time_ns
 from types import TracebackType
-from typing import Self, cast
+from typing import Protocol, Self, cast
 
 import anyio
 
@@ -34,7 +34,7 @@ from eventkit._dispatch import Seat, Terms, Turn, run_all
 from eventkit._events import Delivery, type_name
 from eventkit._handlers import Handler, thread_level
 from eventkit._log import bind, binds, log
-from eventkit._loops import in_worker_thread, on_event_loop, run
+from eventkit._loops import current_loop, in_worker_thread, on_event_loop, run
 from eventkit._observers import Observer, contained
 from eventkit._registry import Plan, caller
 from eventkit._stats import Outcome, Tally
@@ -52,6 +52,7 @@ from eventkit.exceptions import (
 _active: ContextVar[EventContext | Seat | None] = ContextVar("eventkit_active", default=None)
 _outside: ContextVar[str | None] = ContextVar("eventkit_outside", default=None)
 _origin: ContextVar[object] = ContextVar("eventkit_origin", default=None)
+_waiting: ContextVar[frozenset[Core]] = ContextVar("eventkit_waiting", default=frozenset())
 _begun: ContextVar[Section | None] = ContextVar("eventkit_begun", default=None)
 _numbers = count()
 try:  # which event loop a task runs on, where AnyIO leaves that to sniffio
@@ -64,7 +65,8 @@ except ImportError:  # pragma: no cover - newer releases of AnyIO do without it
 class Core:
     """What all units of work of one bus share.
 
-    The bus makes it and changes `observers` and `report_failure`; everything else is fixed.
+    The bus makes it and changes `observers` and `report_failure`; `add_host` and `remove_host`
+    change `hosts`; everything else is fixed.
     """
 
     bus: object  # whose they are, for those above who know what it is
@@ -78,6 +80,28 @@ class Core:
     tally: Tally
     report_failure: Callable[[Delivery, Exception], None]
     observers: tuple[Observer, ...] = ()
+    hosts: tuple[Host, ...] = ()  # in the order in which they began
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Host:
+    """A running application that delivers units of work of the bus in the background.
+
+    Attributes:
+        loop: The event loop it runs on.
+        submit: Ends a unit of work: what there is to deliver is delivered later. Called on the
+            event loop; never blocks.
+        origin: The origin of the units that are opened in it.
+    """
+
+    loop: object
+    submit: Submit
+    origin: object
+
+
+class Submit(Protocol):
+    def __call__(self, context: EventContext, /, *, success: bool) -> None:
+        """End the unit of work, in the background."""
 
 
 class _Envelope:
@@ -295,11 +319,16 @@ class EventContext:
     _before: EventContext | None = None  # what was active when it became so
     _origin: object = None  # which application it belongs to; for resolvers alone
     _independent = False
+    _background = False
+    _ending = False  # its end has begun, on an event loop
+    _waits = False  # it delivers its events itself, and so do those inside with `background`
 
-    def __init__(self, core: Core, *, independent: bool = False) -> None:
+    def __init__(self, core: Core, *, independent: bool = False, background: bool = False) -> None:
         self._core = core
         if independent:
             self._independent = True
+        if background:
+            self._background = True
         self._staged: list[_Envelope] = []
         self._released: deque[_Envelope] = deque()
         self._load = _Load()
@@ -457,7 +486,8 @@ class EventContext:
             try:
                 run(self._end, success)
             finally:
-                self._abandon()  # there may have been no loop to run it
+                if not self._ending:  # there was no loop to run it
+                    self._abandon()
 
     async def __aenter__(self) -> Self:
         self._enter()
@@ -689,7 +719,31 @@ class EventContext:
         return idle
 
     async def _end(self, success: bool) -> None:
-        await self._finish(self._report, self._core.handler_timeout, success=success)
+        self._ending = True
+        host = self._host() if self._background else None
+        if host is None:
+            await self._finish(self._report, self._core.handler_timeout, success=success)
+        else:
+            host.submit(self, success=success)
+
+    def _host(self) -> Host | None:
+        """Who delivers it in the background, on the event loop that calls.
+
+        That is the application that it was opened in, else the last one that has begun. Nobody
+        does where a request or websocket delivers its events itself.
+        """
+        core = self._core
+        if core in _waiting.get() or any(
+            unit._waits and unit._core is core for unit in _outward(self)
+        ):
+            return None
+        loop, found = current_loop(), None
+        for host in core.hosts:
+            if host.loop == loop:
+                found = host
+                if host.origin is self._origin:
+                    break
+        return found
 
     async def _finish(self, report: Report, timeout: float | None, *, success: bool) -> None:
         """Deliver what is to be delivered, then close; what a cancellation left is undelivered."""
@@ -1075,14 +1129,19 @@ def delivering() -> dict[object, EventContext]:
     return {} if context is None or not context._is_delivery else {context._core.bus: context}
 
 
-def enter(context: EventContext, enclosing: EventContext | None, origin: object) -> None:
+def enter(
+    context: EventContext, enclosing: EventContext | None, origin: object, *, waits: bool = False
+) -> None:
     """Open it inside `enclosing` alone, whatever is active, and make it the active one.
 
     For those who `leave` a unit of work in one place and end it in another, with `finish`. It
-    hands nothing over: `enclosing` is of another bus.
+    hands nothing over: `enclosing` is of another bus. With `waits`, units inside it deliver their
+    events themselves.
     """
     context._open(enclosing, nested=False)
     context._origin = origin
+    if waits:
+        context._waits = True
     context._before = _current()
     _active.set(context)
 
@@ -1096,18 +1155,38 @@ def leave(context: EventContext) -> None:
 
 
 @contextmanager
-def outside(reason: str, origin: object) -> Generator[None]:
+def outside(
+    core: Core, reason: str, origin: object, *, waits: bool | None = None
+) -> Generator[None]:
     """No unit of work is active in the block; an attempt to publish is told the reason.
 
-    Units that are opened in it, or in tasks that are started in it, are of this origin.
+    Units that are opened in it, or in tasks that are started in it, are of this origin. `waits`
+    says whether those of this bus deliver their events themselves; None leaves that as it was.
     """
     active, told, came = _active.set(None), _outside.set(reason), _origin.set(origin)
+    waiting = _waiting.get()
+    if waits is not None:
+        waiting = waiting | {core} if waits else waiting - {core}
+    waited = _waiting.set(waiting)
     try:
         yield
     finally:
+        _waiting.reset(waited)
         _origin.reset(came)
         _outside.reset(told)
         _active.reset(active)
+
+
+def add_host(core: Core, host: Host) -> None:
+    """From now on it delivers units of work in the background. Thread-safe."""
+    with core.tally.lock:
+        core.hosts = (*core.hosts, host)
+
+
+def remove_host(core: Core, host: Host) -> None:
+    """It does so no longer; nothing happens where that is so already. Thread-safe."""
+    with core.tally.lock:
+        core.hosts = tuple(other for other in core.hosts if other is not host)
 
 
 async def finish(context: EventContext, *, success: bool) -> None:

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Generator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -26,12 +25,15 @@ from eventkit._bus import EventBus, core_of
 from eventkit._context import (
     Core,
     EventContext,
+    Host,
     abandon,
+    add_host,
     close_if_idle,
     enter,
     finish,
     leave,
     outside,
+    remove_host,
 )
 from eventkit._drainer import Drainer
 from eventkit._handlers import is_duration, layers, name_of
@@ -49,7 +51,8 @@ _BODY = {"http.response.body", "http.response.pathsend", "http.response.zerocopy
 
 _WEBSOCKET = (
     "a websocket has no event context of its own, because it would be open for hours. Open one "
-    "per message: `async with bus.context():`"
+    "per message: `async with bus.context():`, or `bus.context(background=True)` to go on while "
+    "its handlers run"
 )
 _LIFESPAN = (
     "start-up and shutdown code belongs to no request. Open a unit of work: "
@@ -127,7 +130,8 @@ class EventContextMiddleware:
     A request inside another one of the same bus (a mounted app with the same middleware) shares
     its context. An application that has the middleware twice for one bus does not start up if
     their options differ. Websockets have none: open one per message with
-    `async with bus.context():`.
+    `async with bus.context():`, or with `bus.context(background=True)`, which leaves delivery to
+    the lifespan's tasks, too.
 
     Args:
         app: The ASGI app inside.
@@ -230,7 +234,8 @@ class EventContextMiddleware:
         response = _Response(send)
         if drainer is not None:
             drainer.expect(context)
-        enter(context, next(reversed(around.values())) if around else None, origin)
+        enclosing = next(reversed(around.values())) if around else None
+        enter(context, enclosing, origin, waits=drainer is None)
         try:
             try:
                 await self.app(scope, receive, response.send)
@@ -248,9 +253,11 @@ class EventContextMiddleware:
         if scope["type"] == "lifespan":
             await self._serve_lifespan(scope, receive, send)
             return
-        # A websocket has a bus all the same.
-        scope[_SCOPE_KEY] = {**scope.get(_SCOPE_KEY, {}), self.bus: None}
-        with outside(_WEBSOCKET, self._surroundings(scope)[1]):
+        marks = scope.get(_SCOPE_KEY, {})
+        drainer, origin = self._surroundings(scope)
+        waits = None if self.bus in marks else drainer is None  # an instance outside has said so
+        scope[_SCOPE_KEY] = {**marks, self.bus: None}  # a websocket has a bus all the same
+        with outside(core_of(self.bus), _WEBSOCKET, origin, waits=waits):
             await self.app(scope, receive, send)
 
     def _surroundings(self, scope: Scope) -> tuple[Drainer | None, Origin]:
@@ -319,19 +326,27 @@ class EventContextMiddleware:
                 await _refuse_to_start(receive, send, _added_twice(outer, self))
             await self.app(scope, receive, send)
             return
-        lifespan = _Lifespan(receive, send)
+        lifespan, core = _Lifespan(receive, send), core_of(self.bus)
         async with create_task_group() as tasks:
             drainer = Drainer(
-                core_of(self.bus),
+                core,
                 tasks,
                 concurrency=self._concurrency,
                 max_pending=self._max_pending,
-                watch=_Overload(core_of(self.bus), self._concurrency, self._max_pending),
+                watch=_Overload(core, self._concurrency, self._max_pending),
             )
-            close = partial(drainer.close, self._shutdown_timeout)
             origin = Origin(self._app_of(scope), scope.get("state", {}))
+            host = Host(current_loop(), drainer.submit, origin)
+
+            async def close() -> None:
+                try:
+                    await drainer.close(self._shutdown_timeout)
+                finally:
+                    remove_host(core, host)  # units that end later deliver their events themselves
+
+            add_host(core, host)
             try:
-                with self._running(drainer, origin), outside(_LIFESPAN, origin):
+                with self._running(drainer, origin), outside(core, _LIFESPAN, origin):
                     await lifespan.run(self.app, scope, ready=self._announce, stopping=close)
             finally:
                 await close()  # where no shutdown came: the app has ended, or was cancelled

@@ -513,7 +513,8 @@ def test_a_websocket_has_no_context_and_opens_one_per_message(
         assert socket.receive_text() == (
             "no event context of bus 'default' is active here: a websocket has no event context "
             "of its own, because it would be open for hours. Open one per message: "
-            "`async with bus.context():`"
+            "`async with bus.context():`, or `bus.context(background=True)` to go on while "
+            "its handlers run"
         )
         for message in ("first", "second"):
             socket.send_text(message)

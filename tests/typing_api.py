@@ -396,7 +396,7 @@ def job() -> None:
     with bus.context() as context:
         assert_type(context, EventContext)
         context.publish(created)
-    assert_type(bus.context(independent=True), EventContext)
+    assert_type(bus.context(independent=True, background=True), EventContext)
     bus.context(True)  # type: ignore[call-arg, misc]
     delivery = current_delivery()
     assert_type(delivery.event, object)
