@@ -301,8 +301,12 @@ class EventBus(Subscribing):
         A clean exit delivers its events, and returns when their handlers have ended; an exception
         discards them. Cancelling it while they run ends them: they, and what has not started, are
         undelivered. Inside another context of this bus it is a savepoint: see `EventContext`.
-        A synchronous job's handlers run on an event loop of their own (asyncio), or in a worker
-        thread on the loop it works for.
+
+        With `with`, in a thread that has no event loop, the handlers run on the loop that the
+        thread works for (a worker thread of AnyIO or trio); else on the loop of the unit of work
+        whose context variables the thread has; else on that of a running application whose
+        middleware has this bus; else on one of asyncio's that the process keeps for all such
+        blocks. The block waits: do not block an event loop until such a thread has ended.
 
         Args:
             independent: It is no savepoint. The unit of work around it neither delivers nor

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from itertools import count
 from time import time_ns
 from types import TracebackType
@@ -34,7 +35,16 @@ from eventkit._dispatch import Seat, Terms, Turn, run_all
 from eventkit._events import Delivery, type_name
 from eventkit._handlers import Handler, thread_level
 from eventkit._log import bind, binds, log
-from eventkit._loops import current_loop, in_worker_thread, on_event_loop, run
+from eventkit._loops import (
+    Entrance,
+    Function,
+    current_loop,
+    in_worker_thread,
+    library,
+    on_event_loop,
+    reach,
+    run,
+)
 from eventkit._observers import Observer, contained
 from eventkit._registry import Plan, caller
 from eventkit._stats import Outcome, Tally
@@ -55,10 +65,6 @@ _origin: ContextVar[object] = ContextVar("eventkit_origin", default=None)
 _waiting: ContextVar[frozenset[Core]] = ContextVar("eventkit_waiting", default=frozenset())
 _begun: ContextVar[Section | None] = ContextVar("eventkit_begun", default=None)
 _numbers = count()
-try:  # which event loop a task runs on, where AnyIO leaves that to sniffio
-    from sniffio import current_async_library_cvar as _library
-except ImportError:  # pragma: no cover - newer releases of AnyIO do without it
-    _library = ContextVar[str | None]("eventkit_library", default=None)
 
 
 @dataclass(slots=True, eq=False)
@@ -88,13 +94,13 @@ class Host:
     """A running application that delivers units of work of the bus in the background.
 
     Attributes:
-        loop: The event loop it runs on.
+        entrance: The event loop it runs on, for threads that have none.
         submit: Ends a unit of work: what there is to deliver is delivered later. Called on the
             event loop; never blocks.
         origin: The origin of the units that are opened in it.
     """
 
-    loop: object
+    entrance: Entrance
     submit: Submit
     origin: object
 
@@ -219,6 +225,7 @@ class _Turn:
                 unit._outer = outer
                 unit._load = outer._load
                 unit._origin = outer._origin
+                unit._loop = outer._loop
                 unit._delivery = self.delivery(place)
                 unit._is_delivery = True
                 self._units[place] = unit
@@ -318,6 +325,7 @@ class EventContext:
     _drained: anyio.Event | None = None  # there while somebody waits for the drain's end
     _before: EventContext | None = None  # what was active when it became so
     _origin: object = None  # which application it belongs to; for resolvers alone
+    _loop: object = None  # on which it or the unit around it is open, or is delivered
     _independent = False
     _background = False
     _ending = False  # its end has begun, on an event loop
@@ -484,13 +492,19 @@ class EventContext:
         success = exc is None
         if not self._hand_over(success=success) and not self._close_if_idle(success=success):
             try:
-                run(self._end, success)
+                if on_event_loop():
+                    raise EventContextUsageError(
+                        "`with bus.context()` was opened in a thread and ends on an event loop, "
+                        "which it would block: leave the block in the thread that entered it"
+                    )
+                run(partial(self._end, success), self._nearby())
             finally:
                 if not self._ending:  # there was no loop to run it
                     self._abandon()
 
     async def __aenter__(self) -> Self:
         self._enter()
+        self._loop = current_loop()
         return self
 
     async def __aexit__(
@@ -520,6 +534,8 @@ class EventContext:
                 "an event context is opened once: call bus.context() for each unit of work"
             )
         self._origin = _origin.get() if enclosing is None else enclosing._origin
+        if enclosing is not None:
+            self._loop = enclosing._loop
         while enclosing is not None and enclosing.closed:  # a task that outlived its unit
             enclosing = enclosing._enclosing
         self._state = _State.OPEN
@@ -726,6 +742,18 @@ class EventContext:
         else:
             host.submit(self, success=success)
 
+    def _nearby(self) -> Iterator[Callable[[Function], bool]]:
+        """Ways to event loops that run in other threads, the nearest first.
+
+        That is the loop of the unit around it, then that of the application that it was opened
+        in, then those of others that have this bus, the last one that has begun first.
+        """
+        if self._loop is not None:
+            yield partial(reach, self._loop)
+        hosts = reversed(self._core.hosts)
+        for host in sorted(hosts, key=lambda host: host.origin is not self._origin):
+            yield host.entrance.run
+
     def _host(self) -> Host | None:
         """Who delivers it in the background, on the event loop that calls.
 
@@ -739,7 +767,7 @@ class EventContext:
             return None
         loop, found = current_loop(), None
         for host in core.hosts:
-            if host.loop == loop:
+            if host.entrance.loop is loop:
                 found = host
                 if host.origin is self._origin:
                     break
@@ -761,7 +789,7 @@ class EventContext:
     async def _deliver(self, report: Report, timeout: float | None) -> int:
         """Deliver what is released, and what comes of it; returns how many were handled."""
         core = self._core
-        self._draining = True
+        self._draining, self._loop = True, current_loop()
         enter = _enter_for_logs if binds() else _active.set
         terms = Terms(core.sequential, timeout, core.tally, report, enter)
         turns = self._turns()
@@ -778,11 +806,11 @@ class EventContext:
 
     def _turns(self) -> Generator[Turn]:
         """Each event that is released, and its end when the next one is asked for."""
-        level, library = thread_level.get(), _library.get(None)
+        level, current = thread_level.get(), library.get(None)
         while (envelope := self._next()) is not None:
             variables, plan = envelope.variables, envelope.plan
-            if variables.get(thread_level, 0) != level or variables.get(_library) != library:
-                variables = _on_this_loop(variables, level, library)
+            if variables.get(thread_level, 0) != level or variables.get(library) != current:
+                variables = _on_this_loop(variables, level, current)
             if not plan.valid:
                 plan = self._without_cancelled(envelope)
             if plan.places:
@@ -1130,16 +1158,21 @@ def delivering() -> dict[object, EventContext]:
 
 
 def enter(
-    context: EventContext, enclosing: EventContext | None, origin: object, *, waits: bool = False
+    context: EventContext,
+    enclosing: EventContext | None,
+    origin: object,
+    *,
+    loop: object = None,
+    waits: bool = False,
 ) -> None:
     """Open it inside `enclosing` alone, whatever is active, and make it the active one.
 
     For those who `leave` a unit of work in one place and end it in another, with `finish`. It
-    hands nothing over: `enclosing` is of another bus. With `waits`, units inside it deliver their
-    events themselves.
+    hands nothing over: `enclosing` is of another bus. Threads in it deliver on this event loop.
+    With `waits`, units inside it deliver their events themselves.
     """
     context._open(enclosing, nested=False)
-    context._origin = origin
+    context._origin, context._loop = origin, loop
     if waits:
         context._waits = True
     context._before = _current()
@@ -1246,14 +1279,14 @@ def _enter_for_logs(seat: Seat) -> None:
     bind(event_type=event_type, handler=delivery.handler, delivery_id=str(delivery.id))
 
 
-def _on_this_loop(captured: Context, level: int, library: str | None) -> Context:
+def _on_this_loop(captured: Context, level: int, current: str | None) -> Context:
     """The captured context variables, as they are to be on the event loop that drains.
 
     They are of a publisher that was in a thread, or on another kind of event loop.
     """
     captured = captured.copy()
     captured.run(thread_level.set, level)
-    captured.run(_library.set, library)
+    captured.run(library.set, current)
     return captured
 
 

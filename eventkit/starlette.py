@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from anyio import create_task_group, move_on_after
+from anyio import create_task_group, current_time, move_on_after
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
@@ -38,7 +38,7 @@ from eventkit._context import (
 from eventkit._drainer import Drainer
 from eventkit._handlers import is_duration, layers, name_of
 from eventkit._log import log
-from eventkit._loops import current_loop
+from eventkit._loops import Entrance, current_loop
 
 __all__ = ["EventContextMiddleware", "Origin", "Outcome", "succeeded"]
 
@@ -235,7 +235,7 @@ class EventContextMiddleware:
         if drainer is not None:
             drainer.expect(context)
         enclosing = next(reversed(around.values())) if around else None
-        enter(context, enclosing, origin, waits=drainer is None)
+        enter(context, enclosing, origin, loop=current_loop(), waits=drainer is None)
         try:
             try:
                 await self.app(scope, receive, response.send)
@@ -336,13 +336,15 @@ class EventContextMiddleware:
                 watch=_Overload(core, self._concurrency, self._max_pending),
             )
             origin = Origin(self._app_of(scope), scope.get("state", {}))
-            host = Host(current_loop(), drainer.submit, origin)
+            host = Host(Entrance(), drainer.submit, origin)
 
             async def close() -> None:
+                deadline = current_time() + self._shutdown_timeout
                 try:
                     await drainer.close(self._shutdown_timeout)
                 finally:
                     remove_host(core, host)  # units that end later deliver their events themselves
+                    await host.entrance.close(deadline - current_time())
 
             add_host(core, host)
             try:

@@ -26,6 +26,8 @@ from eventkit import (
     EventContext,
     EventContextClosedError,
     EventContextFullError,
+    EventContextUsageError,
+    _context,
 )
 from eventkit.testing.contract._bus import Gate
 from tests.witness import assert_settled, calling, freed_by_anyio, ignore, nothing, witnessed
@@ -179,7 +181,7 @@ def test_a_synchronous_unit_that_fails_discards(bus: EventBus, seen: list[str]) 
 def test_a_synchronous_unit_without_events_starts_no_loop(
     bus: EventBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(anyio, "run")
+    monkeypatch.delattr(_context, "run")
     with bus.context() as unit:
         pass
 
@@ -301,7 +303,7 @@ async def test_a_synchronous_unit_that_ends_where_a_loop_runs_is_accounted_for(
 
     with ExitStack() as stack:
         unit = await to_thread.run_sync(enter)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(EventContextUsageError, match="ends on an event loop"):
             stack.close()
 
     assert seen == ["undelivered a"]

@@ -397,7 +397,7 @@ def job() -> None:
         assert_type(context, EventContext)
         context.publish(created)
     assert_type(bus.context(independent=True, background=True), EventContext)
-    bus.context(True)  # type: ignore[call-arg, misc]
+    bus.context(True)  # type: ignore[call-arg]
     delivery = current_delivery()
     assert_type(delivery.event, object)
     delivery.attempt = 2  # type: ignore[misc]
