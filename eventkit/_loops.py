@@ -131,8 +131,8 @@ class _Call:
     | runs | | its function is cancelled; over when that has ended |
     | over | | |
 
-    The event loop calls `start` and `cancel`, one after the other. Ctrl-C may come at any moment, so
-    a thread that is interrupted cannot tell whether the loop will call `start`.
+    The event loop calls `start` and `cancel`, one after the other. Ctrl-C may come at any moment,
+    so a thread that is interrupted cannot tell whether the loop will call `start`.
 
     Args:
         function: What to run, in the context variables of this moment.
