@@ -184,8 +184,7 @@ class _Call:
     def wait_while(self, go_on: Callable[[], bool]) -> None:
         """Block the thread until it is over, or `go_on` says that it never will be."""
         with self._turn:
-            while not self._turn.wait_for(lambda: self.over, _LOOK_SECONDS) and go_on():
-                pass
+            _wait_for(self._turn, lambda: self.over, go_on)
 
     def raise_error(self) -> None:
         """Raise what it raised; nothing, if the event loop cancelled it.
@@ -219,6 +218,17 @@ class _Call:
         with self._turn:
             self.over = True
             self._turn.notify_all()
+
+
+def _wait_for(
+    turn: threading.Condition, ready: Callable[[], bool], go_on: Callable[[], bool] = lambda: True
+) -> None:
+    """Block the thread until it is ready; now and then ask whether to go on.
+
+    On Windows, Ctrl-C reaches a thread that waits only between two of these waits.
+    """
+    while not turn.wait_for(ready, _LOOK_SECONDS) and go_on():
+        pass
 
 
 def reach(loop: object, function: Function) -> bool:
@@ -363,10 +373,7 @@ class _OwnLoop:
     def _take_turn(self, call: _Call) -> bool:
         """Wait until nobody else drives the loop; False if the call is over by then."""
         with self._turn:
-            while not self._turn.wait_for(
-                lambda: call.over or self._driver in (None, call), _LOOK_SECONDS
-            ):
-                pass  # Windows tells of Ctrl-C only here
+            _wait_for(self._turn, lambda: call.over or self._driver in (None, call))
             if not call.over:
                 self._driver = call
             return not call.over

@@ -430,6 +430,15 @@ async def test_an_independent_unit_in_a_handler_is_delivered_although_the_handle
     assert seen == ["handled midway", "handled kept", "failed 1", "discarded dropped"]
 
 
+async def test_a_unit_inside_one_of_another_bus_drains_midway(
+    bus: EventBus, seen: list[str]
+) -> None:
+    async with EventBus(name="other").context(), bus.context() as unit:
+        bus.publish("a")
+        await unit.drain()
+        assert seen == ["handled a"]
+
+
 async def test_independent_units_in_handlers_are_as_deep_as_others() -> None:
     bus = EventBus(max_depth=3)
     bus.report_failure = ignore

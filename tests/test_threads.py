@@ -380,6 +380,41 @@ async def test_a_call_that_is_cancelled_before_it_is_started_never_starts() -> N
     assert steps == []
 
 
+def test_a_thread_that_waits_looks_again_and_again_whether_to_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_loops, "_LOOK_SECONDS", 0.01)
+    looks: list[str] = []
+
+    async def function() -> None: ...
+
+    def go_on() -> bool:
+        looks.append("go on")
+        if len(looks) == 3:
+            call.cancel()
+        return True
+
+    call = _loops._Call(function, threading.Condition(threading.RLock()))
+    call.wait_while(go_on)
+
+    assert len(looks) == 3
+
+
+def test_ctrl_c_as_the_loop_of_another_thread_ends_is_raised_at_once() -> None:
+    class Ending:
+        """The token of a loop of trio that ends as somebody presses Ctrl-C."""
+
+        def run_sync_soon(self, function: Callable[[], None]) -> None:
+            if function.__name__ == "start":
+                raise KeyboardInterrupt
+            raise RuntimeError
+
+    async def function() -> None: ...
+
+    with pytest.raises(KeyboardInterrupt):
+        _loops.reach(Ending(), function)
+
+
 def test_ctrl_c_just_before_a_call_is_started_leaves_its_unit_undelivered(
     bus: EventBus, places: Places, seen: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
