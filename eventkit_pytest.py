@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["capevents"]
 
-# Its asserts say what they compared, as those of a test module do.
-pytest.register_assert_rewrite("eventkit.testing.contract")
 
 _ALLOW = "eventkit_allow_failures"
 

@@ -33,7 +33,7 @@ from benchmarks.harness import (
 from benchmarks.peers import Handler as Handled
 from benchmarks.peers import Ordered
 from benchmarks.report import grid
-from eventkit import _dispatch
+from eventkit._core import dispatch
 from eventkit.fastapi import _private_functions, _shell
 
 PACKAGES = ("anyio", "trio", "fastapi", "starlette")
@@ -84,10 +84,10 @@ def measure(effort: Effort) -> Iterator[Comparison]:
 
 def _without_asking() -> Callable[..., object]:
     """Make the dispatcher's loop over handlers, but without the question for dependencies."""
-    source = dedent(inspect.getsource(_dispatch._Worker._begin_handlers))
+    source = dedent(inspect.getsource(dispatch._Worker._begin_handlers))
     changed = source.replace("if handler.solver is not None:", "if False:")
     assert changed != source
-    namespace = dict(vars(_dispatch))
+    namespace = dict(vars(dispatch))
     exec(changed, namespace)
     loop: Callable[..., object] = namespace["_begin_handlers"]
     return loop
@@ -102,7 +102,7 @@ def unable_to_have_any(unit: int) -> Contender:
         async with drained([taking_nothing], unit).open() as run:
 
             async def run_without(times: int) -> float:
-                with patch.object(_dispatch._Worker, "_begin_handlers", loop):
+                with patch.object(dispatch._Worker, "_begin_handlers", loop):
                     return await run(times)
 
             yield run_without

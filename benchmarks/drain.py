@@ -27,7 +27,7 @@ from benchmarks.harness import (
 from benchmarks.peers import Handler, Ordered
 from benchmarks.report import Bar, Panel, drawing, grid, number, table
 from eventkit import EventBus
-from eventkit._bus import core_of
+from eventkit._core.bus import state_of
 
 PACKAGES = ("anyio",)
 
@@ -111,7 +111,7 @@ def subscription_bytes(count: int) -> float:
         for number, handler in enumerate(handlers):
             bus.subscribe(kinds[number // 10], handler)
         for kind in kinds:
-            core_of(bus).plan_for(kind())
+            state_of(bus).plan_for(kind())
         return taken() / count
 
 

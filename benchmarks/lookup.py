@@ -25,7 +25,7 @@ from benchmarks.harness import (
 from benchmarks.peers import event_class, load
 from benchmarks.report import grid, milliseconds, nanoseconds
 from eventkit import DomainEvent, EventBus
-from eventkit._bus import core_of
+from eventkit._core.bus import state_of
 
 PACKAGES = ("anyio", "structlog", "pydantic", "bubus", "python-cqrs")
 
@@ -58,7 +58,7 @@ async def _lookup(types: int, effort: Effort) -> Comparison:
         pass
 
     bus.subscribe(object, handle)
-    plan_for = core_of(bus).plan_for
+    plan_for = state_of(bus).plan_for
     table: dict[type, object] = {type(event): plan_for(event) for event in events}
 
     def look(event: object) -> object:

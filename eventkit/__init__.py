@@ -4,13 +4,17 @@ Say what happened with `EventBus.publish`; handlers elsewhere do the side effect
 response was sent and after the transaction was committed.
 """
 
-from eventkit._bus import EventBus, Wiring
-from eventkit._context import DrainReport, EventContext, Failure, current_delivery
-from eventkit._events import Delivery, DomainEvent, Publisher
-from eventkit._handlers import Resolver, Solver
-from eventkit._observers import Observation, Observer
-from eventkit._registry import EventRouter, Subscription
-from eventkit._stats import Stats
+from eventkit._core.ambient import current_delivery
+from eventkit._core.bus import EventBus, Wiring
+from eventkit._core.context import EventContext
+from eventkit._core.dependencies import Resolver
+from eventkit._core.events import Delivery, DomainEvent, Publisher
+from eventkit._core.handlers import Solver
+from eventkit._core.observers import Observation, Observer
+from eventkit._core.routers import EventRouter
+from eventkit._core.stats import Stats
+from eventkit._core.subscriptions import Subscription
+from eventkit._core.turns import DrainReport, Failure
 from eventkit.exceptions import (
     BusLookupError,
     DispatchError,

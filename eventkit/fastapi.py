@@ -33,10 +33,11 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import Message
 
-from eventkit._bus import EventBus
-from eventkit._context import EventContext, current_delivery, delivering
-from eventkit._handlers import Solver, location_of, name_of
-from eventkit._log import log
+from eventkit._core.ambient import current_delivery, delivering
+from eventkit._core.bus import EventBus
+from eventkit._core.context import EventContext
+from eventkit._core.handlers import Solver, location_of, name_of
+from eventkit._core.log import log
 from eventkit.exceptions import BusLookupError, EventKitError, InvalidHandlerError, NoRequestError
 from eventkit.starlette import Origin
 

@@ -21,8 +21,8 @@ except ModuleNotFoundError as error:
 from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session, sessionmaker
 
-from eventkit._bus import EventBus, core_of
-from eventkit._context import Section, begin
+from eventkit._core.bus import EventBus, state_of
+from eventkit._core.transactions import Section, begin
 
 __all__ = ["CommitTie", "deliver_on_commit"]
 
@@ -87,7 +87,7 @@ class CommitTie:
     """What `deliver_on_commit` has tied, until `detach()`. Also a context manager."""
 
     def __init__(self, bus: EventBus, factory: _Factory) -> None:
-        self._core = core_of(bus)
+        self._state = state_of(bus)
         self._factory = factory
         self._watching = self._subclass(_session_class(factory))
         self._hooks: dict[str, Callable[..., None]] = {
@@ -163,7 +163,7 @@ class CommitTie:
         around, weakly = self._innermost(session), ref(session)
         section = None
         if around is not None or not transaction.nested:
-            section = begin(self._core, lambda: _dirty(weakly()), around=around)
+            section = begin(self._state, lambda: _dirty(weakly()), around=around)
         self._sections(session).append(section)
 
     def _committing(self, session: Session) -> None:

@@ -21,24 +21,15 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from eventkit._bus import EventBus, core_of
-from eventkit._context import (
-    Core,
-    EventContext,
-    Host,
-    abandon,
-    add_host,
-    close_if_idle,
-    enter,
-    finish,
-    leave,
-    outside,
-    remove_host,
-)
-from eventkit._drainer import Drainer
-from eventkit._handlers import is_duration, layers, name_of
-from eventkit._log import log
-from eventkit._loops import Entrance, current_loop
+from eventkit._core.ambient import outside
+from eventkit._core.bus import EventBus, state_of
+from eventkit._core.drainer import Drainer
+from eventkit._core.handlers import is_duration, layers, name_of
+from eventkit._core.log import log
+from eventkit._core.loops.running import current_loop
+from eventkit._core.loops.threads import Entrance
+from eventkit._core.state import BusState, Host
+from eventkit._core.units import Unit, abandon
 
 __all__ = ["EventContextMiddleware", "Origin", "Outcome", "succeeded"]
 
@@ -192,6 +183,7 @@ class EventContextMiddleware:
             )
         self.app = app
         self.bus = bus
+        self._state = state_of(bus)
         self._options: Mapping[str, object] = {
             "deliver_if": deliver_if,
             "concurrency": concurrency,
@@ -218,7 +210,7 @@ class EventContextMiddleware:
             await self._serve_other(scope, receive, send)
             return
         # Joined by this mark alone: context variables of tests and servers leak into requests.
-        marks: dict[EventBus, EventContext] | None = scope.get(_SCOPE_KEY)
+        marks: dict[EventBus, Unit] | None = scope.get(_SCOPE_KEY)
         around = _still_open(marks) if marks else {}
         if self.bus in around:
             await self.app(scope, receive, send)
@@ -229,25 +221,25 @@ class EventContextMiddleware:
         if drainer is not None and drainer.full and not await self._has_room(drainer, scope):
             await self._refuse(scope, receive, send)
             return
-        context = self.bus.context()
-        scope[_SCOPE_KEY] = {**around, self.bus: context}
+        unit = Unit(self._state)
+        scope[_SCOPE_KEY] = {**around, self.bus: unit}
         response = _Response(send)
         if drainer is not None:
-            drainer.expect(context)
+            drainer.expect(unit)
         enclosing = next(reversed(around.values())) if around else None
-        enter(context, enclosing, origin, loop=current_loop(), waits=drainer is None)
+        unit.enter(enclosing, origin, loop=current_loop(), waits=drainer is None)
         try:
             try:
                 await self.app(scope, receive, response.send)
             finally:
-                leave(context)
+                unit.leave()
         except GeneratorExit:  # closed from outside: nothing can be awaited any more
-            self._abandon(context, drainer)
+            self._abandon(unit, drainer)
             raise
         except BaseException as error:
-            await self._end(context, drainer, self._judge(scope, response, error))
+            await self._end(unit, drainer, self._judge(scope, response, error))
             raise
-        await self._end(context, drainer, self._judge(scope, response, None))
+        await self._end(unit, drainer, self._judge(scope, response, None))
 
     async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -257,7 +249,7 @@ class EventContextMiddleware:
         drainer, origin = self._surroundings(scope)
         waits = None if self.bus in marks else drainer is None  # an instance outside has said so
         scope[_SCOPE_KEY] = {**marks, self.bus: None}  # a websocket has a bus all the same
-        with outside(core_of(self.bus), _WEBSOCKET, origin, waits=waits):
+        with outside(self._state, _WEBSOCKET, origin, waits=waits):
             await self.app(scope, receive, send)
 
     def _surroundings(self, scope: Scope) -> tuple[Drainer | None, Origin]:
@@ -291,17 +283,17 @@ class EventContextMiddleware:
             app = getattr(app, "app", None)
         return None
 
-    async def _end(self, context: EventContext, drainer: Drainer | None, success: bool) -> None:
+    async def _end(self, unit: Unit, drainer: Drainer | None, success: bool) -> None:
         if drainer is not None:
-            drainer.submit(context, success=success)
-        elif not close_if_idle(context, success=success):
+            drainer.submit(unit, success=success)
+        elif not unit.close_if_idle(success=success):
             with move_on_after(self._shutdown_timeout, shield=True):
-                await finish(context, success=success)
+                await unit.finish(self._state.report, self._state.handler_timeout, success=success)
 
-    def _abandon(self, context: EventContext, drainer: Drainer | None) -> None:
-        abandon(context)
+    def _abandon(self, unit: Unit, drainer: Drainer | None) -> None:
+        abandon(unit)
         if drainer is not None:
-            drainer.forget(context)
+            drainer.forget(unit)
 
     async def _has_room(self, drainer: Drainer, scope: Scope) -> bool:
         """Hold an unsafe request while too many deliveries wait; False if they still do."""
@@ -326,14 +318,14 @@ class EventContextMiddleware:
                 await _refuse_to_start(receive, send, _added_twice(outer, self))
             await self.app(scope, receive, send)
             return
-        lifespan, core = _Lifespan(receive, send), core_of(self.bus)
+        lifespan, state = _Lifespan(receive, send), self._state
         async with create_task_group() as tasks:
             drainer = Drainer(
-                core,
+                state,
                 tasks,
                 concurrency=self._concurrency,
                 max_pending=self._max_pending,
-                watch=_Overload(core, self._concurrency, self._max_pending),
+                watch=_Overload(state, self._concurrency, self._max_pending),
             )
             origin = Origin(self._app_of(scope), scope.get("state", {}))
             host = Host(Entrance(), drainer.submit, origin)
@@ -343,12 +335,12 @@ class EventContextMiddleware:
                 try:
                     await drainer.close(self._shutdown_timeout)
                 finally:
-                    remove_host(core, host)  # units that end later deliver their events themselves
+                    state.remove_host(host)  # units that end later deliver their events themselves
                     await host.entrance.close(deadline - current_time())
 
-            add_host(core, host)
+            state.add_host(host)
             try:
-                with self._running(drainer, origin), outside(core, _LIFESPAN, origin):
+                with self._running(drainer, origin), outside(state, _LIFESPAN, origin):
                     await lifespan.run(self.app, scope, ready=self._announce, stopping=close)
             finally:
                 await close()  # where no shutdown came: the app has ended, or was cancelled
@@ -415,10 +407,10 @@ class _Overload:
     Once each in an episode, which is over when less than a quarter as many wait.
     """
 
-    __slots__ = ("_concurrency", "_core", "_max_pending", "_said_half", "_said_held")
+    __slots__ = ("_concurrency", "_max_pending", "_said_half", "_said_held", "_state")
 
-    def __init__(self, core: Core, concurrency: int, max_pending: int | None) -> None:
-        self._core = core
+    def __init__(self, state: BusState, concurrency: int, max_pending: int | None) -> None:
+        self._state = state
         self._concurrency = concurrency
         self._max_pending = math.inf if max_pending is None else max_pending
         self._said_half = self._said_held = False
@@ -440,7 +432,7 @@ class _Overload:
         log(
             logging.WARNING,
             f"{what}: raise concurrency, or make the slowest handler faster",
-            bus=self._core.name,
+            bus=self._state.name,
             waiting=waiting,
             max_pending=self._max_pending,
             concurrency=self._concurrency,
@@ -449,7 +441,7 @@ class _Overload:
 
     def _slowest(self) -> str:
         """The handler that most of what runs now belongs to: a slow one is found running."""
-        running = sorted(self._core.tally.running(), key=lambda delivery: delivery.published_at)
+        running = sorted(self._state.tally.running(), key=lambda delivery: delivery.published_at)
         counted = Counter(delivery.handler for delivery in running).most_common(1)
         return counted[0][0] if counted else "none has begun"
 
@@ -463,8 +455,8 @@ def _gives_no_bool(function: Callable[..., object]) -> bool:
     )
 
 
-def _still_open(marks: Mapping[EventBus, EventContext]) -> dict[EventBus, EventContext]:
-    return {bus: context for bus, context in marks.items() if not context.closed}
+def _still_open(marks: Mapping[EventBus, Unit]) -> dict[EventBus, Unit]:
+    return {bus: unit for bus, unit in marks.items() if not unit.closed}
 
 
 def _added_twice(outer: EventContextMiddleware, inner: EventContextMiddleware) -> ValueError:

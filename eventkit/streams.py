@@ -17,10 +17,10 @@ from typing import Any, Generic, Literal, Self, TypeVar
 from anyio import Event
 from anyio.lowlevel import checkpoint, current_token
 
-from eventkit._bus import EventBus
-from eventkit._events import type_name
-from eventkit._log import log
-from eventkit._stats import new_lock
+from eventkit._core.bus import EventBus
+from eventkit._core.events import type_name
+from eventkit._core.locks import new_lock
+from eventkit._core.log import log
 from eventkit.exceptions import StreamOverflowError
 
 __all__ = ["EventStream", "Overflow", "end_at_shutdown", "stream"]

@@ -14,7 +14,7 @@ import pytest
 pytest_plugins = ["pytester"]
 
 # As the plugin does, which comes later here; conftests below import what is to be rewritten.
-pytest.register_assert_rewrite("eventkit.testing.contract")
+pytest.register_assert_rewrite("tests.contract")
 
 # What AnyIO's plugin takes as a backend: its name and the options of its runner.
 Backend = tuple[str, dict[str, Any]]

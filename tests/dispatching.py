@@ -6,8 +6,8 @@ from functools import partial
 from typing import Protocol
 
 from eventkit import EventBus
-from eventkit._dispatch import run_all
-from eventkit.testing.contract._bus import (
+from eventkit._core.awaited import run_all
+from tests.contract.bus import (
     Boom,
     Ping,
     Pong,

@@ -1,7 +1,7 @@
 """The plain form of dispatch, a task for each handler: what the fast one is held against."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable
 from functools import partial
 
 from anyio import create_task_group
@@ -9,16 +9,9 @@ from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from eventkit import Delivery
-from eventkit._dispatch import (
-    Terms,
-    Turn,
-    _add_note,
-    _attempt,
-    _cancel_requests,
-    _failures_in,
-    _in_cancelled_scope,
-)
-from eventkit._stats import Outcome
+from eventkit._core.dispatch import Terms, Turn, attempt
+from eventkit._core.policy import add_note, cancel_requests, failures_in, in_cancelled_scope
+from eventkit._core.stats import Outcome
 
 
 class OneTask:
@@ -29,19 +22,19 @@ class OneTask:
         self.handled = 0
 
 
-async def run_all(turns: Iterable[Turn], terms: Terms) -> int:
-    """Run the handlers of each event. See `eventkit._dispatch.run_all`."""
+async def run_all(next_turn: Callable[[], Turn | None], terms: Terms) -> int:
+    """Run the handlers of each event. See `eventkit._core.awaited.run_all`."""
     handled = 0
-    for turn in turns:
+    while (turn := next_turn()) is not None:
         event = _Event(turn, terms)
         try:
             while event.waiting and not event.fatal:
                 async with create_task_group() as tasks:
                     event.start_next(tasks)
         finally:
-            for place in turn.places:
-                if place not in event.ended:  # it never came to its first step
-                    turn.lost[place] = Outcome.UNDELIVERED
+            for index in turn.indexes:
+                if index not in event.ended:  # it never came to its first step
+                    turn.lost[index] = Outcome.UNDELIVERED
                     terms.tally.end(Outcome.UNDELIVERED, 1)
             if event.fatal:
                 raise event.fatal.pop()
@@ -55,7 +48,7 @@ class _Event:
     def __init__(self, turn: Turn, terms: Terms) -> None:
         self.turn = turn
         self.terms = terms
-        self.waiting = deque(turn.places)
+        self.waiting = deque(turn.indexes)
         self.ended: list[int] = []
         self.fatal: list[BaseException] = []
 
@@ -65,43 +58,43 @@ class _Event:
         Tasks that are spawned together start in any order on trio; one by one they keep theirs.
         """
         if self.waiting:
-            place = self.waiting.popleft()
-            start = partial(tasks.start_soon, name=self.turn.handlers[place].name)
+            index = self.waiting.popleft()
+            start = partial(tasks.start_soon, name=self.turn.handlers[index].name)
             variables = self.turn.variables.copy()
-            variables.run(self.terms.enter, (self.turn, place))
-            variables.run(start, self._run, place, tasks)
+            variables.run(self.turn.enter, (self.turn, index))
+            variables.run(start, self._run, index, tasks)
 
-    async def _run(self, place: int, tasks: TaskGroup) -> None:
+    async def _run(self, index: int, tasks: TaskGroup) -> None:
         """Run one handler, so that nothing but the cancellation of the dispatch leaves its task."""
-        task = OneTask(self.turn.delivery(place))
+        task = OneTask(self.turn.delivery(index))
         self.terms.tally.enter(task)
         outcome = Outcome.UNDELIVERED
         try:
             await checkpoint_if_cancelled()
             if not self.terms.sequential:
                 self.start_next(tasks)
-            outcome = await _outcome(self.turn, place, self.terms)
+            outcome = await _outcome(self.turn, index, self.terms)
         except BaseException as error:
-            if _failures_in(error) is not None:
+            if failures_in(error) is not None:
                 self.fatal[:] = self.fatal or [error]  # one can propagate, and the first one does
                 tasks.cancel_scope.cancel()
-            elif not _cancel_requests() and _in_cancelled_scope():
+            elif not cancel_requests() and in_cancelled_scope():
                 raise  # a trio nursery learns from its children that it was cancelled
             # On asyncio the waiting task is told itself.
         finally:
-            self.ended.append(place)
+            self.ended.append(index)
             if outcome is not Outcome.HANDLED:
-                self.turn.lost[place] = outcome
+                self.turn.lost[index] = outcome
             task.running.clear()
             self.terms.tally.leave(task)
             self.terms.tally.end(outcome, 1)
 
 
-async def _outcome(turn: Turn, place: int, terms: Terms) -> Outcome:
+async def _outcome(turn: Turn, index: int, terms: Terms) -> Outcome:
     try:
-        await _attempt(turn, place, terms)
+        await attempt(turn, index, terms.timeout)
     except Exception as error:
-        _add_note(error, turn, place)
-        terms.report(turn.delivery(place), error)
+        add_note(error, turn.delivery(index), turn.handlers[index])
+        terms.report(turn.delivery(index), error)
         return Outcome.FAILED
     return Outcome.HANDLED

@@ -16,8 +16,8 @@ from anyio.lowlevel import checkpoint
 from fastapi import Depends
 
 from eventkit import DispatchError, EventBus
-from eventkit._bus import core_of
-from eventkit._dispatch import whereabouts
+from eventkit._core.bus import state_of
+from eventkit._core.dispatch import whereabouts
 from tests.dispatching import Boom
 from tests.witness import freed_by_anyio
 
@@ -42,7 +42,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What tells how long the steps of handlers take."""
     clock = Clock()
-    monkeypatch.setattr("eventkit._handlers.perf_counter", clock)
+    monkeypatch.setattr("eventkit._core.blocking.perf_counter", clock)
     return clock
 
 
@@ -247,10 +247,11 @@ async def test_without_debug_mode_and_under_pytest_nobody_is_named(
 
 DEVELOPMENT = """
 import asyncio
-from eventkit import EventBus, _handlers
+from eventkit import EventBus
+from eventkit._core import blocking
 
 now = [0.0]
-_handlers.perf_counter = lambda: now[0]
+blocking.perf_counter = lambda: now[0]
 bus = EventBus()
 
 @bus.on(int)
@@ -318,7 +319,7 @@ async def test_in_debug_mode_it_is_still_known_where_a_handler_waits(bus: EventB
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(bus.dispatch, 1)
         await wait_all_tasks_blocked()
-        ((frame, *_),) = whereabouts(core_of(bus).tally).values()
+        ((frame, *_),) = whereabouts(state_of(bus).tally).values()
         assert frame.f_code is waiting.__code__
         del frame
         go_on.set()

@@ -27,9 +27,8 @@ from eventkit import (
     EventContextClosedError,
     EventContextFullError,
     EventContextUsageError,
-    _context,
 )
-from eventkit.testing.contract._bus import Gate
+from tests.contract.bus import Gate
 from tests.witness import assert_settled, calling, freed_by_anyio, ignore, nothing, witnessed
 
 pytestmark = pytest.mark.anyio
@@ -181,7 +180,7 @@ def test_a_synchronous_unit_that_fails_discards(bus: EventBus, seen: list[str]) 
 def test_a_synchronous_unit_without_events_starts_no_loop(
     bus: EventBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(_context, "run")
+    monkeypatch.delattr("eventkit._core.context.run")
     with bus.context() as unit:
         pass
 

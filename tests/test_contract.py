@@ -2,7 +2,7 @@
 
 import traceback
 import unittest
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from contextvars import copy_context
 from dataclasses import replace
 
@@ -11,10 +11,12 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from eventkit import EventContext, _context
-from eventkit._dispatch import Terms, Turn, run_all
-from eventkit._stats import Outcome
-from eventkit.testing.contract import (
+from eventkit._core import units
+from eventkit._core.awaited import run_all
+from eventkit._core.dispatch import Terms, Turn
+from eventkit._core.stats import Outcome
+from eventkit._core.units import Unit
+from tests.contract import (
     BusContract,
     CancellationContract,
     ContextContract,
@@ -27,8 +29,8 @@ from eventkit.testing.contract import (
 )
 from tests.witness import ignore
 
-Turns = Iterable[Turn]
-RunAll = Callable[[Turns, Terms], Awaitable[int]]
+NextTurn = Callable[[], Turn | None]
+RunAll = Callable[[NextTurn, Terms], Awaitable[int]]
 
 
 @pytest.mark.anyio
@@ -62,27 +64,37 @@ def test_a_bus_has_to_be_at_rest_when_its_test_has_ended() -> None:
 # Who breaks the contract
 
 
-async def one_after_the_other(turns: Turns, terms: Terms) -> int:
-    return await run_all(turns, replace(terms, sequential=True))
+def changed(change: Callable[[Turn], Turn], next_turn: NextTurn) -> NextTurn:
+    """Have each event changed before it is delivered."""
+
+    def next_changed() -> Turn | None:
+        turn = next_turn()
+        return None if turn is None else change(turn)
+
+    return next_changed
 
 
-async def the_last_one_first(turns: Turns, terms: Terms) -> int:
-    return await run_all(map(backwards, turns), terms)
+async def one_after_the_other(next_turn: NextTurn, terms: Terms) -> int:
+    return await run_all(next_turn, replace(terms, sequential=True))
+
+
+async def the_last_one_first(next_turn: NextTurn, terms: Terms) -> int:
+    return await run_all(changed(backwards, next_turn), terms)
 
 
 def backwards(turn: Turn) -> Turn:
-    turn.places = turn.places[::-1]
+    turn.indexes = turn.indexes[::-1]
     return turn
 
 
-async def in_a_task_that_nobody_waits_for(turns: Turns, terms: Terms) -> int:
-    for turn in turns:
-        trio.lowlevel.spawn_system_task(run_all, [turn], terms)
+async def in_a_task_that_nobody_waits_for(next_turn: NextTurn, terms: Terms) -> int:
+    while (turn := next_turn()) is not None:
+        trio.lowlevel.spawn_system_task(run_all, iter([turn, None]).__next__, terms)
     return 0
 
 
-async def in_variables_of_its_own(turns: Turns, terms: Terms) -> int:
-    return await run_all(map(with_other_variables, turns), terms)
+async def in_variables_of_its_own(next_turn: NextTurn, terms: Terms) -> int:
+    return await run_all(changed(with_other_variables, next_turn), terms)
 
 
 def with_other_variables(turn: Turn) -> Turn:
@@ -90,8 +102,8 @@ def with_other_variables(turn: Turn) -> Turn:
     return turn
 
 
-async def as_long_as_it_takes(turns: Turns, terms: Terms) -> int:
-    return await run_all(map(without_timeouts, turns), replace(terms, timeout=None))
+async def as_long_as_it_takes(next_turn: NextTurn, terms: Terms) -> int:
+    return await run_all(changed(without_timeouts, next_turn), replace(terms, timeout=None))
 
 
 def without_timeouts(turn: Turn) -> Turn:
@@ -100,25 +112,25 @@ def without_timeouts(turn: Turn) -> Turn:
     return turn
 
 
-async def deaf_to_cancellation(turns: Turns, terms: Terms) -> int:
+async def deaf_to_cancellation(next_turn: NextTurn, terms: Terms) -> int:
     with anyio.move_on_after(60, shield=True):
-        return await run_all(turns, terms)
+        return await run_all(next_turn, terms)
     return 0
 
 
-async def silent_about_failures(turns: Turns, terms: Terms) -> int:
-    return await run_all(turns, replace(terms, report=ignore))
+async def silent_about_failures(next_turn: NextTurn, terms: Terms) -> int:
+    return await run_all(next_turn, replace(terms, report=ignore))
 
 
-async def silent_about_interrupts(turns: Turns, terms: Terms) -> int:
+async def silent_about_interrupts(next_turn: NextTurn, terms: Terms) -> int:
     try:
-        return await run_all(turns, terms)
+        return await run_all(next_turn, terms)
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         return 0
 
 
-async def counting_twice(turns: Turns, terms: Terms) -> int:
-    handled = await run_all(turns, terms)
+async def counting_twice(next_turn: NextTurn, terms: Terms) -> int:
+    handled = await run_all(next_turn, terms)
     terms.tally.end(Outcome.HANDLED, 1)
     return handled
 
@@ -174,13 +186,13 @@ BROKEN_DISPATCH: dict[RunAll, Broken] = {
 }
 
 
-def no_unit(unit: EventContext) -> None:
+def no_unit(unit: Unit) -> None:
     """Find nobody to hand over to, or do nothing."""
 
 
 BROKEN_UNITS: dict[str, tuple[object, Broken]] = {
     "discard": (
-        EventContext.release,
+        Unit.release,
         (
             ContextContract,
             "test_what_was_discarded_is_not_delivered_although_the_unit_succeeds",
@@ -195,7 +207,7 @@ BROKEN_UNITS: dict[str, tuple[object, Broken]] = {
             "assert seen == []",
         ),
     ),
-    "_abandon": (
+    "abandon": (
         no_unit,
         (
             ContextContract,
@@ -232,7 +244,7 @@ def test_the_contract_notices_a_dispatch_that_breaks_it(
     suite, test, words = BROKEN_DISPATCH[broken]
     assert verdict(suite, test) == ""
 
-    monkeypatch.setattr(_context, "run_all", broken)
+    monkeypatch.setattr(units, "run_all", broken)
 
     assert words in verdict(suite, test)
 
@@ -244,6 +256,6 @@ def test_the_contract_notices_units_of_work_that_break_it(
     broken, (suite, test, words) = BROKEN_UNITS[method]
     assert verdict(suite, test) == ""
 
-    monkeypatch.setattr(EventContext, method, broken)
+    monkeypatch.setattr(Unit, method, broken)
 
     assert words in verdict(suite, test)

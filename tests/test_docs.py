@@ -18,9 +18,9 @@ from starlette.testclient import TestClient
 from starlette.types import Message
 
 import eventkit
-from eventkit._context import abandon
+from eventkit._core.units import abandon
 from eventkit.streams import end_at_shutdown
-from tests.witness import entered
+from tests.witness import entered, unit_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -144,7 +144,7 @@ def test_the_rescue_of_the_shutdown_page_writes_to_a_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     module = run_page(ROOT / "docs" / "shutdown.md")
-    context = module.bus.context()
+    context = unit_of(module.bus)
     with entered(context):
         module.bus.publish(module.OrderPlaced(1))
         context.release()

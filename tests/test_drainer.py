@@ -1,7 +1,6 @@
 """The drainer alone: order, bounds, its end in time and out of time, and who cannot break it."""
 
 import asyncio
-import gc
 import logging
 import math
 import re
@@ -29,10 +28,12 @@ from anyio import (
 from anyio.lowlevel import checkpoint
 from trio.testing import MockClock
 
-from eventkit import Delivery, EventBus, EventContext, Observer, Stats
-from eventkit._bus import core_of
-from eventkit._drainer import Drainer
-from tests.witness import assert_settled, entered, witnessed
+from eventkit import Delivery, EventBus, Observer, Stats
+from eventkit._core.bus import state_of
+from eventkit._core.context import context_of
+from eventkit._core.drainer import Drainer
+from eventkit._core.units import Unit
+from tests.witness import assert_settled, entered, unit_of, witnessed
 
 pytestmark = pytest.mark.anyio
 
@@ -54,14 +55,14 @@ async def draining(
 ) -> AsyncGenerator[Drainer]:
     """A drainer in a task group, closed after the block without a deadline."""
     async with create_task_group() as tasks:
-        drainer = Drainer(core_of(bus), tasks, concurrency=concurrency, max_pending=max_pending)
+        drainer = Drainer(state_of(bus), tasks, concurrency=concurrency, max_pending=max_pending)
         yield drainer
         await drainer.close(math.inf)
 
 
-def unit(bus: EventBus, *events: object, **options: Any) -> EventContext:
+def unit(bus: EventBus, *events: object, **options: Any) -> Unit:
     """A unit of work in which these events were published, and nothing was decided."""
-    context = bus.context()
+    context = unit_of(bus)
     with entered(context):
         bus.publish(*events, **options)
     return context
@@ -144,16 +145,19 @@ async def test_no_two_units_are_drained_in_the_same_task(
     assert len(tasks) == 4
 
 
-async def test_units_cost_a_task_each_and_keep_no_more_than_run_at_once(bus: EventBus) -> None:
+async def test_units_that_have_been_drained_keep_no_task() -> None:
+    bus = EventBus(handler_timeout=None)  # on trio a time limit is a task, one for all units
     bus.subscribe(str, pause)
 
     async with draining(bus, concurrency=2) as drainer:
+        await wait_all_tasks_blocked()
         before = len(get_running_tasks())
         for number in range(10):
             drainer.submit(unit(bus, str(number)), success=True)
         await wait_all_tasks_blocked()
 
-        assert len(get_running_tasks()) == before + 2
+        assert bus.stats.handled == 10
+        assert len(get_running_tasks()) == before
 
 
 async def test_a_unit_that_ends_makes_place_for_the_next_one_at_once(bus: EventBus) -> None:
@@ -491,7 +495,7 @@ async def test_a_handler_that_swallows_its_cancellation_does_not_hold_the_close(
 async def test_a_plain_def_that_hangs_is_named_in_the_log_and_left_to_itself(
     bus: EventBus, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eventkit._drainer._GRACE_SECONDS", 0.01)
+    monkeypatch.setattr("eventkit._core.drainer._GRACE_SECONDS", 0.01)
     release = threading.Event()
     begun = Event()
 
@@ -530,17 +534,13 @@ async def test_what_is_submitted_after_the_close_is_undelivered(bus: EventBus) -
 
 # What handlers had published when the time is over.
 
-PUBLISHED = pytest.mark.xfail(
-    strict=True, reason="what handlers of an unfinished event have published is not looked at"
-)
-
 
 @virtual_time
 @pytest.mark.parametrize(
     ("numbers", "ends", "undelivered"),
     [
-        pytest.param((1,), "well", 2, marks=PUBLISHED),
-        pytest.param((1, 2, 3), "well", 4, marks=PUBLISHED),
+        pytest.param((1,), "well", 2, id="well"),
+        pytest.param((1, 2, 3), "well", 4, id="three"),
         pytest.param((1,), "never", 2, id="never"),
         pytest.param((1,), "badly", 1, id="badly"),
         pytest.param((), "well", 1, id="nothing"),
@@ -604,24 +604,21 @@ async def test_closing_waits_for_expected_units_that_have_something_pending(bus:
     assert idle.closed
 
 
-async def discard(context: EventContext) -> None:
+async def discard(context: Unit) -> None:
     context.discard()
 
 
-async def discard_in_a_thread(context: EventContext) -> None:
+async def discard_in_a_thread(context: Unit) -> None:
     await to_thread.run_sync(context.discard)
 
 
-async def drain(context: EventContext) -> None:
-    await context.drain()
+async def drain(context: Unit) -> None:
+    await context_of(context).drain()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the close looks again only when a unit ends, and this one goes on"
-)
 @pytest.mark.parametrize("empty", [discard, discard_in_a_thread, drain])
 async def test_closing_waits_no_longer_for_a_unit_that_has_nothing_pending_any_more_and_goes_on(
-    bus: EventBus, empty: Callable[[EventContext], Awaitable[None]]
+    bus: EventBus, empty: Callable[[Unit], Awaitable[None]]
 ) -> None:
     bus.subscribe(str, pause)
     closed = Event()
@@ -631,7 +628,7 @@ async def test_closing_waits_no_longer_for_a_unit_that_has_nothing_pending_any_m
         closed.set()
 
     async with create_task_group() as tasks:
-        drainer = Drainer(core_of(bus), tasks, concurrency=1, max_pending=None)
+        drainer = Drainer(state_of(bus), tasks, concurrency=1, max_pending=None)
         context = unit(bus, "published")
         drainer.expect(context)
         tasks.start_soon(close, drainer)
@@ -665,7 +662,7 @@ async def test_at_the_deadline_expected_units_lose_what_nobody_has_released(bus:
     bus.subscribe(str, pause)
 
     async with draining(bus) as drainer:
-        context = bus.context()
+        context = unit_of(bus)
         with entered(context):
             bus.publish("released")
             context.release()
@@ -757,30 +754,22 @@ async def test_a_handler_that_cancels_its_own_task_ends_nobody_elses_deliveries(
 
 
 @pytest.mark.usefixtures("on_asyncio")
-@pytest.mark.filterwarnings("ignore:coroutine 'Drainer._drain' was never awaited")
-async def test_a_unit_whose_task_is_cancelled_before_its_first_step_is_undelivered(
+async def test_a_unit_whose_task_is_cancelled_before_its_first_step_is_drained_by_another(
     bus: EventBus,
 ) -> None:
     bus.subscribe(str, pause)
 
-    def cancel_drains() -> None:
-        for task in asyncio.all_tasks():
-            if task.get_name() == "eventkit drains 'default'":
-                task.cancel()
+    def cancel_drains() -> int:
+        tasks = [each for each in asyncio.all_tasks() if each.get_name().startswith("eventkit dr")]
+        return sum(task.cancel() for task in tasks)
 
     async with draining(bus, concurrency=1) as drainer:
         drainer.submit(unit(bus, "a"), success=True)
-        await wait_all_tasks_blocked()
+        assert cancel_drains() == 1
         drainer.submit(unit(bus, "b"), success=True)
-        cancel_drains()
-        while bus.stats.units_draining:
-            await checkpoint()
-        assert bus.stats.undelivered == 1
-        drainer.submit(unit(bus, "c"), success=True)
 
     assert bus.stats.handled == 2
     assert_settled(bus)
-    gc.collect()  # which warns of what was never awaited
 
 
 @pytest.mark.parametrize(
@@ -881,7 +870,7 @@ async def test_when_the_owner_is_cancelled_everything_is_undelivered(bus: EventB
     seen = witnessed(bus)
 
     async with create_task_group() as owner:
-        drainer = Drainer(core_of(bus), owner, concurrency=1, max_pending=None)
+        drainer = Drainer(state_of(bus), owner, concurrency=1, max_pending=None)
         for number in range(3):
             drainer.submit(unit(bus, str(number)), success=True)
         await wait_all_tasks_blocked()
@@ -908,7 +897,7 @@ async def test_wherever_the_owner_is_cancelled_every_delivery_is_accounted_for(
 
     async def own(scope: CancelScope) -> None:
         async with create_task_group() as tasks:
-            drainer = Drainer(core_of(bus), tasks, concurrency=1, max_pending=None)
+            drainer = Drainer(state_of(bus), tasks, concurrency=1, max_pending=None)
             try:
                 drainer.submit(unit(bus, "first", "second"), success=True)
                 drainer.submit(unit(bus, "third"), success=True)
@@ -937,11 +926,10 @@ async def test_wherever_the_owner_is_cancelled_every_delivery_is_accounted_for(
 async def test_what_is_submitted_after_its_owner_was_cancelled_is_undelivered(
     bus: EventBus, steps: int
 ) -> None:
-    """Lanes are open then, and close one step after the other."""
     bus.subscribe(str, pause)
 
     async with create_task_group() as owner:
-        drainer = Drainer(core_of(bus), owner, concurrency=1, max_pending=None)
+        drainer = Drainer(state_of(bus), owner, concurrency=1, max_pending=None)
         drainer.submit(unit(bus, "before"), success=True)
         await wait_all_tasks_blocked()
         owner.cancel_scope.cancel()

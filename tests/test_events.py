@@ -1,13 +1,14 @@
 """Events: any object will do, and `DomainEvent` is an optional base."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from uuid import UUID
 
 import pytest
 
-from eventkit import DomainEvent, EventBus, EventContext, Publisher
+from eventkit import DomainEvent, EventBus, EventContext, Publisher, current_delivery
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +86,41 @@ def test_an_event_may_be_any_object() -> None:
         bus.publish(*events)
 
     assert seen == events
+
+
+class Plain:
+    """An event with no id of its own."""
+
+
+@pytest.mark.anyio
+async def test_all_deliveries_of_one_publish_have_its_event_id_and_others_have_another() -> None:
+    bus = EventBus()
+    seen: dict[int, set[UUID]] = {}
+
+    async def note(event: Plain) -> None:
+        delivery = current_delivery()
+        assert delivery.event_id != delivery.id
+        seen.setdefault(id(event), set()).add(delivery.event_id)
+
+    for _ in range(2):
+        bus.subscribe(Plain, functools.partial(note))
+    first, second = Plain(), Plain()
+    async with bus.context():
+        bus.publish(first, second)
+
+    ids = [*seen[id(first)], *seen[id(second)]]
+    assert len(ids) == len({*ids}) == 2
+
+
+@pytest.mark.anyio
+async def test_the_event_id_is_that_of_the_event_where_it_has_one() -> None:
+    bus = EventBus()
+    seen: list[UUID] = []
+
+    @bus.on(UserCreated)
+    async def note(event: UserCreated) -> None:
+        seen.append(current_delivery().event_id)
+
+    await bus.dispatch(UserCreated(1, event_id=UUID(int=7)))
+
+    assert seen == [UUID(int=7)]

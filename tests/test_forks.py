@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from eventkit import EventBus
-from eventkit._stats import _after_fork_in_child, _before_fork
+from eventkit._core.locks import _after_fork_in_child, _before_fork
 from eventkit.testing import EventCapture
 from tests.witness import assert_settled, calling, nothing
 
@@ -135,10 +135,10 @@ def test_a_child_that_is_forked_under_a_lock_may_leave_it(bus: EventBus) -> None
 
     def use() -> None:
         publish(bus)
-        bus._core.tally.lock.__exit__(None, None, None)
+        bus._state.tally.lock.__exit__(None, None, None)
         assert not in_thread(lambda: publish(bus)).is_alive()
 
-    with bus._core.tally.lock:
+    with bus._state.tally.lock:
         end = forked(use)
 
     assert end == "done"
@@ -151,7 +151,7 @@ def test_what_a_child_does_frees_each_lock_but_those_that_its_thread_had_before(
     """Here in this process, where coverage sees it: a child ends without telling."""
     other = EventBus()
     other.subscribe(int, nothing, thread=False)
-    with bus._core.tally.lock:
+    with bus._state.tally.lock:
         _before_fork()
         _after_fork_in_child()
         assert not in_thread(lambda: publish(other)).is_alive()
@@ -173,11 +173,11 @@ def in_thread(work: Callable[[], object]) -> threading.Thread:
 def test_a_lock_that_is_not_free_in_time_does_not_stop_the_fork(
     bus: EventBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eventkit._stats._PATIENCE", 0.01)
+    monkeypatch.setattr("eventkit._core.locks._PATIENCE", 0.01)
     locked, unlock = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with bus._core.tally.lock:
+        with bus._state.tally.lock:
             locked.set()
             unlock.wait()
 

@@ -13,7 +13,7 @@ from unittest.mock import AsyncMock, MagicMock, Mock, call, create_autospec
 import pytest
 
 from eventkit import EventBus, InvalidHandlerError
-from eventkit._handlers import Handler, inspect_handler, is_duration, name_of
+from eventkit._core.handlers import Handler, inspect_handler, is_duration, name_of
 
 
 def looked_at(

@@ -272,9 +272,6 @@ async def test_a_stream_that_has_published_nothing_does_not_hold_the_shutdown(
         tasks.cancel_scope.cancel()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the shutdown looks again only when a request ends, and this one goes on"
-)
 async def test_a_request_that_discards_its_events_and_goes_on_does_not_hold_the_shutdown(
     bus: EventBus,
 ) -> None:

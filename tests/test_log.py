@@ -16,7 +16,7 @@ from anyio.lowlevel import checkpoint
 from fastapi import Depends
 
 from eventkit import DispatchError, EventBus
-from eventkit._log import log
+from eventkit._core.log import log
 
 PACKAGE = Path(__file__).parent.parent / "eventkit"
 
@@ -281,18 +281,15 @@ def shown_of_ours(error: BaseException | None) -> list[str]:
     return found
 
 
-OF_THE_DISPATCHER = pytest.mark.xfail(reason="the dispatcher's frames have the event as a local")
-
-
 @pytest.mark.parametrize(
     "subscribe",
     [
-        pytest.param(failing_at_once, marks=OF_THE_DISPATCHER),
+        failing_at_once,
         failing_later,
         failing_within_a_limit,
         failing_in_a_thread,
         failing_in_its_call,
-        pytest.param(failing_with_a_dependency, marks=OF_THE_DISPATCHER),
+        failing_with_a_dependency,
         failing_with_a_dependency_in_a_thread,
     ],
 )

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from eventkit import Delivery, EventBus, NoDeliveryError, current_delivery
-from eventkit.testing.contract._order import Announced
+from tests.contract.order import Announced
 from tests.witness import nothing
 
 pytestmark = pytest.mark.anyio

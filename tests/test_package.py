@@ -58,7 +58,7 @@ def test_each_module_says_in_its_first_line_what_it_owns(path: Path) -> None:
     assert docstring.splitlines()[0].endswith((".", ":"))
 
 
-@pytest.mark.parametrize("name", ["eventkit", "eventkit.testing.contract"])
+@pytest.mark.parametrize("name", ["eventkit", "eventkit.starlette", "eventkit.testing"])
 def test_importing_what_is_for_everybody_pulls_in_nothing_optional(name: str) -> None:
     script = f"import json, sys, {name}; print(json.dumps(list(sys.modules)))"
     imported = subprocess.run(

@@ -28,6 +28,7 @@ from eventkit import (
     Subscription,
     current_delivery,
 )
+from eventkit._core.bus import registry_of
 from tests.witness import assert_settled, calling, nothing, witnessed
 
 pytestmark = pytest.mark.anyio
@@ -87,7 +88,7 @@ def line() -> int:
 
 
 def order_of(subscription: Subscription) -> int:
-    return subscription._order
+    return subscription.order
 
 
 def names(bus: EventBus, event_type: type) -> list[str]:
@@ -803,8 +804,7 @@ def test_a_subscription_may_be_cancelled_by_a_finalizer_at_any_moment(bus: Event
     """The garbage collector runs finalizers in the middle of a resolution, in its thread."""
     held = bus.subscribe(Base, nothing)
 
-    registry = held._registry
-    with registry._lock:
+    with registry_of(bus)._lock:
         held.cancel()  # as if the collector ran here: the same thread, with the lock held
 
     assert bus.handlers_for(Base) == ()

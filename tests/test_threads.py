@@ -26,7 +26,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from eventkit import EventBus, _loops
+from eventkit import EventBus
+from eventkit._core.loops import threads
+from eventkit._core.loops.running import current_loop, library
 from eventkit.starlette import EventContextMiddleware
 from tests.asgi import Backend, Exchange, client_of, lifespan_of
 from tests.witness import assert_settled, witnessed
@@ -63,7 +65,7 @@ class Places:
 
     async def handle(self, event: int) -> None:
         await anyio.lowlevel.checkpoint()
-        self.loops.append(_loops.current_loop())
+        self.loops.append(current_loop())
         self.threads.append(threading.current_thread())
 
 
@@ -224,7 +226,7 @@ def test_variables_of_another_kind_of_loop_do_not_confuse_the_units_loop(
 ) -> None:
     async def main() -> None:
         # What AnyIO's older releases set for a whole run.
-        _loops.library.set("trio")
+        library.set("trio")
         thread = threading.Thread(target=copy_context().run, args=(publish, bus))
         thread.start()
         await trio.to_thread.run_sync(thread.join)
@@ -238,8 +240,8 @@ def test_variables_of_another_kind_of_loop_do_not_confuse_the_units_loop(
 def test_the_loop_is_not_made_the_current_one_of_the_thread(
     bus: EventBus, pool: ThreadPoolExecutor, places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own_loop = _loops._OwnLoop()
-    monkeypatch.setattr(_loops, "_own_loop", own_loop)
+    own_loop = threads._OwnLoop()
+    monkeypatch.setattr(threads, "_own_loop", own_loop)
 
     def job() -> None:
         publish(bus)
@@ -284,8 +286,8 @@ def pressing(begun: threading.Event) -> threading.Thread:
         begun.wait(30)
         press_ctrl_c()
         # A signal that comes just before the loop goes to sleep is seen as the loop wakes up.
-        if _loops._own_loop._loop is not None:
-            _loops._own_loop._loop.call_soon_threadsafe(lambda: None)
+        if threads._own_loop._loop is not None:
+            threads._own_loop._loop.call_soon_threadsafe(lambda: None)
 
     thread = threading.Thread(target=press)
     thread.start()
@@ -356,7 +358,7 @@ async def test_a_call_that_is_cancelled_before_its_first_step_ends_at_its_first_
         await anyio.lowlevel.checkpoint()
         steps.append("went on")
 
-    call = _loops._Call(function, threading.Condition())
+    call = threads._Call(function, threading.Condition())
     call.start()
     call.cancel()
     await wait_all_tasks_blocked()
@@ -371,7 +373,7 @@ async def test_a_call_that_is_cancelled_before_it_is_started_never_starts() -> N
     async def function() -> None:
         steps.append("begun")
 
-    call = _loops._Call(function, threading.Condition())
+    call = threads._Call(function, threading.Condition())
     call.cancel()
     assert call.over
     call.start()
@@ -383,7 +385,7 @@ async def test_a_call_that_is_cancelled_before_it_is_started_never_starts() -> N
 def test_a_thread_that_waits_looks_again_and_again_whether_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_loops, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(threads, "_LOOK_SECONDS", 0.01)
     looks: list[str] = []
 
     async def function() -> None: ...
@@ -394,7 +396,7 @@ def test_a_thread_that_waits_looks_again_and_again_whether_to_go_on(
             call.cancel()
         return True
 
-    call = _loops._Call(function, threading.Condition(threading.RLock()))
+    call = threads._Call(function, threading.Condition(threading.RLock()))
     call.wait_while(go_on)
 
     assert len(looks) == 3
@@ -412,14 +414,14 @@ def test_ctrl_c_as_the_loop_of_another_thread_ends_is_raised_at_once() -> None:
     async def function() -> None: ...
 
     with pytest.raises(KeyboardInterrupt):
-        _loops.reach(Ending(), function)
+        threads.reach(Ending(), function)
 
 
 def test_ctrl_c_just_before_a_call_is_started_leaves_its_unit_undelivered(
     bus: EventBus, places: Places, seen: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(bus)
-    loop = _loops._own_loop._loop
+    loop = threads._own_loop._loop
     assert loop is not None
     call_soon, calls = loop.call_soon_threadsafe, list[str]()
 
@@ -454,14 +456,14 @@ async def test_a_thread_without_variables_delivers_on_the_loop_of_the_lifespan(
     async with lifespan_of(application(bus)):
         for _ in range(2):
             await to_thread.run_sync(pool.submit(publish, bus).result)
-        assert places.loops == [_loops.current_loop()] * 2
+        assert places.loops == [current_loop()] * 2
 
     assert places.threads == [threading.current_thread()] * 2
 
 
 async def in_asyncios_thread(function: Callable[[], None]) -> None:
     """Run it as asyncio or trio does by itself."""
-    if isinstance(_loops.current_loop(), asyncio.AbstractEventLoop):
+    if isinstance(current_loop(), asyncio.AbstractEventLoop):
         await asyncio.to_thread(function)
     else:
         await trio.to_thread.run_sync(function)
@@ -480,7 +482,7 @@ async def test_a_thread_of_asyncio_or_trio_delivers_on_the_loop_of_the_lifespan(
     async with lifespan_of(application(bus)):
         await in_asyncios_thread(partial(publish, bus))
 
-    assert places.loops == [_loops.current_loop()]
+    assert places.loops == [current_loop()]
 
 
 both_threads = pytest.mark.parametrize(
@@ -495,11 +497,11 @@ async def test_a_thread_in_a_unit_delivers_on_the_loop_of_that_unit(
 ) -> None:
     async with bus.context():
         await in_thread(partial(publish, bus, independent=True))
-        assert places.loops == [_loops.current_loop()]
+        assert places.loops == [current_loop()]
         await in_thread(partial(publish, bus))
         assert len(places.loops) == 1  # a savepoint
 
-    assert places.loops == [_loops.current_loop()] * 2
+    assert places.loops == [current_loop()] * 2
 
 
 async def test_a_thread_that_outlives_its_unit_delivers_on_the_loop_of_that_unit(
@@ -517,7 +519,7 @@ async def test_a_thread_that_outlives_its_unit_delivers_on_the_loop_of_that_unit
             await anyio.lowlevel.checkpoint()
         go_on.set()
 
-    assert places.loops == [_loops.current_loop()]
+    assert places.loops == [current_loop()]
 
 
 @both_threads
@@ -527,7 +529,7 @@ async def test_a_thread_in_a_handler_delivers_on_the_loop_of_that_handler(
     @bus.on(str)
     async def handle(event: str) -> None:
         await in_thread(partial(publish, bus, independent=True))
-        assert places.loops == [_loops.current_loop()]
+        assert places.loops == [current_loop()]
 
     await bus.dispatch("a")
 
@@ -545,7 +547,7 @@ async def test_a_thread_in_a_request_delivers_on_the_loop_of_the_request(
     app.add_middleware(EventContextMiddleware, bus=bus)
     await Exchange().run(app)
 
-    assert places.loops == [_loops.current_loop()]
+    assert places.loops == [current_loop()]
 
 
 async def test_a_thread_of_trio_that_was_cancelled_leaves_its_unit_undelivered(
@@ -577,7 +579,7 @@ def test_of_several_lifespans_the_one_that_the_variables_are_of_is_asked_else_th
     def app_of(name: str) -> FastAPI:
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-            loops[name], variables[name] = _loops.current_loop(), copy_context()
+            loops[name], variables[name] = current_loop(), copy_context()
             yield
 
         app = FastAPI(lifespan=lifespan)
@@ -701,12 +703,12 @@ async def test_after_the_drain_of_the_shutdown_no_thread_waits_for_the_applicati
         pass
 
     assert running.error is None
-    assert places.loops != [_loops.current_loop()]
+    assert places.loops != [current_loop()]
     assert bus.stats.handled == 1
 
 
 async def test_who_comes_to_an_entrance_as_it_is_closed_goes_elsewhere() -> None:
-    entrance, ran = _loops.Entrance(), list[str]()
+    entrance, ran = threads.Entrance(), list[str]()
 
     async def function() -> None:
         ran.append("ran")
@@ -761,7 +763,7 @@ def test_what_a_thread_delivers_on_a_loop_that_ends_is_undelivered(
 def test_a_thread_that_waits_for_a_loop_that_was_closed_is_told(
     pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_loops, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(threads, "_LOOK_SECONDS", 0.01)
     called, steps = threading.Event(), list[str]()
 
     class Loop(asyncio.SelectorEventLoop):
@@ -776,7 +778,7 @@ def test_a_thread_that_waits_for_a_loop_that_was_closed_is_told(
         steps.append("never")
 
     def stop_with_the_call_in_the_queue() -> None:
-        jobs.append(pool.submit(_loops.reach, loop, function))
+        jobs.append(pool.submit(threads.reach, loop, function))
         called.wait(30)
         loop.stop()
 
@@ -796,7 +798,7 @@ def test_a_unit_whose_loop_was_closed_before_its_end_began_is_undelivered(
     def closed(*_: object) -> None:
         raise RuntimeError("the event loop was closed")
 
-    monkeypatch.setattr(_loops._OwnLoop, "run", closed)
+    monkeypatch.setattr(threads._OwnLoop, "run", closed)
     with pytest.raises(RuntimeError):
         publish(bus)
 

@@ -14,9 +14,9 @@ from fastapi import Depends
 from trio.testing import MockClock
 
 from eventkit import Delivery, EventBus, HandlerTimeoutError, Observer
-from eventkit._bus import core_of
-from eventkit._drainer import Drainer
-from tests.witness import assert_settled, entered
+from eventkit._core.bus import state_of
+from eventkit._core.drainer import Drainer
+from tests.witness import assert_settled, entered, unit_of
 
 
 class _JumpingSelector(selectors.DefaultSelector):
@@ -88,14 +88,7 @@ class Failures:
     "watch",
     [
         pytest.param(lambda bus: None, id="nobody-watches"),
-        pytest.param(
-            lambda bus: bus.observe(Observer()),
-            id="an-observer-watches",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="a watched handler's time begins with itself, not when all have begun",
-            ),
-        ),
+        pytest.param(lambda bus: bus.observe(Observer()), id="an-observer-watches"),
     ],
 )
 async def test_an_observer_does_not_change_how_long_a_handler_may_take(
@@ -130,16 +123,7 @@ async def coroutine(event: str, _: Annotated[None, Depends(hangs)]) -> None: ...
 
 @pytest.mark.parametrize(
     "handler",
-    [
-        coroutine,
-        pytest.param(
-            plain,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="what a plain def depends on has no deadline, as its thread has none",
-            ),
-        ),
-    ],
+    [coroutine, plain],
 )
 async def test_a_dependency_that_hangs_is_ended_at_the_handlers_deadline_and_others_go_on(
     handler: Callable[..., Any],
@@ -153,9 +137,9 @@ async def test_a_dependency_that_hangs_is_ended_at_the_handlers_deadline_and_oth
         await checkpoint()
 
     async with create_task_group() as tasks:
-        drainer = Drainer(core_of(bus), tasks, concurrency=1, max_pending=None)
+        drainer = Drainer(state_of(bus), tasks, concurrency=1, max_pending=None)
         for event in ("hangs", 1):
-            context = bus.context()
+            context = unit_of(bus)
             with entered(context):
                 bus.publish(event)
             drainer.submit(context, success=True)

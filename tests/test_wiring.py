@@ -23,7 +23,7 @@ from eventkit import (
     Publisher,
     current_delivery,
 )
-from eventkit._events import type_name
+from eventkit._core.events import type_name
 from eventkit.starlette import EventContextMiddleware
 from tests.witness import nothing
 
@@ -371,7 +371,7 @@ def test_debug_mode_is_that_of_python_or_a_run_of_pytest(
     monkeypatch: pytest.MonkeyPatch, dev_mode: bool, pytest_runs: bool, debug: bool
 ) -> None:
     flags = SimpleNamespace(dev_mode=dev_mode)
-    monkeypatch.setattr("eventkit._bus.sys", SimpleNamespace(flags=flags))
+    monkeypatch.setattr("eventkit._core.bus.sys", SimpleNamespace(flags=flags))
     monkeypatch.setattr("os.environ", {"PYTEST_VERSION": "9"} if pytest_runs else {})
     bus = EventBus()
     bus.subscribe(str, nothing, thread=False)
@@ -400,7 +400,7 @@ def test_an_observation_detached_by_many_threads_at_once_is_detached_once() -> N
 
     assert reentered == [None]
     kept.detach()
-    assert bus._core.observers == ()
+    assert bus._state.observers == ()
 
 
 # Where nobody handles an event

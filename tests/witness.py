@@ -6,9 +6,10 @@ from importlib.metadata import version
 
 import pytest
 
-from eventkit import EventContext
-from eventkit._context import enter, leave
-from eventkit.testing.contract._bus import (
+from eventkit import EventBus
+from eventkit._core.bus import state_of
+from eventkit._core.units import Unit
+from tests.contract.bus import (
     Witness,
     assert_settled,
     calling,
@@ -26,6 +27,7 @@ __all__ = [
     "freed_by_anyio",
     "ignore",
     "nothing",
+    "unit_of",
     "witnessed",
 ]
 
@@ -40,11 +42,16 @@ class Number(int):
     """An event that most buses have no handler for, and that shows itself as the number it is."""
 
 
+def unit_of(bus: EventBus) -> Unit:
+    """A unit of work as the middleware makes one."""
+    return Unit(state_of(bus))
+
+
 @contextmanager
-def entered(context: EventContext) -> Generator[None]:
+def entered(unit: Unit) -> Generator[None]:
     """The unit of work is the active one during the block, as in a request, and goes on after."""
-    enter(context, None, None)
+    unit.enter(None, None)
     try:
         yield
     finally:
-        leave(context)
+        unit.leave()

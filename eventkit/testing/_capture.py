@@ -10,10 +10,10 @@ from typing import Literal, Self, TypeVar
 
 from anyio.lowlevel import checkpoint
 
-from eventkit._bus import EventBus, core_of, registry_of
-from eventkit._context import Failure
-from eventkit._events import Delivery
-from eventkit._loops import on_event_loop
+from eventkit._core.bus import EventBus, registry_of, state_of
+from eventkit._core.events import Delivery
+from eventkit._core.loops.running import on_event_loop
+from eventkit._core.turns import Failure
 from eventkit.exceptions import EventContextUsageError, NoEventContextError
 from eventkit.testing._fakes import Fake, Fakes, Named, subscriptions_of
 from eventkit.testing._ledger import Fate, Ledger
@@ -312,7 +312,7 @@ class EventCapture(Recording):
             return block_until(self._ledger, find, patience, explain)[0]
 
     def __enter__(self) -> Self:
-        bus, core = self.bus, core_of(self.bus)
+        bus, core = self.bus, state_of(self.bus)
         report, stats = bus.report_failure, bus.stats
         self._in_flight_before = stats.pending + stats.running
         self._restore = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from typing import Any, cast
 
-from eventkit._context import Failure
+from eventkit._core.turns import Failure
 from eventkit.testing._capture import FailureList
 from eventkit.testing._matching import describe, difference, fields_of, nearest_first
 from eventkit.testing._recorder import EventList

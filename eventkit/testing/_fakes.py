@@ -16,10 +16,10 @@ from typing import Self
 import anyio
 from anyio import from_thread
 
-from eventkit._bus import EventBus, core_of, registry_of
-from eventkit._events import type_name
-from eventkit._handlers import Handler, name_of
-from eventkit._registry import Plan, Subscription, check_event_type
+from eventkit._core.bus import EventBus, registry_of, state_of
+from eventkit._core.events import type_name
+from eventkit._core.handlers import Handler, name_of
+from eventkit._core.subscriptions import Plan, Subscription, check_event_type
 
 # A handler as a test names it: the callable that was subscribed, or its name.
 Named = Callable[..., object] | str
@@ -62,7 +62,7 @@ class Fakes:
 
     def __init__(self, bus: EventBus) -> None:
         self._bus = bus
-        self._core = core_of(bus)
+        self._core = state_of(bus)
         self._plan_for = self._core.plan_for
         self._silent: dict[Fake, Callable[[object], bool]] = {}
         self._disguised: dict[Fake, tuple[list[Subscription], _Disguise]] = {}

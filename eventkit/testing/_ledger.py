@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from enum import Enum
 from threading import Condition
 
-from eventkit._context import Failure, current_delivery
-from eventkit._events import Delivery
-from eventkit._observers import Observer
-from eventkit._stats import new_lock
+from eventkit._core.ambient import current_delivery
+from eventkit._core.events import Delivery
+from eventkit._core.locks import new_lock
+from eventkit._core.observers import Observer
+from eventkit._core.turns import Failure
 from eventkit.exceptions import NoDeliveryError
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, Generic, TypeVar, overload
 
-from eventkit._registry import check_event_type, refuse_non_event
+from eventkit._core.subscriptions import check_event_type, refuse_non_event
 from eventkit.testing._matching import (
     check_fields,
     describe,

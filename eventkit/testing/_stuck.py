@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import CodeType, FrameType
 
-from eventkit._bus import EventBus, core_of, registry_of
-from eventkit._dispatch import whereabouts
-from eventkit._events import Delivery
-from eventkit._handlers import layers
+from eventkit._core.bus import EventBus, registry_of, state_of
+from eventkit._core.dispatch import whereabouts
+from eventkit._core.events import Delivery
+from eventkit._core.handlers import layers
 
 # Where nobody looks for a fault of his own.
 _LIBRARIES = tuple(
@@ -28,7 +28,7 @@ def where(delivery: Delivery, bus: EventBus) -> str | None:
     The innermost line of a coroutine that awaits, or of a thread that runs; one inside a library
     comes with the innermost line outside of it.
     """
-    frames = whereabouts(core_of(bus).tally).get(delivery, [])
+    frames = whereabouts(state_of(bus).tally).get(delivery, [])
     for subscription in registry_of(bus):
         if subscription.name == delivery.handler:
             for function in (subscription.handler, subscription.target.function):

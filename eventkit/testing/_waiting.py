@@ -16,8 +16,8 @@ from typing import Self, TypeVar
 from anyio import Event
 from anyio.lowlevel import checkpoint, current_token
 
-from eventkit._bus import EventBus
-from eventkit._events import Delivery
+from eventkit._core.bus import EventBus
+from eventkit._core.events import Delivery
 from eventkit.streams import threadsafe_call_of
 from eventkit.testing._ledger import Fate, Ledger
 from eventkit.testing._matching import describe

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from eventkit._bus import EventBus
-from eventkit._events import type_name
-from eventkit._registry import Subscription
+from eventkit._core.bus import EventBus
+from eventkit._core.events import type_name
+from eventkit._core.subscriptions import Subscription
 from eventkit.testing._fakes import Named
 from eventkit.testing._matching import shown
 

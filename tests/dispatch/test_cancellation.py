@@ -13,8 +13,9 @@ import trio
 from anyio import CancelScope, sleep_forever
 from anyio.lowlevel import checkpoint
 
-from eventkit import EventBus, HandlerCancelledError, _handlers
-from eventkit.testing.contract._timeouts import TINY
+from eventkit import EventBus, HandlerCancelledError
+from eventkit._core import threads
+from tests.contract.timeouts import TINY
 from tests.dispatching import (
     Boom,
     Cancel,
@@ -140,7 +141,8 @@ async def test_a_native_timeout_around_a_dispatch_is_the_callers_timeout_error(
 async def test_a_thread_that_runs_is_waited_for_and_one_that_does_not_never_starts(
     bus: EventBus, deliver: Deliver, cancel: Cancel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_handlers, "_threads", functools.cache(lambda: anyio.CapacityLimiter(1)))
+    limiter = functools.cache(lambda: anyio.CapacityLimiter(1))
+    monkeypatch.setattr(threads, "limiter_of_this_level", limiter)
     release = threading.Event()
     started: list[str] = []
 
@@ -231,7 +233,7 @@ async def test_no_handler_begins_once_it_is_cancelled_although_one_was_not_told_
 
 
 @pytest.mark.usefixtures("on_asyncio")
-@pytest.mark.filterwarnings("ignore:coroutine '_Worker.help' was never awaited")
+@pytest.mark.filterwarnings("ignore:coroutine '_AwaitedRun._help' was never awaited")
 @pytest.mark.parametrize("implementation", ["continuation-stealing"], indirect=True)
 async def test_a_helping_task_that_is_cancelled_before_its_first_step_is_not_waited_for(
     bus: EventBus, deliver: Deliver
@@ -261,7 +263,7 @@ async def test_a_helping_task_that_is_cancelled_before_its_first_step_is_not_wai
 
 
 @pytest.mark.usefixtures("on_asyncio")
-@pytest.mark.filterwarnings("ignore:coroutine '_Worker.help' was never awaited")
+@pytest.mark.filterwarnings("ignore:coroutine '_AwaitedRun._help' was never awaited")
 @pytest.mark.parametrize("implementation", ["continuation-stealing"], indirect=True)
 async def test_a_drain_goes_on_after_a_helping_task_that_was_cancelled_before_its_first_step(
     bus: EventBus,

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from eventkit import EventBus
-from eventkit.testing.contract import (
+from tests.contract import (
     CancellationContract,
     CounterContract,
     DispatchContract,

@@ -11,8 +11,8 @@ from anyio.lowlevel import checkpoint
 from trio.testing import MockClock
 
 from eventkit import EventBus, HandlerTimeoutError
-from eventkit._loops import current_loop
-from eventkit.testing.contract._timeouts import TINY, takes, timed_out
+from eventkit._core.loops.running import current_loop
+from tests.contract.timeouts import TINY, takes, timed_out
 from tests.dispatching import Deliver, NewBus, Ping, by_drain, outcomes
 
 pytestmark = pytest.mark.anyio

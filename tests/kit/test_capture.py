@@ -10,10 +10,10 @@ import pytest
 from anyio import CancelScope, create_task_group, to_thread
 
 from eventkit import Delivery, EventBus, EventRouter, Observer
-from eventkit._context import abandon
+from eventkit._core.units import abandon
 from eventkit.testing import EventCapture, UnexpectedFailures
 from tests.kit.orders import OrderPlaced, ReceiptSent, Viewed
-from tests.witness import assert_settled, entered, nothing
+from tests.witness import assert_settled, entered, nothing, unit_of
 
 pytestmark = pytest.mark.anyio
 
@@ -237,7 +237,7 @@ async def test_the_same_object_published_twice_counts_twice(
 async def test_a_unit_that_is_abandoned_has_published_what_it_released(
     bus: EventBus, events: EventCapture
 ) -> None:
-    unit = bus.context()
+    unit = unit_of(bus)
     with entered(unit):
         bus.publish(OrderPlaced(1), Viewed("kept"))
         unit.release()

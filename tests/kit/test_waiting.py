@@ -19,12 +19,12 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from eventkit import Delivery, EventBus, EventContextUsageError, current_delivery
-from eventkit._context import abandon
+from eventkit._core.units import abandon
 from eventkit.starlette import EventContextMiddleware
 from eventkit.testing import EventCapture
 from eventkit.testing._stuck import told, where
 from tests.kit.orders import OrderPlaced, ReceiptSent, Viewed
-from tests.witness import assert_settled, entered
+from tests.witness import assert_settled, entered, unit_of
 
 pytestmark = pytest.mark.anyio
 
@@ -428,7 +428,7 @@ async def test_a_drains_last_steps_are_not_waited_for_for_ever_under_a_stopped_c
 
 @pytest.mark.usefixtures("stopped_clock")
 def test_a_synchronous_wait_ends_under_a_stopped_clock_too(bus: EventBus) -> None:
-    context = bus.context()
+    context = unit_of(bus)
     events = EventCapture(bus, timeout=0.01).__enter__()
     with entered(context):
         bus.publish(OrderPlaced(1))

@@ -1,0 +1,1 @@
+"""The private core: everything but the front door, the neighbours' modules and the testing kit."""

@@ -1,0 +1,78 @@
+"""Owns what the log and observers are told when events move. Moves none itself."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+from eventkit._core.events import Delivery, type_name
+from eventkit._core.log import log
+from eventkit._core.observers import contained
+from eventkit._core.queue import Envelope
+from eventkit._core.state import BusState
+from eventkit._core.stats import Outcome
+
+
+def announce_published(state: BusState, envelopes: Sequence[Envelope]) -> None:
+    """These were accepted."""
+    for observer in state.observers:
+        for envelope in envelopes:
+            with contained(observer):
+                observer.published(envelope.event, envelope.deliveries())
+
+
+def announce_released(state: BusState, envelopes: Sequence[Envelope]) -> None:
+    """These will be delivered. Each is announced once, however often it is released."""
+    if not state.observers:
+        return
+    with state.tally.lock:
+        news = [envelope for envelope in envelopes if not envelope.announced]
+        for envelope in news:
+            envelope.announced = True
+    for observer in state.observers if news else ():
+        with contained(observer):
+            observer.released([envelope.event for envelope in news])
+
+
+def announce_dropped(
+    state: BusState, envelopes: Sequence[Envelope], outcome: Outcome, reason: str | None = None
+) -> None:
+    """These will not run; counts them, too."""
+    if outcome is Outcome.DISCARDED:
+        for observer in state.observers if envelopes else ():
+            with contained(observer):
+                observer.withdrawn([envelope.event for envelope in envelopes])
+    announce_skipped(state, [d for each in envelopes for d in each.deliveries()], outcome, reason)
+
+
+def announce_skipped(
+    state: BusState, deliveries: Sequence[Delivery], outcome: Outcome, reason: str | None = None
+) -> None:
+    """These deliveries will never run; counts them, too."""
+    state.tally.end(outcome, len(deliveries))
+    announce_lost(state, deliveries, outcome, reason)
+
+
+def announce_lost(
+    state: BusState, deliveries: Sequence[Delivery], outcome: Outcome, reason: str | None = None
+) -> None:
+    """These deliveries, which have been counted, were dropped or ended."""
+    if not deliveries:
+        return
+    undelivered = outcome is Outcome.UNDELIVERED
+    if undelivered and state.lost is not None:
+        state.lost.update(delivery.handler for delivery in deliveries)
+    kinds = Counter(type_name(type(delivery.event)) for delivery in deliveries)
+    log(
+        logging.ERROR if undelivered else logging.INFO,
+        f"deliveries {outcome.value}",
+        bus=state.name,
+        deliveries=len(deliveries),
+        event_types=", ".join(f"{kind} x{times}" for kind, times in kinds.items()),
+        error=None,
+        **({} if reason is None else {"reason": reason}),
+    )
+    for observer in state.observers:
+        with contained(observer):
+            (observer.undelivered if undelivered else observer.discarded)(deliveries)

@@ -1,0 +1,191 @@
+"""Runs handlers for a caller that waits: in its own task, and in a task group that it opens.
+
+So the caller's scopes, deadlines and cancellations reach the handlers through the tree of scopes.
+The caller's task is the first worker: handlers that never wait cost no task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import cast
+
+from anyio import CancelScope, create_task_group, current_time, get_cancelled_exc_class
+from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
+
+from eventkit._core.dispatch import Run, Terms, Turn, Worker
+from eventkit._core.loops.tasks import drive_here
+from eventkit._core.policy import cancel_requests, in_cancelled_scope
+
+
+async def run_all(next_turn: Callable[[], Turn | None], terms: Terms) -> int:
+    """Run the handlers of each event; those of the next begin when all of this one have ended.
+
+    They begin in the given order, each in its own context variables. An event is asked for when
+    its turn has come, and never before. Afterwards every delivery of those that were given has an
+    outcome, whatever way this was left.
+
+    Cancelling it cancels the handlers; those that have not begun then are undelivered.
+
+    Returns:
+        How many handlers have ended well.
+
+    Raises:
+        BaseException: What a handler raised that is neither an `Exception` nor a cancellation,
+            after its siblings have been cancelled.
+    """
+    return await _AwaitedRun(next_turn, terms).work()
+
+
+class _AwaitedRun(Run):
+    """A run in the caller's task.
+
+    One scope is around all its workers: that of the task group where there is one. The group has
+    to be open before the first handler of an event begins: cancel scopes have to nest.
+    """
+
+    __slots__ = ("_deadline", "_first", "_scope", "_tasks")
+
+    def __init__(self, next_turn: Callable[[], Turn | None], terms: Terms) -> None:
+        super().__init__(next_turn, terms, drive_here())
+        self._first: Worker | None = Worker(self)  # in the caller's task
+        self._tasks: TaskGroup | None = None  # open while there may be helpers
+        self._scope: CancelScope | None = None  # around all that the workers do
+        self._deadline = math.inf
+
+    @property
+    def spent(self) -> bool:
+        return self._scope is not None and self._scope.cancel_called
+
+    @property
+    def late(self) -> bool:
+        return self.spent and not self.fatal and current_time() >= self._deadline
+
+    def set_deadline(self, seconds: float) -> None:
+        self._deadline = current_time() + seconds
+        if self._scope is not None:
+            self._scope.deadline = self._deadline
+
+    def cancel(self) -> None:
+        if self._tasks is not None:
+            self._tasks.cancel_scope.cancel()
+
+    def advance(self, worker: Worker) -> bool:
+        if not super().advance(worker):
+            return False
+        self.lacks_home = self._lacks_home(worker)
+        return True
+
+    def _lacks_home(self, worker: Worker) -> bool:
+        if self._tasks is None:
+            return self._needs_group()
+        # A native cancellation of the caller's task would not wait for a thread: so handlers that
+        # begin in one are for helpers.
+        return self.turn.in_threads and worker is self._first
+
+    def _needs_group(self) -> bool:
+        turn = self.turn
+        return turn.in_threads or (len(turn.indexes) > 1 and not self.terms.sequential)
+
+    async def may_go_on(self, worker: Worker) -> bool:
+        if not worker.told and not in_cancelled_scope():
+            return True
+        # What a scope cancels is told again at each checkpoint; asyncio itself tells it only once.
+        await checkpoint_if_cancelled()
+        requests = cancel_requests()
+        if requests > worker.requests and worker.natively:
+            await checkpoint()  # where the handler did not wait for it, it is still to come
+            raise asyncio.CancelledError
+        # Older releases of AnyIO leave some behind; a handler may have dealt with others.
+        worker.requests = requests
+        return True
+
+    def spawn(self, worker: Worker) -> None:
+        assert self._tasks is not None
+        self._tasks.start_soon(self._help, worker, name="eventkit handlers")
+
+    async def work(self) -> int:
+        """Have the handlers run. See `run_all`."""
+        first = cast("Worker", self._first)
+        self.terms.tally.enter(self)
+        try:
+            if in_cancelled_scope():
+                await checkpoint()
+                # Still here, it was begun by a worker thread whose task had been cancelled. On
+                # asyncio AnyIO tells it nothing, and `checkpoint_if_cancelled` would wait for that
+                # for ever.
+                raise asyncio.CancelledError
+            await _take_cancellation(first)
+            while not self.fatal and (self.not_begun or self.advance(first)):
+                self.workers.add(first)
+                if self._needs_group():
+                    await self._work_in_group(first)
+                elif self.terms.timeout is not None:
+                    with CancelScope() as self._scope:
+                        await first.serve()
+                else:
+                    await first.serve()
+                self._scope, self._deadline, self._timed = None, math.inf, False
+                self._quiet_events = 0
+                if self.not_begun or not self.exhausted:
+                    await _take_cancellation(first)
+        finally:
+            self._disband()
+            self.terms.tally.leave(self)
+            self.lose_the_rest()
+            if self.fatal:
+                raise self.fatal.pop()
+        return self.handled
+
+    async def _work_in_group(self, first: Worker) -> None:
+        async with create_task_group() as self._tasks:
+            self._scope = self._tasks.cancel_scope
+            self.lacks_home = self.turn.in_threads
+            if not self.lacks_home:
+                await first.serve()
+            if self.not_begun and not self.spent:
+                self.lacks_home = False
+                self.call()
+            self.workers.discard(first)
+        self._tasks = None
+        # Asyncio may have cancelled helpers before their first step: they say no farewell.
+        self.workers.clear()
+        self._coming = 0
+
+    async def _help(self, worker: Worker) -> None:
+        """Do a helper's part in a task of its own, which only a cancellation leaves as such."""
+        try:
+            if in_cancelled_scope():  # a task begins in it all the same
+                await checkpoint()
+            self.arrive()
+            await worker.serve()
+        except get_cancelled_exc_class():
+            if not cancel_requests() and in_cancelled_scope():
+                raise  # a trio nursery learns from its children that it was cancelled
+            # On asyncio the waiting task is told itself. Raised here too, the cancellation of this
+            # task alone would reach its siblings, and AnyIO would keep it and the event in a cycle.
+            self.workers.discard(worker)
+            if self.workers and not self.spent and not in_cancelled_scope():
+                # Others do what this worker was to do next. Of the last worker, the caller does it.
+                self.get_help()
+                self.start_clock()
+        finally:
+            self.workers.discard(worker)
+
+    def _disband(self) -> None:
+        """Forget workers and scopes: a reference cycle would keep exceptions and events alive."""
+        self.workers.clear()
+        self._tasks = self._scope = self._first = None
+
+
+async def _take_cancellation(worker: Worker) -> None:
+    """Be cancelled now, if this task was cancelled natively and does not know it yet.
+
+    What comes out of a handler then, can be told from what came before.
+    """
+    requests = cancel_requests()
+    if requests > worker.requests:
+        await checkpoint()
+        worker.requests = cancel_requests()

@@ -1,0 +1,135 @@
+"""Owns the warning of handlers that block the event loop. For debug mode."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Coroutine, Generator, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+from time import perf_counter
+from typing import Any, cast
+
+from eventkit._core.handlers import Handler, Solver
+from eventkit._core.log import log
+
+# A step on the event loop that takes longer is too long; asyncio's debug mode has the same limit.
+_BLOCKING_SECONDS = 0.1
+
+
+def timed(handler: Handler) -> Handler:
+    """The same handler, which says in the log if it blocks the event loop. For debug mode.
+
+    Its steps on the event loop are timed, those of its dependencies too: from where the loop goes
+    on with it to where it waits again. A call in a worker thread blocks nobody and is not timed.
+    """
+    watch = _Watch(handler)
+    function = handler.function if handler.in_thread else _Timed(handler.function, watch)
+    solver = handler.solver and functools.partial(_TimedSolution, handler.solver, watch)
+    return replace(handler, function=function, solver=solver)
+
+
+class _Watch:
+    """Knows whose steps they are, and warns of the first one that takes too long."""
+
+    __slots__ = ("_handler", "_told")
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+        self._told = False
+
+    def step(self, step: Callable[..., Any], *arguments: object) -> Any:  # Any: what it gives
+        """Take one step, and time it."""
+        begun = perf_counter()
+        try:
+            return step(*arguments)
+        finally:
+            seconds = perf_counter() - begun
+            if seconds >= _BLOCKING_SECONDS and not self._told:
+                self._told = True
+                log(
+                    logging.WARNING,
+                    "a handler blocked the event loop: make it a plain def, which runs in a "
+                    "thread, or have it await what takes long",
+                    handler=self._handler.name,
+                    location=self._handler.location,
+                    seconds=round(seconds, 3),
+                )
+            # Or this frame and the traceback of an exception in them keep each other alive, and a
+            # traceback that shows local variables shows the payload.
+            del arguments
+
+
+class _Timed:
+    """A handler's function whose call is timed, and the steps of the coroutine that it makes."""
+
+    def __init__(self, function: Callable[..., object], watch: _Watch) -> None:
+        self.__wrapped__ = function
+        self._watch = watch
+
+    def __call__(self, event: object, /, **values: object) -> object:
+        call = functools.partial(self.__wrapped__, event, **values)
+        del event, values  # as in `step`
+        return _steps_of(self._watch.step(call), self._watch)
+
+
+class _TimedSolution(AbstractAsyncContextManager[Mapping[str, object]]):
+    """The dependencies of one delivery: to make them, and to clean them up, takes timed steps."""
+
+    __slots__ = ("_inner", "_watch")
+
+    def __init__(self, solver: Solver, watch: _Watch, origin: object) -> None:
+        self._inner = solver(origin)
+        self._watch = watch
+
+    def __aenter__(self) -> Coroutine[Any, Any, Mapping[str, object]]:
+        return cast("_Steps", _steps_of(self._inner.__aenter__(), self._watch))
+
+    def __aexit__(self, *raised: Any) -> Coroutine[Any, Any, bool | None]:
+        return cast("_Steps", _steps_of(self._inner.__aexit__(*raised), self._watch))
+
+
+def _steps_of(result: object, watch: _Watch) -> object:
+    """The same coroutine with timed steps; what else there may be, and be awaited, as it is."""
+    return _Steps(result, watch) if isinstance(result, Coroutine) else result
+
+
+class _Steps(Coroutine[Any, Any, Any]):  # Any: what passes through is the event loop's
+    """A coroutine each of whose steps is timed."""
+
+    __slots__ = ("_coroutine", "_watch")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], watch: _Watch) -> None:
+        self._coroutine = coroutine
+        self._watch = watch
+
+    def send(self, value: Any) -> Any:
+        try:
+            return self._watch.step(self._coroutine.send, value)
+        finally:
+            del value  # on trio an exception may be in it
+
+    def throw(self, *error: Any) -> Any:
+        try:
+            return self._watch.step(self._coroutine.throw, *error)
+        finally:
+            del error  # or this frame and its traceback keep each other alive
+
+    def close(self) -> None:
+        self._watch.step(self._coroutine.close)
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return cast("Generator[Any, Any, Any]", self)
+
+    def __next__(self) -> Any:
+        return self.send(None)
+
+    @property
+    def cr_frame(self) -> object:
+        """Its frame, for messages that say where it waits."""
+        return getattr(self._coroutine, "cr_frame", None)
+
+    @property
+    def cr_await(self) -> object:
+        """What it awaits."""
+        return getattr(self._coroutine, "cr_await", None)

@@ -1,0 +1,213 @@
+"""Owns what users have of a unit of work: `EventContext`.
+
+The unit itself, and all that happens to it, is in `units`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+from weakref import ref
+
+from eventkit._core.ambient import active, current, find, why_none
+from eventkit._core.dependencies import refuse_as_field
+from eventkit._core.events import Delivery
+from eventkit._core.loops.running import current_loop, on_event_loop
+from eventkit._core.loops.threads import run
+from eventkit._core.queue import State
+from eventkit._core.state import BusState
+from eventkit._core.turns import DrainReport, Failure
+from eventkit._core.units import Unit
+from eventkit.exceptions import (
+    DrainInProgressError,
+    EventContextClosedError,
+    EventContextUsageError,
+    NoEventContextError,
+)
+
+
+class EventContext:
+    """A unit of work: events published in it are delivered when it succeeds.
+
+    Made by `EventBus.context()`, by the middleware for each request, and for each delivery.
+    Opened inside another one of the same bus it works like a savepoint: an exception drops only
+    its own events, a clean exit hands them to the outer unit.
+
+    Events may be published from any task and any thread that sees the context; everything else
+    belongs to the event loop on which it was opened, but `release` and `discard`, which are
+    thread-safe too. It cannot be opened twice. While it is open it holds no cancel scope and no
+    task group, so an async generator may open it around a `yield`.
+    """
+
+    __slots__ = ("__weakref__", "_unit")
+
+    def __init__(self, unit: Unit) -> None:
+        self._unit = unit
+        unit.context = ref(self)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more events, because its own were delivered or discarded."""
+        return self._unit.closed
+
+    @property
+    def pending(self) -> tuple[Delivery, ...]:
+        """The deliveries that wait here, released ones first. Thread-safe."""
+        waiting = self._unit.queue.pending
+        return tuple(delivery for envelope in waiting for delivery in envelope.deliveries())
+
+    def publish(self, *events: object, even_on_failure: bool = False) -> None:
+        """Say that something happened in this unit of work. See `EventBus.publish`."""
+        self._unit.publish(events, even_on_failure)
+
+    def release(self) -> None:
+        """What was published so far will be delivered, whatever follows. Thread-safe.
+
+        For the moment after a commit. Delivery itself happens when the unit ends, or in `drain`;
+        where a cancellation reaches that, what it ends or leaves is undelivered.
+        """
+        self._unit.release()
+
+    def discard(self) -> None:
+        """Drop what is neither released nor `even_on_failure`. Thread-safe.
+
+        For the moment after a rollback. What is dropped is counted, logged, and told observers.
+        """
+        self._unit.discard()
+
+    async def drain(self) -> DrainReport:
+        """Release what was published so far, and deliver it and all that it causes now.
+
+        May be called as often as wanted while the unit is open: per chunk, per message, after
+        each commit. Not before a commit: it would deliver what may still be rolled back. Failures
+        are reported as in every drain, and are in the result too. What a cancellation interrupts
+        is undelivered; what had not started waits for the next drain.
+
+        Raises:
+            DrainInProgressError: Called inside a handler, or while another drain of it runs.
+            EventContextClosedError: It has not been opened.
+        """
+        unit = self._unit
+        self._refuse_drain()
+        unit.release()
+        failures: list[Failure] = []
+
+        def report(delivery: Delivery, error: Exception) -> None:
+            failures.append(Failure(delivery, error))
+            unit.state.report(delivery, error)
+
+        try:
+            handled = await unit.deliver(report)
+            return DrainReport(handled, tuple(failures))
+        finally:
+            failures.clear()  # a traceback leads to `report`, which would close a reference cycle
+
+    def _refuse_drain(self) -> None:
+        unit = self._unit
+        if unit.queue.state is State.NEW:
+            raise EventContextClosedError(unit.why_not_open())
+        if unit.inside_handler():
+            raise DrainInProgressError(
+                f"a handler of bus {unit.state.name!r} cannot drain its own unit of work: what it "
+                "publishes is delivered when the handlers of its event have ended. To wait for "
+                "handlers, use `await bus.dispatch(event)`"
+            )
+        if unit.draining:
+            raise DrainInProgressError(
+                f"this event context of bus {unit.state.name!r} is being drained by another task"
+            )
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: object, handler: Callable[[object], object]
+    ) -> object:
+        """What FastAPI and Pydantic ask, where they take the class for a field of theirs."""
+        return refuse_as_field(source, handler, "unit: CurrentContext")
+
+    def __enter__(self) -> Self:
+        if on_event_loop():
+            raise EventContextUsageError(
+                "`with bus.context()` would block the running event loop while it drains: use "
+                "`async with bus.context()`"
+            )
+        self._enter()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        unit = self._unit
+        unit.leave()
+        success = exc is None
+        if unit.hand_over(success=success) or unit.close_if_idle(success=success):
+            return
+        begun = False
+
+        async def end() -> None:
+            nonlocal begun
+            begun = True
+            await unit.end(success)
+
+        try:
+            if on_event_loop():
+                raise EventContextUsageError(
+                    "`with bus.context()` was opened in a thread and ends on an event loop, "
+                    "which it would block: leave the block in the thread that entered it"
+                )
+            run(end, unit.ways_to_loops())
+        finally:
+            if not begun:  # there was no loop to run it
+                unit.abandon()
+
+    async def __aenter__(self) -> Self:
+        self._enter()
+        self._unit.loop = current_loop()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._unit.leave()
+        success = exc is None
+        if not self._unit.hand_over(success=success):
+            await self._unit.end(success)
+
+    def _enter(self) -> None:
+        """Open it, and make it the active one."""
+        self._unit.open(current(), nested=not self._unit.independent)
+        self._unit.activate()
+
+    def __repr__(self) -> str:
+        unit = self._unit
+        kind = f"EventContext of bus {unit.state.name!r}"
+        if unit.is_delivery:
+            kind = f"{kind} for {unit.delivery}"
+        return f"<{kind}, {unit.queue.state.value}, {unit.queue.waiting} pending>"
+
+
+def context_of(unit: Unit) -> EventContext:
+    """What users have of the unit; the same object for as long as somebody has it."""
+    context: EventContext | None = None if unit.context is None else unit.context()
+    return EventContext(unit) if context is None else context
+
+
+def active_unit(state: BusState) -> Unit:
+    """The unit of work of this bus that surrounds the caller, open or not.
+
+    Raises:
+        NoEventContextError: There is none; the message names the likely cause.
+    """
+    unit = active.get()
+    if type(unit) is Unit and unit.state is state:  # so it is nearly always
+        return unit
+    found: Unit | None = find(current(), state)
+    if found is None:
+        raise NoEventContextError(state.name, why_none())
+    return found

@@ -1,0 +1,556 @@
+"""Runs the handlers of one event after another: the machine that every delivery goes through.
+
+Knows nothing of who subscribed and why, of units of work, or of what happens before and after.
+What becomes of an exception is in `_policy`. Where the workers' tasks come from, and who waits for
+them, is said by the two kinds of run: `_awaited` and `_background`.
+
+Concurrency without a task per handler
+--------------------------------------
+All handlers of an event run at the same time. The plain way is a task for each handler. A task
+costs a hundred times as much as the call of a short handler, and most short handlers never wait.
+The technique here is known from parallel runtimes as continuation stealing. It rests on one fact:
+a coroutine that has to wait *yields* an object to the event loop, which says what the coroutine
+waits for. The object passes through everybody who awaits the coroutine. Here the object is called
+a trap. Whoever steps a coroutine by hand sees the trap before the event loop does.
+
+A task that runs handlers is a *worker*. A worker calls a handler and takes its first step itself,
+`next(...)`. Usually that is all: the handler has ended, and it has cost no task. If the step gave a
+trap instead, the handler wants to wait, and the event loop does not know it yet. At this moment the
+worker calls for help: a second worker is spawned, which goes on with the handlers that have *not
+begun*. Then the first worker hands the trap to the event loop. From there on the worker is what an
+`await` would be: a pipe between the event loop and this one handler. The second worker does the
+same. Ten handlers that wait need ten workers; ten handlers that do not wait need one.
+
+    worker 1:  a  b  c~~~~~~~~~~~~~~~~~~c      a, b, d, e and f never wait; c and g do
+    worker 2:         d  e  f  g~~~~~g
+
+The worker that ends last goes on with the next event of the unit of work. Every other worker ends.
+
+A handler that has begun never changes its task. This is what keeps the technique correct: cancel
+scopes, shields, timeouts and task groups of a handler belong to the task in which the handler
+began, and a worker drives one handler at a time. Only what has not begun is given away.
+
+What all workers of one unit of work share is the *run*: the event at hand, what has not begun of
+it, and its deadline.
+
+Two things can be told apart from a task per handler. Handlers that do not wait share the task of
+their worker. And a handler that waits is stepped, not awaited: a debugger that follows `cr_await`
+from a task ends at `drive`. `whereabouts` knows where each handler waits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import Context
+from dataclasses import dataclass
+from operator import length_hint
+from types import FrameType, SimpleNamespace
+from typing import Any, Protocol, cast
+
+from anyio import CancelScope, current_time
+from anyio.lowlevel import checkpoint
+
+from eventkit._core.events import Delivery
+from eventkit._core.handlers import Handler
+from eventkit._core.loops.tasks import Drive
+from eventkit._core.observers import Observer, watched
+from eventkit._core.policy import (
+    add_note,
+    cancel_requests,
+    failures_in,
+    is_native,
+    timeout_of,
+    verdict_on,
+)
+from eventkit._core.stats import Outcome, Tally
+
+Steps = Coroutine[object, object, object]
+
+_ENDED = object()  # in the place of a trap: the handler has ended
+
+# So many events in a row may pass without a handler that waits, before other tasks get their turn
+# and a cancellation its chance. A turn of the event loop costs as much as twenty short handlers.
+EVENTS_BETWEEN_CHECKPOINTS = 100
+
+
+class Turn(Protocol):
+    """One event whose turn has come. Each of its deliveries is known by its index in `handlers`.
+
+    Attributes:
+        event: What is delivered.
+        handlers: Whom it is delivered to.
+        indexes: Which of them to run, in the order in which they begin; never empty.
+        observers: Whom to tell.
+        alike: Whether all handlers are bare coroutine functions under the usual time limit. Only
+            then the limit is one for all of them together.
+        in_threads: Whether the call of one of them starts in a worker thread.
+        variables: The context variables of which each delivery gets its own copy.
+        enter: Called with `(turn, index)` in the delivery's own variables, before its handler.
+        lost: The outcomes of those that did not end well; set by the run, and by nobody else.
+    """
+
+    event: object
+    handlers: Sequence[Handler]
+    indexes: Sequence[int]
+    observers: tuple[Observer, ...]
+    alike: bool
+    in_threads: bool
+    variables: Context
+    enter: Callable[[tuple[Turn, int]], object]
+    lost: dict[int, Outcome]
+
+    @property
+    def origin(self) -> object:
+        """Where the unit of work comes from, for the handlers' dependencies."""
+        ...
+
+    def delivery(self, index: int) -> Delivery:
+        """What observers are told; made when it is asked for."""
+        ...
+
+
+NO_TURN: Turn = cast("Turn", SimpleNamespace(indexes=()))
+
+
+@dataclass(slots=True)
+class Terms:
+    """What all deliveries of one unit of work have in common.
+
+    Attributes:
+        sequential: One handler after the other, instead of all at once.
+        timeout: Seconds that a handler may wait where nothing else is said, None for no limit.
+        tally: The counters to keep.
+        report: Called at once with every failure, in the context variables of the failed handler.
+    """
+
+    sequential: bool
+    timeout: float | None
+    tally: Tally
+    report: Callable[[Delivery, Exception], None]
+
+
+class Run:
+    """One unit of work on its way: its workers, and what they share.
+
+    | state | handlers begin | what follows |
+    |---|---|---|
+    | going | yes | it is spent, or `exhausted` |
+    | spent: the time of an event is up | no | the last worker that ends goes on afresh |
+    | spent: cancelled, or `fatal` | no | the last worker that ends, ends the run |
+    | exhausted: no event is left | no | the last worker that ends, ends the run |
+
+    Only the workers change it, all on one event loop, so it needs no lock.
+
+    Attributes:
+        terms: As given.
+        turn: The event at hand; `NO_TURN` before the first one.
+        indexes: What has not begun of it. Whoever begins a handler takes its index from here.
+        workers: Who is at the event at hand.
+        handled: How many deliveries have ended well.
+        fatal: What ends it all.
+        drive: Goes on with a handler that waits.
+        exhausted: There is no further event.
+        lacks_home: No handler of the event at hand may begin yet, for want of a task group.
+    """
+
+    __slots__ = (
+        "_coming",
+        "_next_turn",
+        "_quiet_events",
+        "_timed",
+        "drive",
+        "exhausted",
+        "fatal",
+        "handled",
+        "indexes",
+        "lacks_home",
+        "terms",
+        "turn",
+        "workers",
+    )
+
+    def __init__(self, next_turn: Callable[[], Turn | None], terms: Terms, drive: Drive) -> None:
+        self.terms = terms
+        self.turn = NO_TURN
+        self.indexes: Iterator[int] = iter(())
+        self.workers: set[Worker] = set()
+        self.handled = 0
+        self.fatal: list[BaseException] = []
+        self.exhausted = False
+        self.lacks_home = False
+        self._next_turn = next_turn
+        self.drive = drive
+        self._coming = 0  # workers that have been called and have not begun
+        self._timed = False  # the deadline is that of the event at hand
+        self._quiet_events = 0  # in a row, of which no handler has waited
+
+    # What the two kinds of run say
+
+    @property
+    def spent(self) -> bool:
+        """Whether the workers' scopes are cancelled, so that no more handlers may begin in them."""
+        raise NotImplementedError
+
+    @property
+    def late(self) -> bool:
+        """Whether they are cancelled because the time of the event at hand is up."""
+        raise NotImplementedError
+
+    def spawn(self, worker: Worker) -> None:
+        """Start the task of a worker."""
+        raise NotImplementedError
+
+    def set_deadline(self, seconds: float) -> None:
+        """Have the run spent in so many seconds; `math.inf` for never."""
+        raise NotImplementedError
+
+    def cancel(self) -> None:
+        """Cancel the workers' scopes."""
+        raise NotImplementedError
+
+    async def may_go_on(self, worker: Worker) -> bool:
+        """Whether a worker whose handler has waited, or was cancelled, may begin the next one."""
+        raise NotImplementedError
+
+    # What they have in common
+
+    @property
+    def running(self) -> dict[Delivery, Steps | None]:
+        """What has begun and not ended, each with its coroutine once it has waited."""
+        at_work = [(worker.index, worker.steps) for worker in self.workers.copy()]
+        return {
+            turn.delivery(index): steps
+            for index, steps in at_work
+            # For a thread that asks, the next event's turn may have come since.
+            if index is not None and index in (turn := self.turn).indexes
+        }
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether more than one worker is at the event at hand."""
+        return len(self.workers) > 1
+
+    @property
+    def not_begun(self) -> int:
+        """How many handlers of the event at hand have not begun."""
+        return length_hint(self.indexes)
+
+    def advance(self, worker: Worker) -> bool:
+        """Turn to the next event; False where there is none, or something comes before it.
+
+        That may be the end of other workers, or a checkpoint that is due.
+
+        Args:
+            worker: Who asks, to begin its handlers.
+        """
+        if (
+            self.exhausted
+            or len(self.workers) > 1
+            or self._quiet_events >= EVENTS_BETWEEN_CHECKPOINTS
+            or self.spent
+        ):
+            return False
+        if self._timed:
+            self._timed = False
+            self.set_deadline(math.inf)
+        turn = self._next_turn()
+        if turn is None:
+            self.exhausted = True
+            return False
+        self._quiet_events += 1
+        self.turn = turn
+        self.indexes = iter(turn.indexes)
+        return True
+
+    def checkpoint_is_due(self) -> bool:
+        """Whether other tasks are to have their turn before the next event; says so once."""
+        due = self._quiet_events >= EVENTS_BETWEEN_CHECKPOINTS and not self.exhausted
+        if due:
+            self._quiet_events = 0
+        return due
+
+    def get_help(self) -> None:
+        """Have others begin what has not begun; for a worker that is about to wait.
+
+        One would do. With two, a hundred handlers that wait have begun within seven turns of the
+        event loop, and at most one worker more than that comes in vain than have waited.
+        """
+        self._quiet_events = 0
+        if not self.terms.sequential:
+            for _ in range(min(2, self.not_begun - self._coming)):
+                self.call()
+
+    def call(self) -> None:
+        """Have one more worker come."""
+        worker = Worker(self)
+        self.workers.add(worker)
+        self._coming += 1
+        self.spawn(worker)
+
+    def arrive(self) -> None:
+        """One that was called is there."""
+        self._coming -= 1
+
+    def start_clock(self) -> None:
+        """Give the event its time, once all its handlers have begun and one of them waits.
+
+        They have it together, sequential ones one after the other. It does not begin sooner,
+        because a spent scope takes no more handlers, and who is shielded may wait for one of them.
+        """
+        limit, sequential = self.terms.timeout, self.terms.sequential
+        if limit is None or not self.turn.alike:
+            return
+        if sequential or not (self._timed or self.not_begun):
+            self._timed = True
+            self.set_deadline(limit)
+
+    def end(self, error: BaseException) -> bool:
+        """Have everything end, and the first such error propagate; False for a cancellation."""
+        failures = failures_in(error)
+        if failures is None:
+            return False
+        self.fatal = self.fatal or [failures]
+        self.cancel()
+        return True
+
+    def lose(self, index: int, outcome: Outcome) -> None:
+        """Account for a delivery that did not end well."""
+        self.turn.lost[index] = outcome
+        self.terms.tally.end(outcome, 1)
+
+    def lose_the_rest(self) -> None:
+        """Account for what never began."""
+        for index in self.indexes:
+            self.lose(index, Outcome.UNDELIVERED)
+
+
+class Worker:
+    """One task's part of the work: it runs handlers, one at a time.
+
+    Attributes:
+        run: What it works for.
+        scope: The outermost scope of its task, where it has one of its own.
+        task: Its task, where somebody has to keep it alive.
+        index: Of the handler that has begun and not ended.
+        steps: The coroutine of that handler, while it waits.
+        requests: How often the task was asked to cancel, as far as it knows.
+        told: The handler was told of a cancellation, or has made one of it.
+        natively: And of one that no scope made: `Task.cancel()`.
+    """
+
+    __slots__ = ("index", "natively", "requests", "run", "scope", "steps", "task", "told")
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.scope: CancelScope | None = None
+        self.task: object = None
+        self.index: int | None = None
+        self.steps: Steps | None = None
+        self.requests = 0
+        self.told = False
+        self.natively = False
+
+    async def serve(self) -> None:
+        """Run handlers, until none is left or it is not for this worker to begin the next."""
+        run = self.run
+        drive = run.drive
+        try:
+            while True:
+                self.told = self.natively = False
+                waiting = self._begin_handlers()
+                if waiting is not None:
+                    variables, steps, trap = waiting
+                    run.get_help()
+                    run.start_clock()
+                    self.steps = steps
+                    try:
+                        await drive(self, variables, steps, trap)
+                    except BaseException as error:
+                        if not self._settle(variables, error):
+                            raise
+                    else:
+                        self.index = None  # and then it is counted: no thread is to see it twice
+                        run.handled += 1
+                    finally:
+                        self.steps = None
+                    if run.is_shared and not self.told and not run.not_begun:
+                        return  # others end this event
+                elif not self.told:
+                    if run.is_shared:
+                        run.start_clock()
+                        return
+                    if run.lacks_home or not run.checkpoint_is_due():
+                        return
+                    await checkpoint()
+                if not await run.may_go_on(self):
+                    return
+        except BaseException as error:
+            if not run.end(error):
+                raise
+        finally:
+            if self.index is not None:
+                self._lose(Outcome.UNDELIVERED)
+
+    def _begin_handlers(self) -> tuple[Context, Steps, object] | None:
+        """Run handlers to their end, one after the other, until there is one that waits.
+
+        Or until one ends with a cancellation, of which the worker has to be told.
+
+        Returns:
+            Its context variables, its coroutine, and the trap; None where none has begun to wait.
+        """
+        run = self.run
+        while True:
+            for index in run.indexes:
+                turn = run.turn
+                self.index = index
+                variables = turn.variables.copy()
+                try:
+                    waiting = variables.run(_begin, turn, index, run.terms.timeout)
+                except BaseException as error:
+                    if not self._settle(variables, error):
+                        raise
+                    if self.told:
+                        return None
+                else:
+                    if waiting is not None:
+                        return variables, *waiting
+                    self.index = None
+                    run.handled += 1
+            if not run.advance(self) or run.lacks_home:
+                return None
+
+    def _settle(self, variables: Context, error: BaseException) -> bool:
+        """Account for what came out of the handler; False where all has to end for it."""
+        run, index = self.run, cast("int", self.index)
+        handler = run.turn.handlers[index]
+        verdict = verdict_on(error, handler, self.requests)
+        if isinstance(verdict, Exception):
+            self._fail(variables, verdict)
+            return True
+        if failures_in(error) is not None:
+            self._lose(Outcome.UNDELIVERED)
+            return False
+        if run.late:
+            self._fail(variables, timeout_of(handler, cast("float", run.terms.timeout), error))
+        else:
+            self._lose(Outcome.UNDELIVERED)
+        # The handler may have replaced the exception, so its scope no longer recognises it. And
+        # where no scope is cancelled, it was native, whatever it looks like. So the worker is told
+        # again.
+        self.told = self.natively = True
+        return True
+
+    def _fail(self, variables: Context, error: Exception) -> None:
+        turn, index = self.run.turn, cast("int", self.index)
+        delivery = turn.delivery(index)
+        add_note(error, delivery, turn.handlers[index])
+        variables.run(self.run.terms.report, delivery, error)
+        self._lose(Outcome.FAILED)
+
+    def _lose(self, outcome: Outcome) -> None:
+        index, self.index = cast("int", self.index), None
+        self.run.lose(index, outcome)
+
+    def heard(self, error: BaseException) -> None:
+        """The event loop throws this into the handler, which may keep it to itself."""
+        self.told |= not isinstance(error, Exception)
+        self.natively |= is_native(error)
+
+
+def _begin(turn: Turn, index: int, limit: float | None) -> tuple[Steps, object] | None:
+    """Call a handler and take its first step; None if that was all, else with what it gave."""
+    turn.enter((turn, index))
+    handler = turn.handlers[index]
+    if not turn.alike or turn.observers:
+        # What is alike has one limit together.
+        steps = attempt(turn, index, None if turn.alike else limit)
+    elif handler.solver is None:
+        steps = handler.function(turn.event)
+    else:
+        steps = handler.with_dependencies(handler.solver, turn.origin, turn.event)
+    trap = next(steps.__await__(), _ENDED)
+    return None if trap is _ENDED else (steps, trap)
+
+
+async def attempt(turn: Turn, index: int, limit: float | None) -> None:
+    """Run one handler of any kind, within its own limit, under the eyes of the observers."""
+    handler = turn.handlers[index]
+    requests = cancel_requests()
+    if handler.timeout is not ...:
+        limit = handler.timeout
+    with watched(turn.observers, turn.delivery(index)):
+        try:
+            await _run_in_time(handler, turn, limit)
+        except Exception:
+            raise
+        except BaseException as error:  # noqa: BLE001 - the policy
+            verdict = verdict_on(error, handler, requests)
+            try:
+                raise verdict from verdict.__cause__
+            finally:
+                del verdict  # or this frame and its traceback keep each other alive
+
+
+async def _run_in_time(handler: Handler, turn: Turn, limit: float | None) -> None:
+    """Run it, for at most so many seconds; a call in a thread takes as long as it takes."""
+    scope = CancelScope()
+
+    @contextmanager
+    def untimed() -> Generator[None]:
+        scope.deadline = math.inf
+        try:
+            yield
+        finally:
+            scope.deadline = current_time() + (math.inf if limit is None else limit)
+
+    awaitable = await handler.start(turn.event, turn.origin, untimed)
+    if awaitable is None:
+        return
+    if limit is None:
+        await awaitable
+        return
+    stopped: BaseException | None = None
+    try:
+        scope.deadline = current_time() + limit
+        with scope:
+            try:
+                await awaitable
+            except BaseException as error:
+                stopped = error
+                raise
+        if scope.cancelled_caught:
+            raise timeout_of(handler, limit, stopped)
+    finally:
+        del stopped  # or this frame and its traceback keep each other alive
+
+
+def whereabouts(tally: Tally) -> dict[Delivery, list[FrameType]]:
+    """What runs now, each with the frames in which it waits, the outermost first.
+
+    For messages that say where it is stuck; reads the coroutines' frames, and costs nothing before.
+    Of a plain function in a worker thread it shows where the event loop waits for the thread.
+    """
+    return {
+        delivery: list(_frames(steps))
+        for run in [*tally.runs]
+        if isinstance(run, Run)
+        for delivery, steps in run.running.items()
+    }
+
+
+def _frames(awaited: object) -> Iterator[FrameType]:
+    """The frames of a coroutine and of all that it awaits."""
+    while True:
+        # Any: coroutines, generators and async generators call the same things differently.
+        waiting = cast("Any", awaited)
+        for kind, inner in (("cr", "await"), ("gi", "yieldfrom"), ("ag", "await")):
+            frame = getattr(waiting, f"{kind}_frame", None)
+            if frame is not None:
+                yield frame
+                awaited = getattr(waiting, f"{kind}_{inner}")
+                break
+        else:
+            return

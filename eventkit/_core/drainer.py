@@ -1,0 +1,319 @@
+"""Owns the units of work that have ended and wait to be delivered: so many of them at once.
+
+Whoever has a task group that outlives requests makes a `Drainer` in it and submits what has ended.
+Knows nothing of HTTP and of servers.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter, deque
+from collections.abc import Callable
+from contextvars import copy_context
+from dataclasses import asdict
+from threading import get_ident
+
+from anyio import CancelScope, Event, move_on_after
+from anyio.abc import TaskGroup
+
+from eventkit._core.background import BackgroundRun
+from eventkit._core.dispatch import Terms
+from eventkit._core.log import log
+from eventkit._core.loops.tasks import tasks_here
+from eventkit._core.state import BusState
+from eventkit._core.units import Ending, Unit, abandon
+
+# How long the clean-up of handlers that were cancelled at the end may hold up the shutdown.
+_GRACE_SECONDS = 0.5
+
+
+class Drainer:
+    """Delivers units of work in the order in which they ended, each in tasks of its own.
+
+    Belongs to the event loop of its task group, which has to wait for `close`. No handler,
+    observer or reporter can end it.
+
+    | state | what is submitted | left by |
+    |---|---|---|
+    | open | begins, or waits while `concurrency` units are drained | `close` |
+    | closing | the same | nothing left, the deadline, or a cancellation |
+    | closed | is undelivered | |
+
+    The tasks are native ones, which cost a fraction of a task group's. A guard in the task group
+    stands for them: the group ends when they have ended, and a cancellation of it reaches them.
+
+    Args:
+        state: Of the bus whose units they are.
+        tasks: The group that the guard is in. Tasks start in the context variables of this moment.
+        concurrency: How many units are drained at once.
+        max_pending: How many deliveries may wait before it calls itself full; None for no limit.
+            What is submitted is always taken: holding back new work is for the submitter.
+        watch: Called with how many deliveries wait when that changes, and when somebody begins to
+            wait for room, which its second argument says. It must not raise.
+    """
+
+    def __init__(
+        self,
+        state: BusState,
+        tasks: TaskGroup,
+        *,
+        concurrency: int,
+        max_pending: int | None,
+        watch: Callable[[int, bool], None] = lambda waiting, held: None,
+    ) -> None:
+        self._state = state
+        self._terms = Terms(state.sequential, state.handler_timeout, state.tally, state.report)
+        self._thread = get_ident()
+        self._tasks = tasks_here(f"eventkit drains {state.name!r}")
+        self._concurrency = concurrency
+        self._max_pending = max_pending
+        self._watch = watch
+        self._open: set[Unit] = set()
+        self._waiting: deque[BackgroundRun] = deque()
+        self._waiting_deliveries = 0
+        self._draining: set[BackgroundRun] = set()
+        self._closing = False
+        self._closed = False
+        self._lost = Counter[str]()  # what was undelivered at the end, by handler
+        self._over = Event()  # no more tasks are started
+        self._room: Event | None = None  # there while somebody waits for room
+        self._change: Event | None = None  # there while somebody waits for a unit to end
+        self._next_deadline = math.inf
+        self._stop_timer: Callable[[], object] | None = None
+        state.tally.drainers.add(self)
+        # In a copy, because older releases of AnyIO let eager tasks begin in here.
+        copy_context().run(tasks.start_soon, self._guard)
+        self._tasks.open(tasks, self._over)
+
+    @property
+    def full(self) -> bool:
+        """Whether as many deliveries wait as may."""
+        return self._max_pending is not None and self._waiting_deliveries >= self._max_pending
+
+    @property
+    def units_waiting(self) -> int:
+        """Units of work that have ended and wait for their drain."""
+        return len(self._waiting)
+
+    @property
+    def units_draining(self) -> int:
+        """Units of work that are being drained."""
+        return len(self._draining)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether, once closed, handlers go on that could not be ended."""
+        return self._closed and bool(self._draining)
+
+    def expect(self, unit: Unit) -> None:
+        """Count on a unit that has begun: once it has something pending, `close` waits for it."""
+        self._open.add(unit)
+        unit.emptied = self._emptied
+
+    def forget(self, unit: Unit) -> None:
+        """Count on it no longer."""
+        self._open.discard(unit)
+        if self._change is not None:
+            self._changed()
+
+    def submit(self, unit: Unit, *, success: bool) -> None:
+        """End a unit: release or discard what nobody has decided, deliver when its turn comes.
+
+        Never blocks, no checkpoint, so whatever becomes of the caller's task does not matter.
+        After `close` what is left to deliver is undelivered.
+        """
+        if unit.close_if_idle(success=success):
+            pass
+        elif self._closed:
+            self._abandon(unit)
+        else:
+            self._take(Ending(unit, success))
+        self.forget(unit)
+
+    async def wait_for_room(self, timeout: float) -> bool:
+        """Wait for at most `timeout` seconds until it is not full, and say whether it is so."""
+        tally = self._state.tally
+        tally.shift("held", 1)
+        self._watch(self._waiting_deliveries, True)
+        try:
+            with move_on_after(timeout):
+                while self.full:
+                    if self._room is None:
+                        self._room = Event()
+                    await self._room.wait()
+        finally:
+            tally.shift("held", -1)
+        tally.shift("refused", int(self.full))
+        return not self.full
+
+    async def close(self, timeout: float) -> None:
+        """Deliver what is left within `timeout` seconds; what remains then is undelivered.
+
+        Waits also for units that are expected and have something pending. Logs at its start what
+        is pending, by handler, and at its end what was left. Handlers that are cancelled have a
+        moment for their clean-up. What cannot be cancelled, a plain `def` in a thread for one, is
+        named in the log and left to itself. If the caller is cancelled, the time is over.
+        """
+        if self._closing:
+            return
+        self._closing = True
+        if self._busy():
+            self._log(logging.INFO, "delivering before shutdown", self._by_handler())
+        try:
+            with move_on_after(timeout):
+                while self._busy():
+                    await self._next_change()
+        finally:
+            self._stop()
+            with move_on_after(_GRACE_SECONDS, shield=True):
+                while self._draining:
+                    await self._next_change()
+            self._state.lost = None
+            lost = self._lost
+            for run in self._draining:  # what could not be ended
+                lost.update(delivery.handler for delivery in run.running)
+            self._log(
+                logging.ERROR if lost else logging.INFO,
+                "eventkit has stopped",
+                lost,
+                still_running=_listed(self._state.tally.running_by_handler()),
+                **asdict(self._state.tally.snapshot()),
+            )
+
+    async def _guard(self) -> None:
+        """Stand for the tasks in the task group: wait for all, and have a cancellation end all."""
+        try:
+            await self._over.wait()
+        finally:
+            self._stop()
+            with CancelScope(shield=True):
+                while self._draining:
+                    await self._next_change()
+            self._state.tally.drainers.discard(self)
+
+    def _busy(self) -> bool:
+        return bool(
+            self._waiting or self._draining or any(unit.queue.waiting for unit in self._open)
+        )
+
+    def _stop(self) -> None:
+        """Cancel what is drained, and close what waits or has not even ended."""
+        if self._closed:
+            return
+        self._closed = True
+        self._state.lost = self._lost
+        self._over.set()
+        for run in [*self._draining]:
+            run.cancel()
+        self._abandon(*(run.ending.unit for run in self._waiting), *self._open)
+        self._waiting.clear()
+        self._waiting_deliveries = 0
+        if self._stop_timer is not None:
+            self._stop_timer()
+        self._make_room()
+
+    def _abandon(self, *units: Unit) -> None:
+        try:
+            abandon(*units)
+        except BaseException as error:  # noqa: BLE001 - an observer's, which the server would get
+            log(logging.CRITICAL, "an observer failed", error=error, bus=self._state.name)
+
+    def _take(self, ending: Ending) -> None:
+        """Start a unit, or have it wait for its turn."""
+        run = BackgroundRun(ending, self._terms, self._tasks, self)
+        if len(self._draining) < self._concurrency:
+            self._start(run)
+        else:
+            ending.deliveries = ending.unit.queue.waiting
+            self._waiting_deliveries += ending.deliveries
+            self._waiting.append(run)
+            self._watch(self._waiting_deliveries, False)
+
+    def _start(self, run: BackgroundRun) -> None:
+        self._draining.add(run)
+        run.start()
+
+    def ended(self, run: BackgroundRun) -> None:
+        """A unit is done with: let the next one begin."""
+        if run.fatal:
+            log(logging.CRITICAL, "a drain was ended", error=run.fatal.pop(), bus=self._state.name)
+        self._draining.remove(run)
+        if self._waiting:
+            following = self._waiting.popleft()
+            self._waiting_deliveries -= following.ending.deliveries
+            self._watch(self._waiting_deliveries, False)
+            self._start(following)
+            self._make_room()
+        if self._change is not None:
+            self._changed()
+
+    def expire_at(self, deadline: float) -> None:
+        """Have runs expire whose deadline this is.
+
+        One timer does for all: it is set for the earliest deadline, and again for the next one.
+        """
+        if deadline < self._next_deadline and not self._closed:
+            if self._stop_timer is not None:
+                self._stop_timer()
+            self._next_deadline = deadline
+            self._stop_timer = self._tasks.call_at(deadline, self._expire)
+
+    def _expire(self) -> None:
+        self._next_deadline, self._stop_timer = math.inf, None
+        now = self._tasks.time()
+        for run in self._draining:
+            if run.deadline <= now:
+                run.expire()
+        later = min((run.deadline for run in self._draining), default=math.inf)
+        if later != math.inf:
+            self.expire_at(later)
+
+    def _emptied(self) -> None:
+        """A unit may have nothing pending any more; told in any thread."""
+        if not self._closing:
+            return
+        if get_ident() == self._thread:
+            self._changed()
+        else:
+            self._tasks.call_soon(self._changed)
+
+    def _make_room(self) -> None:
+        if self._room is not None and not self.full:
+            self._room.set()
+            self._room = None
+
+    def _changed(self) -> None:
+        change, self._change = self._change, None
+        if change is not None:
+            change.set()
+
+    async def _next_change(self) -> None:
+        if self._change is None:
+            self._change = Event()
+        await self._change.wait()
+
+    def _by_handler(self) -> Counter[str]:
+        """How many deliveries each handler has waiting here, or running anywhere.
+
+        One that is taken from its queue and comes to its first step next, is neither.
+        """
+        ended = (run.ending.unit for run in [*self._draining, *self._waiting])
+        waiting = (each for unit in [*ended, *self._open] for each in unit.queue.pending)
+        handlers = (delivery.handler for each in waiting for delivery in each.deliveries())
+        return self._state.tally.running_by_handler() + Counter(handlers)
+
+    def _log(self, level: int, message: str, by_handler: Counter[str], **facts: object) -> None:
+        log(
+            level,
+            message,
+            error=None,
+            bus=self._state.name,
+            left=by_handler.total(),
+            handlers=_listed(by_handler),
+            **facts,
+        )
+
+
+def _listed(by_handler: Counter[str]) -> str:
+    return ", ".join(f"{name} x{times}" for name, times in by_handler.items())

@@ -1,0 +1,40 @@
+"""Owns the question which line of whose code has called. Knows nothing of what was called."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+
+_IMPORTLIB = "<frozen importlib._bootstrap>"
+
+
+def caller() -> str:
+    """The nearest line outside eventkit, and outside contextlib, which enters what we give."""
+    return place_of(*calling())
+
+
+def place_of(file: str, line: int | None) -> str:
+    return file if line is None else f"{file}:{line}"
+
+
+def _is_ours(package: str | None) -> bool:
+    return package is not None and package.partition(".")[0] == "eventkit"
+
+
+def calling() -> tuple[str, int | None]:
+    """The file and the line that `caller` tells."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - `inspect` builds far more
+    while frame is not None and (
+        _is_ours(frame.f_globals.get("__package__"))
+        or frame.f_globals.get("__name__") == "contextlib"
+    ):
+        frame = frame.f_back
+    return (frame.f_code.co_filename, frame.f_lineno) if frame else ("unknown", None)
+
+
+def importing() -> bool:
+    """Whether a module that is being imported has called."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - `inspect` builds far more
+    while frame is not None and frame.f_code.co_filename != _IMPORTLIB:
+        frame = frame.f_back
+    return frame is not None

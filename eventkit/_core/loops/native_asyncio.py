@@ -1,0 +1,92 @@
+"""What asyncio does in ways of its own: tasks, scopes, and the steps of a coroutine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import Context, copy_context
+from types import coroutine
+from typing import Any
+
+from anyio import CancelScope, Event
+from anyio.abc import TaskGroup
+
+
+@coroutine
+def drive(
+    worker: Any,  # `tasks.Stepping`
+    variables: Context,
+    steps: Coroutine[object, object, object],
+    trap: object,
+) -> Generator[object, object, None]:
+    """Be the pipe between the event loop and a handler, from its second step on."""
+    run, send = variables.run, steps.send
+    sent: object = None
+    thrown: BaseException | None = None
+    try:
+        while True:
+            try:
+                sent = yield trap
+            except GeneratorExit as closed:
+                try:
+                    run(steps.close)
+                except Exception as broken:
+                    raise closed from broken
+                raise
+            except BaseException as error:  # noqa: BLE001 - it is the handler's
+                worker.heard(error)
+                thrown = error
+            if thrown is None:
+                trap = run(send, sent)
+            else:
+                trap = run(steps.throw, thrown)
+                thrown = None
+    except StopIteration:
+        pass
+    finally:
+        # Or this frame and the traceback of what they hold keep each other alive.
+        del sent, thrown
+
+
+@coroutine
+def first_step() -> Generator[None]:
+    """Yield barely, once: see `NativeTasks.spawn`."""
+    yield
+
+
+class NativeTasks:
+    """Tasks of the running event loop that no AnyIO task group knows.
+
+    A native task costs a ninth of what `TaskGroup.start_soon` does. Their owner has to keep each
+    task alive, and to wait for it: both are done by the run that the task is of.
+    """
+
+    drive = staticmethod(drive)
+    first_step = staticmethod(first_step)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._loop = asyncio.get_running_loop()
+        self._variables = copy_context()  # one for all: they set none, and handlers have their own
+        self.scope = type(CancelScope())  # to ask AnyIO which one it is costs as much as to make it
+        self.time = self._loop.time
+
+    def open(self, group: TaskGroup, over: Event) -> None:
+        """Nothing has to own native tasks."""
+
+    def start(self, run: Any, worker: Any) -> None:  # Any: `tasks.Workplace`, and its worker
+        self.spawn(run, worker)
+
+    def spawn(self, run: Any, worker: Any) -> None:  # Any: as above
+        steps = run.work(worker)
+        # A task that is cancelled before its first step runs nothing of it, not even `finally`. So
+        # the coroutine is brought to a first bare `yield` before there is a task.
+        steps.send(None)
+        # Not `create_task`: a task factory of the application may make eager tasks, which recurse.
+        worker.task = asyncio.Task(steps, loop=self._loop, name=self._name, context=self._variables)
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        self._loop.call_soon_threadsafe(function)
+
+    def call_at(self, when: float, function: Callable[[], object]) -> Callable[[], object]:
+        return self._loop.call_at(when, function).cancel

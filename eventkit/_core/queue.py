@@ -1,0 +1,316 @@
+"""Owns the events of one unit of work while they wait: staged, then released, then taken.
+
+Tested without an event loop: it awaits nothing, and tells nobody. Each call is one step for all
+threads, under the lock of the bus's `Tally`, and returns what it moved; the caller announces that.
+
+| state | `stage` | `take` gives | left by |
+|---|---|---|---|
+| NEW | refused | nothing | `open` |
+| OPEN | taken | what is released, the oldest first | whatever closes it: see there |
+| CLOSED | refused | what was released before | |
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextvars import Context
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from eventkit._core.events import Delivery
+from eventkit._core.stats import Tally
+from eventkit._core.subscriptions import Plan
+
+
+class Verdict(Enum):
+    """What has been decided about an event that waits."""
+
+    OPEN = "open"  # its unit of work decides, or the transaction that it is in
+    EVEN_ON_FAILURE = "even on failure"  # the publisher: it is delivered in any case
+    RELEASED = "released"  # `release`, or a commit: it is delivered in any case
+
+
+class Envelope:
+    """One published event with its deliveries, none of which has started."""
+
+    __slots__ = (
+        "announced",
+        "cause",
+        "event",
+        "number",
+        "plan",
+        "published_from",
+        "published_ns",
+        "section",
+        "variables",
+        "verdict",
+    )
+
+    def __init__(
+        self,
+        event: object,
+        plan: Plan,
+        variables: Context,
+        cause: Delivery | None,
+        published_ns: int,
+        number: int,
+        verdict: Verdict,
+        published_from: str | None,
+    ) -> None:
+        self.event = event
+        self.plan = plan
+        self.variables = variables
+        self.cause = cause
+        self.published_ns = published_ns
+        self.number = number
+        self.verdict = verdict
+        self.published_from = published_from
+        self.announced = False  # observers know that it will be delivered
+        self.section: Any = None  # the open transaction that decides it; Any: see `transactions`
+
+    def decide(self) -> None:
+        """It will be delivered, whatever becomes of its unit of work."""
+        self.verdict = Verdict.RELEASED
+        self.section = None
+
+    def deliveries(self) -> list[Delivery]:
+        """All of them."""
+        return [self.delivery(index) for index in range(len(self.plan))]
+
+    def delivery(self, index: int) -> Delivery:
+        """The delivery to the handler at this index of the plan."""
+        return Delivery(
+            event=self.event,
+            handler=self.plan[index].name,
+            cause=self.cause,
+            depth=0 if self.cause is None else self.cause.depth + 1,
+            attempt=1,
+            _published_ns=self.published_ns,
+            _number=(self.number, index),
+            published_from=self.published_from,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Load:
+    """How many events wait in an outermost unit and all inside it, which share this object."""
+
+    events: int = 0
+
+
+class State(Enum):
+    """Whether a queue takes events."""
+
+    NEW = "new"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class Refusal(Enum):
+    """Why a queue takes no events."""
+
+    CLOSED = "closed"
+    FULL = "full"
+
+
+class EventQueue:
+    """The events of one unit of work.
+
+    Attributes:
+        state: Whether it takes events.
+        load: How much waits here and around.
+        sections: The transactions that are open here and in units inside, oldest first.
+        staged: What nobody has released; changed by `transactions`, too, under the lock.
+    """
+
+    __slots__ = ("_released", "_tally", "load", "sections", "staged", "state")
+
+    def __init__(self, tally: Tally) -> None:
+        self.state = State.NEW
+        self.load = Load()
+        self.sections: list[Any] = []  # Any: see `transactions`
+        self.staged: list[Envelope] = []
+        self._released: deque[Envelope] = deque()
+        self._tally = tally
+
+    @property
+    def pending(self) -> list[Envelope]:
+        """What waits here, released ones first."""
+        with self._tally.lock:
+            return [*self._released, *self.staged]
+
+    @property
+    def waiting(self) -> int:
+        """How many deliveries wait here."""
+        with self._tally.lock:
+            return sum(len(envelope.plan) for envelope in (*self._released, *self.staged))
+
+    def open(self, around: EventQueue | None) -> None:
+        """Take events from now on; with a queue around it, load and transactions are shared."""
+        self.state = State.OPEN
+        if around is not None:
+            self.load, self.sections = around.load, around.sections
+
+    def stage(
+        self,
+        envelopes: list[Envelope],
+        limit: int,
+        *,
+        watched: bool,
+        tag: Callable[[Sequence[Envelope]], None],
+    ) -> Refusal | None:
+        """Take all of them, or none and say why.
+
+        Args:
+            envelopes: What to take.
+            limit: How many events with a handler may wait.
+            watched: Whether to keep those without a handler, whose way somebody watches.
+            tag: Called with them where transactions are open.
+        """
+        deliveries = waiting = 0
+        for envelope in envelopes:
+            if envelope.plan:
+                waiting += 1
+                deliveries += len(envelope.plan)
+        load, tally = self.load, self._tally
+        tally.acquire()  # a `with` would cost as much again as what it does
+        try:
+            if self.state is not State.OPEN:
+                return Refusal.CLOSED
+            if load.events + waiting > limit:
+                return Refusal.FULL
+            load.events += waiting
+            tally.published += len(envelopes)
+            tally.accepted += deliveries
+            if waiting < len(envelopes) and not watched:
+                envelopes = [envelope for envelope in envelopes if envelope.plan]
+            if self.sections:
+                tag(envelopes)
+            self.staged += envelopes
+            return None
+        finally:
+            tally.release()
+
+    def release(self) -> list[Envelope]:
+        """Have all that is staged delivered, and return it."""
+        with self._tally.lock:
+            return self._release(self._take_staged())
+
+    def discard(self) -> tuple[list[Envelope], list[Envelope]]:
+        """Release what is decided, drop the rest of what is staged, and return both."""
+        with self._tally.lock:
+            kept, dropped = self._divide()
+            return self._release(kept), dropped
+
+    def take(self, *, closing: bool) -> Envelope | None:
+        """Take the next one that is released; None if there is none.
+
+        With `closing` it closes then, if nothing is left that has to be decided.
+        """
+        tally = self._tally
+        tally.acquire()
+        try:
+            if self._released:
+                self.load.events -= 1
+                return self._released.popleft()
+            if closing and not self.staged and not self.sections:
+                self.state = State.CLOSED
+            return None
+        finally:
+            tally.release()
+
+    def close_if_empty(self, *, release: bool, may_close: bool) -> tuple[bool, list[Envelope]]:
+        """Release what is staged, if so asked, and close if nothing is left and it may.
+
+        Returns:
+            Whether it has closed, and what was released.
+        """
+        tally = self._tally
+        tally.acquire()
+        try:
+            released = self._release(self._take_staged()) if release and self.staged else []
+            empty = may_close and not self._released and not self.staged
+            if empty:
+                self.state = State.CLOSED
+            return empty, released
+        finally:
+            tally.release()
+
+    def give(self, queue: EventQueue, *, success: bool) -> tuple[list[Envelope], list[Envelope]]:
+        """Close, and have what a handler has published released in the queue that is drained.
+
+        Returns:
+            What was released there, and what was dropped, because the handler has failed.
+        """
+        with self._tally.lock:
+            self.state = State.CLOSED
+            left, dropped = self._leave(success=success, released=True)
+            return queue._release(left), dropped
+
+    def hand_over(self, queue: EventQueue, *, success: bool, released: bool) -> list[Envelope]:
+        """Close, and stage what is left in the queue around, where what was released stays so.
+
+        Args:
+            queue: That one.
+            success: Whether what is staged is handed over; else only what is decided.
+            released: Whether what is released is handed over, too, since nobody drains it.
+
+        Returns:
+            What was dropped.
+        """
+        with self._tally.lock:
+            self.state = State.CLOSED
+            left, dropped = self._leave(success=success, released=released)
+            queue.staged += left
+            return dropped
+
+    def clear(self) -> list[Envelope]:
+        """Close, and return what is left."""
+        with self._tally.lock:
+            self.state = State.CLOSED
+            left = [*self._released, *self._take_staged()]
+            self._released.clear()
+            self._unload(left)
+            return left
+
+    def drop_staged(self, section: object) -> None:
+        """Drop what is staged and in the transaction. Needs the lock."""
+        dropped = [each for each in self.staged if each.section is section]
+        self.staged = [each for each in self.staged if each.section is not section]
+        self._unload(dropped)
+
+    # All that follows needs the lock.
+
+    def _release(self, envelopes: list[Envelope]) -> list[Envelope]:
+        self._released += [envelope for envelope in envelopes if envelope.plan]
+        return envelopes
+
+    def _take_staged(self) -> list[Envelope]:
+        staged, self.staged = self.staged, []
+        return staged
+
+    def _divide(self) -> tuple[list[Envelope], list[Envelope]]:
+        """Empty what is staged: what is decided, and what is not."""
+        staged = self._take_staged()
+        kept = [envelope for envelope in staged if envelope.verdict is not Verdict.OPEN]
+        dropped = [envelope for envelope in staged if envelope.verdict is Verdict.OPEN]
+        self._unload(dropped)
+        return kept, dropped
+
+    def _leave(self, *, success: bool, released: bool) -> tuple[list[Envelope], list[Envelope]]:
+        """Empty it: what goes on, and what is dropped."""
+        left: list[Envelope] = []
+        if released:
+            left.extend(self._released)
+            self._released.clear()
+            for envelope in left:
+                envelope.decide()
+        if success:
+            return left + self._take_staged(), []
+        kept, dropped = self._divide()
+        return left + kept, dropped
+
+    def _unload(self, envelopes: Sequence[Envelope]) -> None:
+        self.load.events -= sum(1 for envelope in envelopes if envelope.plan)

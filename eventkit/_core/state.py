@@ -1,0 +1,92 @@
+"""Owns what all units of work of one bus share. Knows nothing of how they work."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from eventkit._core.events import Delivery, type_name
+from eventkit._core.log import log
+from eventkit._core.loops.threads import Entrance
+from eventkit._core.observers import Observer
+from eventkit._core.stats import Tally
+from eventkit._core.subscriptions import Plan
+
+
+class Submit(Protocol):
+    """Ends a unit of work, in the background."""
+
+    def __call__(self, unit: Any, /, *, success: bool) -> None:  # Any: a `units.Unit`
+        """End it; never blocks."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Host:
+    """A running application that delivers units of work of the bus in the background.
+
+    Attributes:
+        entrance: The event loop it runs on, for threads that have none.
+        submit: Ends a unit of work: what there is to deliver is delivered later. Called on the
+            event loop.
+        origin: The origin of the units that are opened in it.
+    """
+
+    entrance: Entrance
+    submit: Submit
+    origin: object
+
+
+@dataclass(slots=True, eq=False)
+class BusState:
+    """What all units of work of one bus share.
+
+    The bus makes it and changes `observers` and `report_failure`; `add_host` and `remove_host`
+    change `hosts`; a drainer that closes changes `lost`; everything else is fixed.
+    """
+
+    bus: object  # whose they are, for those above who know what it is
+    name: str
+    sequential: bool
+    handler_timeout: float | None
+    max_events: int
+    max_depth: int
+    debug: bool
+    plan_for: Callable[[object], Plan]
+    tally: Tally
+    report_failure: Callable[[Delivery, Exception], None]
+    observers: tuple[Observer, ...] = ()
+    lost: Counter[str] | None = None  # what is undelivered, by handler, while somebody counts it
+    hosts: tuple[Host, ...] = ()  # in the order in which they began
+
+    def report(self, delivery: Delivery, error: Exception) -> None:
+        """Tell the bus's owner of a failure that nobody awaits."""
+        try:
+            self.report_failure(delivery, error)
+        except Exception as broken:  # noqa: BLE001 - a reporter is user code
+            log(logging.ERROR, "report_failure failed", error=broken, bus=self.name)
+            log_failure(delivery, error)
+
+    def add_host(self, host: Host) -> None:
+        """From now on it delivers units of work in the background. Thread-safe."""
+        with self.tally.lock:
+            self.hosts = (*self.hosts, host)
+
+    def remove_host(self, host: Host) -> None:
+        """It does so no longer; nothing happens where that is so already. Thread-safe."""
+        with self.tally.lock:
+            self.hosts = tuple(other for other in self.hosts if other is not host)
+
+
+def log_failure(delivery: Delivery, error: Exception) -> None:
+    """Write the line that a failed delivery leaves by default: never the payload."""
+    log(
+        logging.ERROR,
+        "event handler failed",
+        error=error,
+        event_type=type_name(type(delivery.event)),
+        handler=delivery.handler,
+        delivery_id=str(delivery.id),
+    )

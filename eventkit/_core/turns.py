@@ -1,0 +1,148 @@
+"""Owns one event on its way through the dispatcher, and what is told of a drain afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import Context
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from eventkit._core.ambient import on_this_loop
+from eventkit._core.announcements import announce_lost
+from eventkit._core.dispatch import Turn
+from eventkit._core.events import Delivery, type_name
+from eventkit._core.handlers import Handler
+from eventkit._core.queue import Envelope
+from eventkit._core.state import BusState
+from eventkit._core.stats import Outcome
+from eventkit._core.subscriptions import Plan
+from eventkit.exceptions import DispatchError
+
+
+class Drained(Protocol):
+    """The unit of work whose event it is.
+
+    Attributes:
+        state: What the units of its bus share.
+        origin: Where it comes from.
+    """
+
+    state: BusState
+    origin: object
+
+    def unit_of(self, delivery: Delivery) -> Any:  # Any: a unit like itself
+        """The unit of work that a delivery of its event is."""
+        ...
+
+
+class EventTurn:
+    """An event on its way through the dispatcher: what that calls a `Turn`.
+
+    Most handlers neither publish nor ask for their delivery, so both the unit of work that it is
+    and the `Delivery` are made when somebody asks. Until then the pair of this and the handler's
+    index stands for the unit in the handler's context variables.
+    """
+
+    # Here and not in `__init__`, for this is made once for every event.
+    _ended = False
+    _units: dict[int, Any] | None = None
+    _deliveries: dict[int, Delivery] | None = None
+
+    def __init__(
+        self,
+        envelope: Envelope,
+        plan: Plan,
+        drained: Drained,
+        enter: Callable[[tuple[Turn, int]], object],
+    ) -> None:
+        self.event = envelope.event
+        self.handlers: Sequence[Handler] = plan.handlers
+        self.indexes = plan.indexes
+        self.observers = drained.state.observers
+        self.alike = plan.alike
+        self.in_threads = plan.in_threads
+        self.variables: Context = on_this_loop(envelope.variables)
+        self.enter = enter
+        self.lost: dict[int, Outcome] = {}
+        self._envelope = envelope
+        self._drained = drained
+
+    @property
+    def origin(self) -> object:
+        """Where the unit of work comes from."""
+        return self._drained.origin
+
+    def delivery(self, index: int) -> Delivery:
+        """The delivery to the handler at this index."""
+        if self._deliveries is None:
+            self._deliveries = {}
+        delivery = self._deliveries.get(index)
+        if delivery is None:
+            delivery = self._deliveries[index] = self._envelope.delivery(index)
+        return delivery
+
+    def unit(self, index: int) -> Any:  # Any: see `Drained`
+        """The unit of work of one delivery: of this bus only, inside the one that is drained."""
+        drained = self._drained
+        with drained.state.tally.lock:
+            if self._units is None:
+                self._units = {}
+            unit = self._units.get(index)
+            if unit is None:
+                unit = self._units[index] = drained.unit_of(self.delivery(index))
+                if self._ended:  # looked at last: whoever ends it meanwhile finds the unit
+                    unit.queue.clear()
+            return unit
+
+    def end(self) -> None:
+        """End the units of work that there are; nobody gets an open one any more."""
+        self._ended = True
+        for index, unit in sorted(self._units.items()) if self._units else ():
+            unit.hand_over(success=index not in self.lost)
+        if self.lost:
+            lost = sorted(at for at, how in self.lost.items() if how is Outcome.UNDELIVERED)
+            deliveries = [self.delivery(index) for index in lost]
+            announce_lost(self._drained.state, deliveries, Outcome.UNDELIVERED)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A delivery that failed.
+
+    Attributes:
+        delivery: Which one: `delivery.handler` is the handler's name, `delivery.event` the event.
+        error: What the handler raised.
+    """
+
+    delivery: Delivery
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class DrainReport:
+    """What one drain delivered.
+
+    Attributes:
+        handled: Deliveries whose handler ended well.
+        failures: The others, in the order in which they failed.
+    """
+
+    handled: int
+    failures: tuple[Failure, ...]
+
+    def raise_for_failures(self) -> None:
+        """Raise everything that failed as one group.
+
+        Raises:
+            DispatchError: There were failures.
+        """
+        if self.failures:
+            raise together(self.failures)
+
+
+def together(failures: Sequence[Failure]) -> DispatchError:
+    """All of them as one error."""
+    events = dict.fromkeys(type_name(type(failure.delivery.event)) for failure in failures)
+    return DispatchError(
+        f"handlers failed for {', '.join(events)}", [failure.error for failure in failures]
+    )

@@ -1,0 +1,534 @@
+"""Owns units of work: what was published in them, and whether it is delivered or discarded.
+
+Knows nothing of HTTP, nor of who subscribed and why. How events flow: `publish` stages an envelope
+in the unit's queue. `release` has it delivered; `discard` drops it, save what was published
+`even_on_failure`. A drain takes envelopes off the queue one by one and runs their handlers, each in
+a unit of its own, whose remaining events join the queue behind all others when the last handler of
+the event has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import copy_context
+from functools import partial
+from itertools import count
+from time import time_ns
+from typing import Any
+
+from anyio import Event
+
+from eventkit._core.ambient import active, current, find, origin, outward, running, waiting, way_in
+from eventkit._core.announcements import (
+    announce_dropped,
+    announce_published,
+    announce_released,
+    announce_skipped,
+)
+from eventkit._core.awaited import run_all
+from eventkit._core.dispatch import Terms, Turn
+from eventkit._core.events import Delivery, type_name
+from eventkit._core.locations import caller
+from eventkit._core.loops.running import current_loop
+from eventkit._core.loops.threads import Function, reach
+from eventkit._core.queue import Envelope, EventQueue, Refusal, State, Verdict
+from eventkit._core.state import BusState, Host
+from eventkit._core.stats import Outcome
+from eventkit._core.subscriptions import Plan
+from eventkit._core.turns import EventTurn, Failure
+from eventkit.exceptions import (
+    EventContextClosedError,
+    EventContextFullError,
+    EventContextUsageError,
+    EventDepthError,
+)
+
+_numbers = count()
+
+Report = Callable[[Delivery, Exception], None]
+
+
+class Unit:
+    """A unit of work, as the core knows it: `EventContext` is what users have of one.
+
+    `publish`, `release` and `discard` are thread-safe; everything else belongs to the event loop
+    on which it was opened.
+
+    Attributes:
+        state: What the units of its bus share.
+        queue: Its events; also says whether it is new, open or closed.
+        parent: The unit around it, of whichever bus; of a delivery, the unit that is drained.
+        hands_over: Whether what is left goes to the next unit of this bus around it.
+        delivery: The delivery that it is, or that it is inside.
+        is_delivery: Whether it is one.
+        origin: Which application it belongs to; for resolvers alone.
+        loop: The event loop on which it or the unit around it is open, or is delivered.
+        independent: The unit around it neither delivers nor discards its events.
+        background: It leaves its drain to a running application, if there is one.
+        waits: It delivers its events itself, and so do those inside with `background`.
+        draining: A task delivers its events.
+        emptied: Called when events of it were dropped or delivered, in any thread.
+        context: What users have of it, if they have; weak.
+    """
+
+    # Here and not in `__init__`, for this is made once for every request.
+    parent: Unit | None = None
+    hands_over = False
+    delivery: Delivery | None = None
+    is_delivery = False
+    origin: object = None
+    loop: object = None
+    independent = False
+    background = False
+    waits = False
+    draining = False
+    emptied: Callable[[], None] | None = None
+    context: Callable[[], Any] | None = None  # Any: an `EventContext`
+    _before: Unit | None = None  # what was active when it became so
+    _turn: EventTurn | None = None  # the event at hand, while it is drained
+    _freed: Event | None = None  # there while somebody waits for the drain's end
+    _enter: Callable[[tuple[Turn, int]], object]  # its handlers' variables, while it is drained
+
+    def __init__(self, state: BusState) -> None:
+        self.state = state
+        self.queue = EventQueue(state.tally)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more events."""
+        return self.queue.state is State.CLOSED
+
+    @property
+    def around(self) -> Unit | None:
+        """The unit around it, of whichever bus; a delivery is inside of nothing."""
+        return None if self.is_delivery else self.parent
+
+    # Opening and leaving it
+
+    def open(self, parent: Unit | None, *, nested: bool) -> None:
+        """Open it inside another one, whose events' cause it shares.
+
+        With `nested` it hands over to the unit of the same bus around it, if there is one.
+        """
+        if self.queue.state is not State.NEW:
+            raise EventContextUsageError(
+                "an event context is opened once: call bus.context() for each unit of work"
+            )
+        self.origin = origin.get() if parent is None else parent.origin
+        if parent is not None:
+            self.loop = parent.loop
+        while parent is not None and parent.closed:  # a task that outlived its unit
+            parent = parent.around
+        outer: Unit | None = None
+        if parent is not None:
+            self.parent = parent
+            self.delivery = parent.delivery
+            outer = find(parent, self.state) if nested else None
+            self.hands_over = outer is not None
+        self.queue.open(None if outer is None else outer.queue)
+
+    def enter(
+        self, parent: Unit | None, where: object, *, loop: object = None, waits: bool = False
+    ) -> None:
+        """Open it inside another one alone, whatever is active, and make it the active one.
+
+        For those who `leave` a unit of work in one place and end it in another. It hands nothing
+        over: `parent` is of another bus. Threads in it deliver on this event loop. With `waits`,
+        units inside it deliver their events themselves.
+        """
+        self.open(parent, nested=False)
+        self.origin, self.loop = where, loop
+        if waits:
+            self.waits = True
+        self.activate()
+
+    def activate(self) -> None:
+        """Make it the active one."""
+        self._before = current()
+        active.set(self)
+
+    def leave(self) -> None:
+        """Make the one before it the active one again.
+
+        Blocks around a `yield` may overlap, or end in other context variables than they began in:
+        who became active in the meantime stays so.
+        """
+        before = self._before
+        if active.get() is self:
+            while before is not None and before.closed:
+                before = before.around
+            active.set(before)
+        self._before = None
+
+    def unit_of(self, delivery: Delivery) -> Unit:
+        """The unit of work that a delivery of one of its events is."""
+        unit = Unit(self.state)
+        unit.parent = self
+        unit.origin = self.origin
+        unit.loop = self.loop
+        unit.delivery = delivery
+        unit.is_delivery = True
+        unit.queue.open(None)
+        unit.queue.load = self.queue.load
+        return unit
+
+    def with_those_it_hands_to(self) -> Iterator[Unit]:
+        """The unit, and those around it that its events may come to."""
+        unit: Unit | None = self
+        while unit is not None:
+            yield unit
+            unit = find(unit.parent, self.state) if unit.hands_over else None
+
+    # Publishing
+
+    def publish(self, events: Sequence[object], even_on_failure: bool) -> None:
+        """Queue the deliveries of all of them, or raise and queue none."""
+        state = self.state
+        cause = self.delivery if active.get() is self else running() or self.delivery
+        if cause is not None and cause.depth >= state.max_depth and events:
+            raise EventDepthError(
+                type_name(type(events[0])), state.max_depth, [str(d) for d in cause.chain()]
+            )
+        variables, now = copy_context(), time_ns()
+        place = caller() if state.debug else None
+        verdict = Verdict.EVEN_ON_FAILURE if even_on_failure else Verdict.OPEN
+        plan_for = state.plan_for
+        envelopes = [
+            Envelope(event, plan_for(event), variables, cause, now, next(_numbers), verdict, place)
+            for event in events
+        ]
+        refusal = self.queue.stage(
+            envelopes, state.max_events, watched=bool(state.observers), tag=self._tag
+        )
+        if refusal is not None:
+            raise self._refused(refusal)
+        if state.observers:
+            announce_published(state, envelopes)
+
+    def _tag(self, envelopes: Sequence[Envelope]) -> None:
+        self.queue.sections[-1].tag(self, envelopes)
+
+    def _refused(self, refusal: Refusal) -> Exception:
+        if refusal is Refusal.FULL:
+            return EventContextFullError(self.state.name, self.state.max_events)
+        return EventContextClosedError(self.why_not_open())
+
+    def why_not_open(self) -> str:
+        """Why it takes no events, and what to do."""
+        bus = self.state.name
+        if self.queue.state is State.NEW:
+            return f"this event context of bus {bus!r} is not open yet: use `async with`"
+        if self.is_delivery:
+            return (
+                f"the handler that this event context of bus {bus!r} belongs to has ended "
+                f"({self.delivery}). A task that outlives its handler needs a unit that is "
+                "independent of it: `async with bus.context(independent=True):`"
+            )
+        return (
+            f"this event context of bus {bus!r} has ended: the request or job it belongs to is "
+            "over, and its events were delivered. A task or thread that outlives it needs a unit "
+            "that is independent of it: `async with bus.context(independent=True):`, in a thread "
+            "`with`"
+        )
+
+    # Deciding
+
+    def release(self) -> None:
+        """What was published so far will be delivered, whatever follows."""
+        announce_released(self.state, self.queue.release())
+
+    def discard(self) -> None:
+        """Drop what is neither released nor `even_on_failure`."""
+        kept, dropped = self.queue.discard()
+        announce_released(self.state, kept)
+        self._drop(dropped, Outcome.DISCARDED)
+
+    def hand_over(self, *, success: bool) -> bool:
+        """Close it, and give what is left to the outer unit; False where there is none open.
+
+        What was released here stays decided, also if the outer unit fails. A drain that another
+        task runs goes on with it.
+        """
+        if self.is_delivery and self.queue.sections:
+            self._close_sections()
+        released: list[Envelope] = []
+        with self.state.tally.lock:
+            heir = self._heir()
+            if heir is None:
+                return False
+            if self.is_delivery:
+                released, dropped = self.queue.give(heir.queue, success=success)
+            else:
+                for section in self.queue.sections:
+                    section.follow(self, heir)
+                dropped = self.queue.hand_over(
+                    heir.queue, success=success, released=not self.draining
+                )
+        announce_released(self.state, released)
+        self._drop(dropped, Outcome.DISCARDED)
+        return True
+
+    def _heir(self) -> Unit | None:
+        """Who gets what is left: the nearest open unit around it; of a delivery, who drains it."""
+        if self.is_delivery:
+            return self.parent
+        unit: Unit | None = self
+        while unit is not None and (unit is self or unit.closed):
+            unit = (
+                None if unit.is_delivery or not unit.hands_over else find(unit.parent, self.state)
+            )
+        return unit
+
+    def _close_sections(self) -> None:
+        """Close the transactions that are still open here although the unit ends."""
+        with self.state.tally.lock:
+            still_open = [each for each in reversed(self.queue.sections) if each.unit is self]
+        for section in still_open:
+            section.close("the transaction was still open when its unit of work ended")
+
+    def close_if_idle(self, *, success: bool, by_drain: bool = False) -> bool:
+        """Decide what is staged; close it if then nothing is left to deliver."""
+        queue = self.queue
+        if queue.sections:
+            self._close_sections()
+        if not success and queue.staged:
+            self.discard()
+        idle, released = queue.close_if_empty(release=success, may_close=by_drain is self.draining)
+        if released:
+            announce_released(self.state, released)
+        return idle
+
+    def abandon(self) -> None:
+        """Close it; what is left will not be delivered."""
+        if left := self.queue.clear():
+            self._drop(left, Outcome.UNDELIVERED)
+
+    def _drop(self, envelopes: Sequence[Envelope], outcome: Outcome) -> None:
+        announce_dropped(self.state, envelopes, outcome)
+        self.tell_emptied()
+
+    def tell_emptied(self) -> None:
+        """Tell whoever wants to know that less may wait here."""
+        if self.emptied is not None:
+            self.emptied()
+
+    # Delivering
+
+    async def end(self, success: bool) -> None:
+        """Deliver what is to be delivered, here or in the background, and close."""
+        host = self._host() if self.background else None
+        if host is None:
+            await self.finish(self.state.report, self.state.handler_timeout, success=success)
+        else:
+            host.submit(self, success=success)
+
+    async def finish(self, report: Report, timeout: float | None, *, success: bool) -> None:
+        """Deliver what is to be delivered, then close; what a cancellation left is undelivered."""
+        if self.close_if_idle(success=success):
+            return
+        ending = Ending(self, success)
+        try:
+            await ending.until_free()
+            await run_all(ending.next_turn, self._terms(report, timeout))
+        finally:
+            ending.end()
+
+    async def deliver(self, report: Report) -> int:
+        """Deliver what is released, and what comes of it; returns how many were handled."""
+        self.occupy()
+        try:
+            return await run_all(self.next_turn, self._terms(report, self.state.handler_timeout))
+        finally:
+            self.end_drain()
+
+    def _terms(self, report: Report, timeout: float | None) -> Terms:
+        return Terms(self.state.sequential, timeout, self.state.tally, report)
+
+    def occupy(self) -> None:
+        """Somebody drains it from now on."""
+        self.draining, self.loop = True, current_loop()
+        self._enter = way_in()
+
+    def free(self) -> None:
+        """Nobody drains it any more."""
+        self.draining = False
+        if self._freed is not None:
+            self._freed.set()
+            self._freed = None
+        if self.emptied is not None:
+            self.emptied()
+
+    async def until_free(self) -> None:
+        """Wait while another task drains it."""
+        while self.draining:
+            self._freed = self._freed or Event()
+            await self._freed.wait()
+
+    def end_drain(self) -> None:
+        """End the event at hand, and leave the rest to whoever is responsible for it now."""
+        self._end_turn()
+        self.free()
+        if self.closed and not self.hand_over(success=False):  # left in the meantime
+            self.abandon()
+
+    def next_turn(self, *, closing: bool = False) -> EventTurn | None:
+        """End the event at hand, and give the next one that is released; None if there is none.
+
+        With `closing` it closes where nothing is left that has to be decided.
+        """
+        self._end_turn()
+        while (envelope := self.queue.take(closing=closing)) is not None:
+            plan = envelope.plan
+            if not plan.valid:
+                plan = self._without_cancelled(envelope)
+            if plan.indexes:
+                turn = self._turn = EventTurn(envelope, plan, self, self._enter)
+                return turn
+        return None
+
+    def _end_turn(self) -> None:
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            turn.end()
+
+    def _without_cancelled(self, envelope: Envelope) -> Plan:
+        """The plan as it is now; the deliveries of cancelled subscriptions are discarded."""
+        plan = envelope.plan = envelope.plan.renewed()
+        left = set(range(len(plan))) - {*plan.indexes}
+        deliveries = [envelope.delivery(index) for index in sorted(left)]
+        announce_skipped(self.state, deliveries, Outcome.DISCARDED)
+        return plan
+
+    # Where it is delivered
+
+    def ways_to_loops(self) -> Iterator[Callable[[Function], bool]]:
+        """Ways to event loops that run in other threads, the nearest first.
+
+        That is the loop of the unit around it, then that of the application that it was opened
+        in, then those of others that have this bus, the last one that has begun first.
+        """
+        if self.loop is not None:
+            yield partial(reach, self.loop)
+        hosts = reversed(self.state.hosts)
+        for host in sorted(hosts, key=lambda host: host.origin is not self.origin):
+            yield host.entrance.run
+
+    def _host(self) -> Host | None:
+        """Who delivers it in the background, on the event loop that calls.
+
+        That is the application that it was opened in, else the last one that has begun. Nobody
+        does where a request or websocket delivers its events itself.
+        """
+        state = self.state
+        if state in waiting.get() or any(
+            unit.waits and unit.state is state for unit in outward(self)
+        ):
+            return None
+        loop, found = current_loop(), None
+        for host in state.hosts:
+            if host.entrance.loop is loop:
+                found = host
+                if host.origin is self.origin:
+                    break
+        return found
+
+    def inside_handler(self) -> bool:
+        """Whether it, or who asks, is inside a handler of this bus.
+
+        What is independent of the handler is not inside it.
+        """
+        for innermost in (self, current()):
+            for unit in outward(innermost):
+                if unit.state is self.state:
+                    if unit.independent:
+                        break
+                    if unit.is_delivery and not unit.closed:
+                        return True
+        return False
+
+
+class Ending:
+    """A unit of work on its way to its end: it gives what is released, and then it closes.
+
+    It releases or discards what nobody has decided.
+
+    Attributes:
+        unit: Which one.
+        deliveries: How many wait with it, while it waits for its drain.
+    """
+
+    __slots__ = ("_begun", "_success", "deliveries", "unit")
+
+    def __init__(self, unit: Unit, success: bool) -> None:
+        self._begun = False
+        self._success = success
+        self.unit = unit
+        self.deliveries = 0
+
+    async def until_free(self) -> None:
+        """Wait while another task drains it, and go on with what that leaves."""
+        if self.unit.draining:
+            await self.unit.until_free()
+        self.unit.occupy()
+        self._begun = True
+
+    def next_turn(self) -> Turn | None:
+        """End the event at hand and give the next one; None where the unit has closed."""
+        unit = self.unit
+        while (turn := unit.next_turn(closing=True)) is None:
+            if unit.closed or unit.close_if_idle(success=self._success, by_drain=True):
+                unit.free()
+                return None
+        return turn
+
+    def end(self) -> None:
+        """End the event at hand, and close; what is left is undelivered."""
+        if self._begun and self.unit.draining:
+            self.unit.end_drain()
+        if not self.unit.closed:
+            self.unit.abandon()
+
+
+def abandon(*units: Unit) -> None:
+    """Close units of one bus at once: what is not released is discarded, the rest undelivered.
+
+    What is undelivered is told in one go, so that the end of thousands is one line in the log.
+    """
+    for unit in units:
+        unit.discard()
+    left = [envelope for unit in units for envelope in unit.queue.clear()]
+    for unit in units[:1]:
+        announce_dropped(unit.state, left, Outcome.UNDELIVERED)
+
+
+async def dispatch(state: BusState, event: object) -> list[Failure]:
+    """Run the handlers of one event, and of all that comes of it, and return what failed.
+
+    See `EventBus.dispatch`.
+    """
+    if not state.plan_for(event) and not state.observers:
+        with state.tally.lock:
+            state.tally.published += 1
+        return []
+    unit = Unit(state)
+    unit.open(current(), nested=False)
+    unit.publish((event,), even_on_failure=False)
+    del event  # or a traceback that shows local variables shows the payload
+    failures: list[Failure] = []
+
+    def collect(delivery: Delivery, error: Exception) -> None:
+        failures.append(Failure(delivery, error))
+
+    try:
+        await unit.finish(collect, None, success=True)
+        return [*failures]
+    except BaseException:
+        _report_all(state, failures)  # nobody else will hear of them
+        raise
+    finally:
+        failures.clear()  # a traceback leads to `collect`, which would close a reference cycle
+
+
+def _report_all(state: BusState, failures: Sequence[Failure]) -> None:
+    for failure in failures:
+        state.report(failure.delivery, failure.error)
