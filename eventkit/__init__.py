@@ -74,3 +74,8 @@ __all__ = [
     "Wiring",
     "current_delivery",
 ]
+
+# What users have says where they have it from, also in its repr and in tracebacks.
+for _name in __all__:
+    if globals()[_name].__module__.startswith("eventkit._core"):
+        globals()[_name].__module__ = __name__

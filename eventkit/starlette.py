@@ -9,7 +9,7 @@ import inspect
 import logging
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Generator, Mapping, MutableMapping
+from collections.abc import Callable, Generator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -17,11 +17,11 @@ from typing import Any, NoReturn
 
 from anyio import create_task_group, current_time, move_on_after
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eventkit._core.ambient import outside
+from eventkit._core.asgi import Lifespan, Origin, WatchedResponse
 from eventkit._core.bus import EventBus, state_of
 from eventkit._core.drainer import Drainer
 from eventkit._core.handlers import is_duration, layers, name_of
@@ -37,9 +37,6 @@ _SCOPE_KEY = "eventkit"
 _MAX_LAYERS = 100  # of middleware around an app, which may lead back to themselves
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})  # RFC 9110, section 9.2.1
 
-# The messages that carry a response's body; ASGI's extensions add the last two.
-_BODY = {"http.response.body", "http.response.pathsend", "http.response.zerocopysend"}
-
 _WEBSOCKET = (
     "a websocket has no event context of its own, because it would be open for hours. Open one "
     "per message: `async with bus.context():`, or `bus.context(background=True)` to go on while "
@@ -49,22 +46,6 @@ _LIFESPAN = (
     "start-up and shutdown code belongs to no request. Open a unit of work: "
     "`async with bus.context():`"
 )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Origin:
-    """The application that a unit of work was opened in, as a `Resolver` is given it.
-
-    Of a request it has nothing: the same handler is run for jobs, which have none.
-
-    Attributes:
-        app: The application whose middleware or lifespan it was; None where none is known.
-        state: What the lifespan yielded. Without a running lifespan, what `scope["state"]` held
-            when the request came in. Shared by all units of the lifespan, and not to be changed.
-    """
-
-    app: Starlette | None
-    state: Mapping[str, Any]  # as ASGI defines it
 
 
 _NO_STATE: Mapping[str, Any] = MappingProxyType({})
@@ -217,17 +198,18 @@ class EventContextMiddleware:
             return
         if not self._announced:
             self._announce()
-        drainer, origin = self._surroundings(scope)
+        loop = current_loop()
+        drainer, origin = self._surroundings(scope, loop)
         if drainer is not None and drainer.full and not await self._has_room(drainer, scope):
             await self._refuse(scope, receive, send)
             return
         unit = Unit(self._state)
         scope[_SCOPE_KEY] = {**around, self.bus: unit}
-        response = _Response(send)
+        response = WatchedResponse(send)
         if drainer is not None:
             drainer.expect(unit)
         enclosing = next(reversed(around.values())) if around else None
-        unit.enter(enclosing, origin, loop=current_loop(), waits=drainer is None)
+        unit.enter(enclosing, origin, loop=loop, waits=drainer is None)
         try:
             try:
                 await self.app(scope, receive, response.send)
@@ -239,22 +221,26 @@ class EventContextMiddleware:
         except BaseException as error:
             await self._end(unit, drainer, self._judge(scope, response, error))
             raise
-        await self._end(unit, drainer, self._judge(scope, response, None))
+        status = response.status
+        if drainer is None or status is None or self._deliver_if is not succeeded:
+            await self._end(unit, drainer, self._judge(scope, response, None))
+        else:  # so it is for nearly all requests: what `_judge` and `_end` would do
+            drainer.submit(unit, success=status < 400)
 
     async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._serve_lifespan(scope, receive, send)
             return
         marks = scope.get(_SCOPE_KEY, {})
-        drainer, origin = self._surroundings(scope)
+        drainer, origin = self._surroundings(scope, current_loop())
         waits = None if self.bus in marks else drainer is None  # an instance outside has said so
         scope[_SCOPE_KEY] = {**marks, self.bus: None}  # a websocket has a bus all the same
         with outside(self._state, _WEBSOCKET, origin, waits=waits):
             await self.app(scope, receive, send)
 
-    def _surroundings(self, scope: Scope) -> tuple[Drainer | None, Origin]:
+    def _surroundings(self, scope: Scope, loop: object) -> tuple[Drainer | None, Origin]:
         """Who delivers the request's events, None where it does so itself, and where it came in."""
-        lifespans = self._lifespans.get(current_loop()) if self._lifespans else None
+        lifespans = self._lifespans.get(loop)
         if lifespans is None:
             return None, self._origin_of(scope)
         drainer, origin = lifespans[-1]  # one for all requests, that they need not have their own
@@ -318,7 +304,7 @@ class EventContextMiddleware:
                 await _refuse_to_start(receive, send, _added_twice(outer, self))
             await self.app(scope, receive, send)
             return
-        lifespan, state = _Lifespan(receive, send), self._state
+        lifespan, state = Lifespan(receive, send), self._state
         async with create_task_group() as tasks:
             drainer = Drainer(
                 state,
@@ -361,7 +347,7 @@ class EventContextMiddleware:
             if not lifespans:
                 del self._lifespans[loop]
 
-    def _judge(self, scope: Scope, response: _Response, error: BaseException | None) -> bool:
+    def _judge(self, scope: Scope, response: WatchedResponse, error: BaseException | None) -> bool:
         """Whether the request succeeded, given what the app raised."""
         if response.losses:
             error = response.without_losses(error)
@@ -485,132 +471,3 @@ async def _refuse_to_start(receive: Receive, send: Send, error: Exception) -> No
     await receive()
     await send({"type": "lifespan.startup.failed", "message": str(error)})
     raise error
-
-
-class _Lifespan:
-    """One run of the lifespan protocol, with something to do before the app's own steps.
-
-    An app that leaves early is spoken for, and so is one that does not speak the protocol: it
-    raises before it asks for the server's first message. One that raises later has failed.
-    """
-
-    __slots__ = (
-        "_answered",
-        "_asked",
-        "_failure",
-        "_farewell",
-        "_heard",
-        "_ready",
-        "_receive",
-        "_send",
-    )
-
-    def __init__(self, receive: Receive, send: Send) -> None:
-        self._receive = receive
-        self._send = send
-        self._asked = False  # for the server's first message
-        self._heard: set[str] = set()  # what the server has said
-        self._answered = False
-        self._ready = False
-        self._farewell: Message | None = None
-        self._failure: BaseException | None = None
-
-    async def run(
-        self,
-        app: ASGIApp,
-        scope: Scope,
-        *,
-        ready: Callable[[], None],
-        stopping: Callable[[], Awaitable[None]],
-    ) -> None:
-        """Run the app's lifespan but for its end, which `end` brings about.
-
-        `ready` is called when the app has started up, before the server knows; `stopping` is
-        awaited when the server shuts down, before the app knows.
-        """
-
-        async def receive() -> Message:
-            self._asked = True
-            message = await self._receive()
-            self._heard.add(message["type"])
-            if message["type"] == "lifespan.shutdown":
-                await stopping()
-            return message
-
-        async def send(message: Message) -> None:
-            self._answered = True
-            if message["type"] == "lifespan.startup.complete":
-                ready()
-                self._ready = True
-            if message["type"].startswith("lifespan.shutdown."):
-                self._farewell = message
-            else:
-                await self._send(message)
-
-        try:
-            await app(scope, receive, send)
-        except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001
-            # Kept for `end`, which raises it: the task group around it would wrap it.
-            if self._asked or self._answered or not isinstance(error, Exception):
-                self._failure = error
-                return
-            log(logging.INFO, "the app has no lifespan of its own", reason=repr(error))
-        if not self._answered:
-            if not self._heard:
-                await receive()
-            await send({"type": "lifespan.startup.complete"})
-        if self._ready and "lifespan.shutdown" not in self._heard:
-            await receive()
-            await send({"type": "lifespan.shutdown.complete"})
-
-    async def bid_farewell(self) -> None:
-        """Send the app's last message, once.
-
-        After it hypercorn cancels whatever has not returned.
-        """
-        farewell, self._farewell = self._farewell, None
-        if farewell is not None:
-            await self._send(farewell)
-
-    async def end(self) -> None:
-        """Send the app's last message, and raise what it raised."""
-        await self.bid_farewell()
-        if self._failure is not None:
-            raise self._failure
-
-
-class _Response:
-    """What has been sent of one response, and whether the client was there to take it."""
-
-    # Here and not in `__init__`, for this is made for every request.
-    status: int | None = None
-    body_complete = False
-    losses: tuple[OSError, ...] = ()
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-
-    async def send(self, message: Message) -> None:
-        kind = message["type"]
-        if kind == "http.response.start":
-            self.status = message["status"]  # also for a client that has just left
-        try:
-            await self._send(message)
-        except OSError as error:  # ASGI 2.4: what a server raises when the client has left
-            self.losses = (*self.losses, error)
-            raise
-        if kind in _BODY:
-            self.body_complete = not message.get("more_body", False)
-
-    def without_losses(self, error: BaseException | None) -> BaseException | None:
-        """What the app raised; None if that says only that the client has left. To be asked once.
-
-        Starlette says so in its own way, and `send` in that of the server.
-        """
-        losses, self.losses = self.losses, ()  # their tracebacks lead back here: a ring
-        if error is None:
-            return None
-        _, other = BaseExceptionGroup("", [error]).split(
-            lambda part: isinstance(part, ClientDisconnect) or part in losses
-        )
-        return None if other is None else error

@@ -67,7 +67,7 @@ class _Event:
     async def _run(self, index: int, tasks: TaskGroup) -> None:
         """Run one handler, so that nothing but the cancellation of the dispatch leaves its task."""
         task = OneTask(self.turn.delivery(index))
-        self.terms.tally.enter(task)
+        self.terms.tally.runs.add(task)
         outcome = Outcome.UNDELIVERED
         try:
             await checkpoint_if_cancelled()

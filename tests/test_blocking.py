@@ -17,7 +17,7 @@ from fastapi import Depends
 
 from eventkit import DispatchError, EventBus
 from eventkit._core.bus import state_of
-from eventkit._core.dispatch import whereabouts
+from eventkit._core.whereabouts import whereabouts
 from tests.dispatching import Boom
 from tests.witness import freed_by_anyio
 

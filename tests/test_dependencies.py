@@ -49,7 +49,7 @@ from eventkit import (
     NoRequestError,
     current_delivery,
 )
-from eventkit import fastapi as adapter
+from eventkit._core import depends as adapter
 from eventkit.fastapi import Bus, CurrentContext, get_bus
 from eventkit.starlette import EventContextMiddleware
 from tests.asgi import Backend, Exchange, client_of, lifespan_of
@@ -1282,12 +1282,12 @@ async def handler(event: int, times: int = 3) -> None: ...
 
 assert "fastapi" not in sys.modules
 import fastapi
-assert "eventkit.fastapi" not in sys.modules
+assert "eventkit._core.depends" not in sys.modules
 
 @bus.on(int)
 async def other(event: int, it: Annotated[int, fastapi.Depends(lambda: 3)]) -> None: ...
 
-assert "eventkit.fastapi" in sys.modules
+assert "eventkit._core.depends" in sys.modules
 """
 
 

@@ -18,6 +18,7 @@ from starlette.testclient import TestClient
 from starlette.types import Message
 
 import eventkit
+from eventkit import _core
 from eventkit._core.units import abandon
 from eventkit.streams import end_at_shutdown
 from tests.witness import entered, unit_of
@@ -109,10 +110,11 @@ def run_project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, pass
 
 def test_contributing_names_every_module_and_every_session() -> None:
     contributing = (ROOT / "CONTRIBUTING.md").read_text()
-    modules = {each.name for each in pkgutil.iter_modules(eventkit.__path__)}
+    paths = [*eventkit.__path__, *_core.__path__]
+    modules = {each.name for each in pkgutil.iter_modules(paths)}
     sessions = re.findall(r"^@nox\.session.*\ndef (\w+)\(", (ROOT / "noxfile.py").read_text(), re.M)
 
-    assert {"_bus", "testing"} <= modules
+    assert {"bus", "testing"} <= modules
     assert {"tests", "plugin"} <= {*sessions}
     for name in (*modules, *sessions):
         assert f"`{name}`" in contributing, f"CONTRIBUTING.md does not name {name}"

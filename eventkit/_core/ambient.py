@@ -130,12 +130,9 @@ def on_this_loop(captured: Context) -> Context:
 
     They may be of a publisher that was in a thread, or on another kind of event loop.
     """
-    level, current_library = thread_level.get(), library.get(None)
-    if captured.get(thread_level, 0) == level and captured.get(library) == current_library:
-        return captured
     captured = captured.copy()
-    captured.run(thread_level.set, level)
-    captured.run(library.set, current_library)
+    captured.run(thread_level.set, thread_level.get())
+    captured.run(library.set, library.get(None))
     return captured
 
 

@@ -50,18 +50,19 @@ class _AwaitedRun(Run):
 
     def __init__(self, next_turn: Callable[[], Turn | None], terms: Terms) -> None:
         super().__init__(next_turn, terms, drive_here())
-        self._first: Worker | None = Worker(self)  # in the caller's task
+        self._first: Worker | None = next(iter(self.workers))  # in the caller's task
         self._tasks: TaskGroup | None = None  # open while there may be helpers
         self._scope: CancelScope | None = None  # around all that the workers do
         self._deadline = math.inf
 
     @property
-    def spent(self) -> bool:
+    def _is_cancelled(self) -> bool:
+        """Whether the scope around the workers is."""
         return self._scope is not None and self._scope.cancel_called
 
     @property
     def late(self) -> bool:
-        return self.spent and not self.fatal and current_time() >= self._deadline
+        return self._is_cancelled and not self.fatal and current_time() >= self._deadline
 
     def set_deadline(self, seconds: float) -> None:
         self._deadline = current_time() + seconds
@@ -73,7 +74,7 @@ class _AwaitedRun(Run):
             self._tasks.cancel_scope.cancel()
 
     def advance(self, worker: Worker) -> bool:
-        if not super().advance(worker):
+        if self._is_cancelled or not super().advance(worker):
             return False
         self.lacks_home = self._lacks_home(worker)
         return True
@@ -109,7 +110,7 @@ class _AwaitedRun(Run):
     async def work(self) -> int:
         """Have the handlers run. See `run_all`."""
         first = cast("Worker", self._first)
-        self.terms.tally.enter(self)
+        self.terms.tally.runs.add(self)  # one step for all threads, and nothing to count yet
         try:
             if in_cancelled_scope():
                 await checkpoint()
@@ -145,7 +146,7 @@ class _AwaitedRun(Run):
             self.lacks_home = self.turn.in_threads
             if not self.lacks_home:
                 await first.serve()
-            if self.not_begun and not self.spent:
+            if self.not_begun and not self._is_cancelled:
                 self.lacks_home = False
                 self.call()
             self.workers.discard(first)
@@ -167,7 +168,7 @@ class _AwaitedRun(Run):
             # On asyncio the waiting task is told itself. Raised here too, the cancellation of this
             # task alone would reach its siblings, and AnyIO would keep it and the event in a cycle.
             self.workers.discard(worker)
-            if self.workers and not self.spent and not in_cancelled_scope():
+            if self.workers and not self._is_cancelled and not in_cancelled_scope():
                 # Others do what this worker was to do next. Of the last worker, the caller does it.
                 self.get_help()
                 self.start_clock()

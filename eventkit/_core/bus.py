@@ -12,8 +12,8 @@ from typing import Concatenate, TypedDict, TypeVar, overload
 from weakref import WeakValueDictionary, ref
 
 from eventkit._core.ambient import surrounding
-from eventkit._core.context import EventContext, active_unit, context_of
-from eventkit._core.dependencies import Resolver, refuse_as_field
+from eventkit._core.context import EventContext, context_of, dispatch
+from eventkit._core.dependencies import Aliased, Resolver
 from eventkit._core.events import Delivery, type_name
 from eventkit._core.explain import explain
 from eventkit._core.handlers import is_duration
@@ -25,7 +25,7 @@ from eventkit._core.state import BusState, log_failure
 from eventkit._core.stats import Stats, Tally
 from eventkit._core.subscriptions import Declaration, Subscription, check_event_type, declare
 from eventkit._core.turns import together
-from eventkit._core.units import Unit, dispatch
+from eventkit._core.units import Unit, active_unit
 
 E = TypeVar("E")
 
@@ -44,7 +44,7 @@ class Wiring(TypedDict):
     timeout: float | None
 
 
-class EventBus(Subscribing):
+class EventBus(Subscribing, Aliased):
     """Ties events to handlers, and says what becomes of them.
 
         bus = EventBus()
@@ -88,6 +88,8 @@ class EventBus(Subscribing):
         ValueError: A limit is not above 0.
     """
 
+    alias = "events: Bus"
+
     def __init__(
         self,
         *,
@@ -113,7 +115,7 @@ class EventBus(Subscribing):
             )
         # Not under pytest: tests run handlers as production does, and may stop the clock.
         timed = bool(sys.flags.dev_mode) if debug is None else debug
-        self._registry = Registry(resolver, self._log_unhandled, timed=timed)
+        self._registry = Registry(resolver, _fastapi_resolver, self._log_unhandled, timed=timed)
         self._state = BusState(
             bus=self,
             name=name,
@@ -402,13 +404,6 @@ class EventBus(Subscribing):
             at = [*map(id, state.observers)].index(id(observer))
             state.observers = state.observers[:at] + state.observers[at + 1 :]
 
-    @classmethod
-    def __get_pydantic_core_schema__(
-        cls, source: object, handler: Callable[[object], object]
-    ) -> object:
-        """What FastAPI and Pydantic ask, where they take the class for a field of theirs."""
-        return refuse_as_field(source, handler, "events: Bus")
-
     def _log_unhandled(self, event_type: type) -> None:
         """Say once that nobody handles events of this type, and which other buses would."""
         others = (other() for other in _buses.valuerefs())
@@ -429,6 +424,13 @@ class EventBus(Subscribing):
     def __repr__(self) -> str:
         subscribed = sum(1 for _ in self._registry)
         return f"<EventBus {self.name!r}, {subscribed} subscriptions, {self.stats.pending} pending>"
+
+
+def _fastapi_resolver() -> Resolver:
+    """FastAPI's, which is not imported before a handler needs it."""
+    from eventkit._core.depends import FastAPIResolver
+
+    return FastAPIResolver()
 
 
 def registry_of(bus: EventBus) -> Registry:

@@ -1,17 +1,17 @@
-"""Owns what users have of a unit of work: `EventContext`.
+"""Owns what users have of units of work: `EventContext`, and a dispatch, which is one of its own.
 
 The unit itself, and all that happens to it, is in `units`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 from weakref import ref
 
-from eventkit._core.ambient import active, current, find, why_none
-from eventkit._core.dependencies import refuse_as_field
+from eventkit._core.ambient import current
+from eventkit._core.dependencies import Aliased
 from eventkit._core.events import Delivery
 from eventkit._core.loops.running import current_loop, on_event_loop
 from eventkit._core.loops.threads import run
@@ -23,11 +23,10 @@ from eventkit.exceptions import (
     DrainInProgressError,
     EventContextClosedError,
     EventContextUsageError,
-    NoEventContextError,
 )
 
 
-class EventContext:
+class EventContext(Aliased):
     """A unit of work: events published in it are delivered when it succeeds.
 
     Made by `EventBus.context()`, by the middleware for each request, and for each delivery.
@@ -41,6 +40,8 @@ class EventContext:
     """
 
     __slots__ = ("__weakref__", "_unit")
+
+    alias = "unit: CurrentContext"
 
     def __init__(self, unit: Unit) -> None:
         self._unit = unit
@@ -118,13 +119,6 @@ class EventContext:
                 f"this event context of bus {unit.state.name!r} is being drained by another task"
             )
 
-    @classmethod
-    def __get_pydantic_core_schema__(
-        cls, source: object, handler: Callable[[object], object]
-    ) -> object:
-        """What FastAPI and Pydantic ask, where they take the class for a field of theirs."""
-        return refuse_as_field(source, handler, "unit: CurrentContext")
-
     def __enter__(self) -> Self:
         if on_event_loop():
             raise EventContextUsageError(
@@ -198,16 +192,34 @@ def context_of(unit: Unit) -> EventContext:
     return EventContext(unit) if context is None else context
 
 
-def active_unit(state: BusState) -> Unit:
-    """The unit of work of this bus that surrounds the caller, open or not.
+async def dispatch(state: BusState, event: object) -> list[Failure]:
+    """Run the handlers of one event, and of all that comes of it, and return what failed.
 
-    Raises:
-        NoEventContextError: There is none; the message names the likely cause.
+    See `EventBus.dispatch`.
     """
-    unit = active.get()
-    if type(unit) is Unit and unit.state is state:  # so it is nearly always
-        return unit
-    found: Unit | None = find(current(), state)
-    if found is None:
-        raise NoEventContextError(state.name, why_none())
-    return found
+    if not state.plan_for(event) and not state.observers:
+        with state.tally.lock:
+            state.tally.published += 1
+        return []
+    unit = Unit(state)
+    unit.open(current(), nested=False)
+    unit.publish((event,), even_on_failure=False)
+    del event  # or a traceback that shows local variables shows the payload
+    failures: list[Failure] = []
+
+    def collect(delivery: Delivery, error: Exception) -> None:
+        failures.append(Failure(delivery, error))
+
+    try:
+        await unit.finish(collect, None, success=True)
+        return [*failures]
+    except BaseException:
+        _report_all(state, failures)  # nobody else will hear of them
+        raise
+    finally:
+        failures.clear()  # a traceback leads to `collect`, which would close a reference cycle
+
+
+def _report_all(state: BusState, failures: Sequence[Failure]) -> None:
+    for failure in failures:
+        state.report(failure.delivery, failure.error)

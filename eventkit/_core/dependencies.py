@@ -10,9 +10,8 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib import import_module
 from types import FunctionType
-from typing import Any, ForwardRef, Protocol, runtime_checkable
+from typing import Any, ClassVar, ForwardRef, Protocol, runtime_checkable
 
 from eventkit._core.handlers import (
     STARS,
@@ -49,10 +48,15 @@ class Resolver(Protocol):
         ...
 
 
-def with_dependencies(handler: Handler, resolver: Resolver | None) -> Handler:
+def with_dependencies(
+    handler: Handler, resolver: Resolver | None, make_default: Callable[[], Resolver]
+) -> Handler:
     """Have the resolver compile what the handler takes beside the event.
 
-    Without a resolver FastAPI's is used, which is not imported before a handler needs it.
+    Args:
+        handler: As it was declared.
+        resolver: Who is asked; None for the default one.
+        make_default: Makes that; not called before a handler needs it, for it imports FastAPI.
 
     Raises:
         InvalidHandlerError: Something that it takes has neither a source nor a default.
@@ -61,7 +65,8 @@ def with_dependencies(handler: Handler, resolver: Resolver | None) -> Handler:
     required = [parameter for parameter in parameters if is_required(parameter)]
     # What FastAPI has to fill is an object of FastAPI's, or has no default.
     if resolver is None and parameters and (required or "fastapi" in sys.modules):
-        resolver = _of_fastapi(handler, [parameter.name for parameter in required or parameters])
+        names = [parameter.name for parameter in required or parameters]
+        resolver = _by_default(make_default, handler, names)
     if resolver is None:
         return handler
     provided = [parameter for parameter in parameters if resolver.provides(parameter)]
@@ -113,18 +118,18 @@ def _evaluated(annotation: object, namespace: dict[str, Any]) -> object:
     return annotation
 
 
-def _of_fastapi(handler: Handler, parameters: Sequence[str]) -> Resolver:
-    """FastAPI's resolver. The one place that knows of it; by name, as it stands floors above."""
+def _by_default(
+    make_default: Callable[[], Resolver], handler: Handler, parameters: Sequence[str]
+) -> Resolver:
+    """The resolver of a bus that was given none, which has to be installed."""
     try:
-        module = import_module("eventkit.fastapi")
+        return make_default()
     except ModuleNotFoundError as error:
         raise InvalidHandlerError(
             f"{handler.place} takes {', '.join(parameters)} beside the event, and what resolves "
             "dependencies is not installed: FastAPI. Install fastapi-eventkit[fastapi], plug in "
             "another container with EventBus(resolver=...), or close over what the handler needs"
         ) from error
-    resolver: Resolver = module.FastAPIResolver()
-    return resolver
 
 
 def _unprovided(handler: Handler, parameter: inspect.Parameter) -> str:
@@ -159,18 +164,32 @@ def _check_call(handler: Handler, provided: Sequence[inspect.Parameter]) -> None
         ) from None
 
 
-def refuse_as_field(source: object, handler: Callable[[object], object], instead: str) -> object:
-    """Say which alias FastAPI knows, where Pydantic is asked for a field of this class.
+class Aliased:
+    """A class that FastAPI users name by an alias; as a field of FastAPI's it is refused.
 
-    Raises:
-        TypeError: Pydantic cannot make one; a model that allows arbitrary types can.
+    Attributes:
+        alias: What to declare instead.
     """
-    try:
-        return handler(source)
-    except Exception as error:  # Pydantic's, which is not imported here
-        name, alias = getattr(source, "__name__", source), instead.partition(": ")[2]
-        raise TypeError(
-            f"{name} is no field that FastAPI can read from a request. In an endpoint, a "
-            f"dependency or a handler declare `{instead}`: from eventkit.fastapi import {alias}. "
-            "In a model of Pydantic set arbitrary_types_allowed=True"
-        ) from error
+
+    __slots__ = ()
+
+    alias: ClassVar[str]
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: object, handler: Callable[[object], object]
+    ) -> object:
+        """What FastAPI and Pydantic ask, where they take the class for a field of theirs.
+
+        Raises:
+            TypeError: Pydantic cannot make one; a model that allows arbitrary types can.
+        """
+        try:
+            return handler(source)
+        except Exception as error:  # Pydantic's, which is not imported here
+            alias = cls.alias.partition(": ")[2]
+            raise TypeError(
+                f"{cls.__name__} is no field that FastAPI can read from a request. In an endpoint, "
+                f"a dependency or a handler declare `{cls.alias}`: from eventkit.fastapi import "
+                f"{alias}. In a model of Pydantic set arbitrary_types_allowed=True"
+            ) from error

@@ -46,8 +46,8 @@ from contextlib import contextmanager
 from contextvars import Context
 from dataclasses import dataclass
 from operator import length_hint
-from types import FrameType, SimpleNamespace
-from typing import Any, Protocol, cast
+from types import SimpleNamespace
+from typing import Protocol, cast
 
 from anyio import CancelScope, current_time
 from anyio.lowlevel import checkpoint
@@ -152,6 +152,7 @@ class Run:
         fatal: What ends it all.
         drive: Goes on with a handler that waits.
         exhausted: There is no further event.
+        spent: The workers' scopes are cancelled, so that no more handlers may begin in them.
         lacks_home: No handler of the event at hand may begin yet, for want of a task group.
     """
 
@@ -166,6 +167,7 @@ class Run:
         "handled",
         "indexes",
         "lacks_home",
+        "spent",
         "terms",
         "turn",
         "workers",
@@ -175,11 +177,12 @@ class Run:
         self.terms = terms
         self.turn = NO_TURN
         self.indexes: Iterator[int] = iter(())
-        self.workers: set[Worker] = set()
+        self.workers = {Worker(self)}
         self.handled = 0
         self.fatal: list[BaseException] = []
         self.exhausted = False
         self.lacks_home = False
+        self.spent = False
         self._next_turn = next_turn
         self.drive = drive
         self._coming = 0  # workers that have been called and have not begun
@@ -187,11 +190,6 @@ class Run:
         self._quiet_events = 0  # in a row, of which no handler has waited
 
     # What the two kinds of run say
-
-    @property
-    def spent(self) -> bool:
-        """Whether the workers' scopes are cancelled, so that no more handlers may begin in them."""
-        raise NotImplementedError
 
     @property
     def late(self) -> bool:
@@ -525,32 +523,3 @@ async def _run_in_time(handler: Handler, turn: Turn, limit: float | None) -> Non
             raise timeout_of(handler, limit, stopped)
     finally:
         del stopped  # or this frame and its traceback keep each other alive
-
-
-def whereabouts(tally: Tally) -> dict[Delivery, list[FrameType]]:
-    """What runs now, each with the frames in which it waits, the outermost first.
-
-    For messages that say where it is stuck; reads the coroutines' frames, and costs nothing before.
-    Of a plain function in a worker thread it shows where the event loop waits for the thread.
-    """
-    return {
-        delivery: list(_frames(steps))
-        for run in [*tally.runs]
-        if isinstance(run, Run)
-        for delivery, steps in run.running.items()
-    }
-
-
-def _frames(awaited: object) -> Iterator[FrameType]:
-    """The frames of a coroutine and of all that it awaits."""
-    while True:
-        # Any: coroutines, generators and async generators call the same things differently.
-        waiting = cast("Any", awaited)
-        for kind, inner in (("cr", "await"), ("gi", "yieldfrom"), ("ag", "await")):
-            frame = getattr(waiting, f"{kind}_frame", None)
-            if frame is not None:
-                yield frame
-                awaited = getattr(waiting, f"{kind}_{inner}")
-                break
-        else:
-            return

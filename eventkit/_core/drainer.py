@@ -1,7 +1,12 @@
-"""Owns the units of work that have ended and wait to be delivered: so many of them at once.
+"""Owns delivery behind the response: the units of work that have ended, and their runs.
 
 Whoever has a task group that outlives requests makes a `Drainer` in it and submits what has ended.
 Knows nothing of HTTP and of servers.
+
+All workers of a run are alike. The worker that ends last goes on with the next event, and in the
+end it ends the run. No scope of a user's is around them, so each worker has one, the outermost of
+its task, and the run is cancelled by cancelling those: that is told again at each checkpoint,
+shields hold, and threads are waited for.
 """
 
 from __future__ import annotations
@@ -9,18 +14,21 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextvars import copy_context
 from dataclasses import asdict
 from threading import get_ident
+from types import coroutine
+from typing import Any
 
 from anyio import CancelScope, Event, move_on_after
 from anyio.abc import TaskGroup
 
-from eventkit._core.background import BackgroundRun
-from eventkit._core.dispatch import Terms
+from eventkit._core.dispatch import NO_TURN, Run, Terms, Worker
 from eventkit._core.log import log
-from eventkit._core.loops.tasks import tasks_here
+from eventkit._core.loops.running import current_loop
+from eventkit._core.loops.tasks import Tasks, tasks_here
+from eventkit._core.policy import cancel_requests
 from eventkit._core.state import BusState
 from eventkit._core.units import Ending, Unit, abandon
 
@@ -64,6 +72,7 @@ class Drainer:
     ) -> None:
         self._state = state
         self._terms = Terms(state.sequential, state.handler_timeout, state.tally, state.report)
+        self._loop = current_loop()
         self._thread = get_ident()
         self._tasks = tasks_here(f"eventkit drains {state.name!r}")
         self._concurrency = concurrency
@@ -123,12 +132,13 @@ class Drainer:
         Never blocks, no checkpoint, so whatever becomes of the caller's task does not matter.
         After `close` what is left to deliver is undelivered.
         """
-        if unit.close_if_idle(success=success):
+        ending = Ending(unit, success, self._loop)
+        if ending.settle():
             pass
         elif self._closed:
             self._abandon(unit)
         else:
-            self._take(Ending(unit, success))
+            self._take(ending)
         self.forget(unit)
 
     async def wait_for_room(self, timeout: float) -> bool:
@@ -317,3 +327,113 @@ class Drainer:
 
 def _listed(by_handler: Counter[str]) -> str:
     return ", ".join(f"{name} x{times}" for name, times in by_handler.items())
+
+
+@coroutine
+def _bare_yield() -> Generator[None]:
+    """Go through the event loop once, by asyncio's simplest trap: see `NativeTasks.spawn` there."""
+    yield
+
+
+class BackgroundRun(Run):
+    """A run in tasks of its own.
+
+    Attributes:
+        ending: The unit of work that is delivered.
+        deadline: When the time of the event at hand is up.
+        nursery: Where its tasks are, on trio.
+    """
+
+    __slots__ = ("_drainer", "_expired", "_over", "_tasks", "deadline", "ending", "nursery")
+
+    def __init__(self, ending: Ending, terms: Terms, tasks: Tasks, drainer: Drainer) -> None:
+        super().__init__(ending.next_turn, terms, tasks.drive)
+        self.ending = ending
+        self.deadline = math.inf
+        self.nursery: Any = None  # Any: trio's
+        self._tasks = tasks
+        self._drainer = drainer
+        self._over = False  # nothing begins any more
+        self._expired = False  # nothing of this event begins any more
+        self._coming = 1
+
+    def start(self) -> None:
+        """Have the first worker come."""
+        self.terms.tally.runs.add(self)  # one step for all threads, and nothing to count yet
+        (worker,) = self.workers
+        self._tasks.start(self, worker)
+
+    @property
+    def late(self) -> bool:
+        return self._expired and not self._over
+
+    def spawn(self, worker: Worker) -> None:
+        self._tasks.spawn(self, worker)
+
+    def set_deadline(self, seconds: float) -> None:
+        self.deadline = self._tasks.time() + seconds
+        if seconds != math.inf:
+            self._drainer.expire_at(self.deadline)
+
+    def expire(self) -> None:
+        """The time of the event at hand is up."""
+        self.deadline = math.inf
+        self._expired = self.spent = True
+        self._cancel_scopes()
+
+    def cancel(self) -> None:
+        """End it: what runs is cancelled, and what has not begun is undelivered."""
+        self._over = self.spent = True
+        self._cancel_scopes()
+
+    def _cancel_scopes(self) -> None:
+        for worker in self.workers:
+            if worker.scope is not None:
+                worker.scope.cancel()
+
+    async def may_go_on(self, worker: Worker) -> bool:
+        if self.spent:
+            return False
+        if worker.told:
+            requests = cancel_requests()
+            if requests > worker.requests and worker.natively:
+                return False
+            worker.requests = requests  # a handler may have dealt with others
+        return True
+
+    async def work(self, worker: Worker) -> None:
+        """Do one worker's part. See `Workplace`."""
+        try:
+            if self._tasks.primed:
+                await _bare_yield()
+            self._coming -= 1
+            if self.turn is NO_TURN and not self.ending.begin():
+                await self.ending.until_free()
+            while not self._over:
+                with self._tasks.scope() as worker.scope:
+                    await worker.serve()
+                if not self._expired or self.is_shared:
+                    break
+                self._expired = self._timed = False
+                self.spent = self._over
+                worker.requests = cancel_requests()
+        except BaseException as error:  # noqa: BLE001 - asyncio would end the loop for some
+            worker.told |= not self.end(error)
+        finally:
+            worker.scope = None
+            if worker.told and not self.spent:
+                self.call()  # its task alone was cancelled; another one does what it was to do next
+            self._leave(worker)
+
+    def _leave(self, worker: Worker) -> None:
+        worker.task = None
+        self.workers.discard(worker)
+        if self.workers:
+            return
+        try:
+            self.lose_the_rest()
+            self.ending.end()
+        except BaseException as error:  # noqa: BLE001 - an observer's, as above
+            self.fatal = self.fatal or [error]
+        self.terms.tally.leave(self)
+        self._drainer.ended(self)

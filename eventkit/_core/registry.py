@@ -35,7 +35,8 @@ class Registry:
     Thread-safe: changes take the lock and drop the cache; a look-up in the cache takes none.
 
     Args:
-        resolver: Compiles the dependencies of handlers; None for FastAPI's, once one has some.
+        resolver: Compiles the dependencies of handlers; None for the default one.
+        make_default: Makes that, once a handler has dependencies.
         unhandled: Called with each type of events that nobody handles, when the first is published.
         timed: Whether the steps of handlers are timed, to name those that block the event loop.
     """
@@ -46,6 +47,7 @@ class Registry:
         "_changes",
         "_lasting",
         "_lock",
+        "_make_default",
         "_names",
         "_plans",
         "_reruns",
@@ -57,9 +59,15 @@ class Registry:
     )
 
     def __init__(
-        self, resolver: Resolver | None, unhandled: Callable[[type], None], *, timed: bool
+        self,
+        resolver: Resolver | None,
+        make_default: Callable[[], Resolver],
+        unhandled: Callable[[type], None],
+        *,
+        timed: bool,
     ) -> None:
         self._resolver = resolver
+        self._make_default = make_default
         self._tell_unhandled = unhandled
         self._timed = timed
         self._lock = new_lock()
@@ -81,7 +89,9 @@ class Registry:
             InvalidHandlerError: A handler takes something that nobody provides.
             DuplicateNameError: Naming both handlers.
         """
-        targets = [with_dependencies(d.declared, self._resolver) for d in declarations]
+        targets = [
+            with_dependencies(d.declared, self._resolver, self._make_default) for d in declarations
+        ]
         with self._lock:
             added: dict[type, dict[object, Subscription]] = {}
             self._names.refuse_clashes(declarations)

@@ -126,10 +126,6 @@ class Tally:
         self.background: Counter[Background] = Counter()
         self.drainers: set[Drainer] = set()
 
-    def enter(self, run: Run) -> None:
-        """Count what it runs and has handled."""
-        self.runs.add(run)  # one step for all threads, and nothing to count yet
-
     def leave(self, run: Run) -> None:
         """Take over what it has handled."""
         with self.lock:

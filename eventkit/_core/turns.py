@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,10 +11,12 @@ from eventkit._core.announcements import announce_lost
 from eventkit._core.dispatch import Turn
 from eventkit._core.events import Delivery, type_name
 from eventkit._core.handlers import Handler
+from eventkit._core.loops.running import library
 from eventkit._core.queue import Envelope
 from eventkit._core.state import BusState
 from eventkit._core.stats import Outcome
 from eventkit._core.subscriptions import Plan
+from eventkit._core.threads import thread_level
 from eventkit.exceptions import DispatchError
 
 
@@ -61,7 +62,11 @@ class EventTurn:
         self.observers = drained.state.observers
         self.alike = plan.alike
         self.in_threads = plan.in_threads
-        self.variables: Context = on_this_loop(envelope.variables)
+        self.variables = variables = envelope.variables
+        if variables.get(thread_level, 0) != thread_level.get() or variables.get(
+            library
+        ) != library.get(None):
+            self.variables = on_this_loop(variables)
         self.enter = enter
         self.lost: dict[int, Outcome] = {}
         self._envelope = envelope

@@ -17,8 +17,19 @@ from time import time_ns
 from typing import Any
 
 from anyio import Event
+from structlog import is_configured
 
-from eventkit._core.ambient import active, current, find, origin, outward, running, waiting, way_in
+from eventkit._core.ambient import (
+    active,
+    current,
+    find,
+    origin,
+    outward,
+    running,
+    waiting,
+    way_in,
+    why_none,
+)
 from eventkit._core.announcements import (
     announce_dropped,
     announce_published,
@@ -35,12 +46,13 @@ from eventkit._core.queue import Envelope, EventQueue, Refusal, State, Verdict
 from eventkit._core.state import BusState, Host
 from eventkit._core.stats import Outcome
 from eventkit._core.subscriptions import Plan
-from eventkit._core.turns import EventTurn, Failure
+from eventkit._core.turns import EventTurn
 from eventkit.exceptions import (
     EventContextClosedError,
     EventContextFullError,
     EventContextUsageError,
     EventDepthError,
+    NoEventContextError,
 )
 
 _numbers = count()
@@ -294,7 +306,7 @@ class Unit:
         if not success and queue.staged:
             self.discard()
         idle, released = queue.close_if_empty(release=success, may_close=by_drain is self.draining)
-        if released:
+        if released and self.state.observers:
             announce_released(self.state, released)
         return idle
 
@@ -324,18 +336,19 @@ class Unit:
 
     async def finish(self, report: Report, timeout: float | None, *, success: bool) -> None:
         """Deliver what is to be delivered, then close; what a cancellation left is undelivered."""
-        if self.close_if_idle(success=success):
+        ending = Ending(self, success, current_loop())
+        if ending.settle():
             return
-        ending = Ending(self, success)
         try:
-            await ending.until_free()
+            if not ending.begin():
+                await ending.until_free()
             await run_all(ending.next_turn, self._terms(report, timeout))
         finally:
             ending.end()
 
     async def deliver(self, report: Report) -> int:
         """Deliver what is released, and what comes of it; returns how many were handled."""
-        self.occupy()
+        self.occupy(current_loop())
         try:
             return await run_all(self.next_turn, self._terms(report, self.state.handler_timeout))
         finally:
@@ -344,10 +357,10 @@ class Unit:
     def _terms(self, report: Report, timeout: float | None) -> Terms:
         return Terms(self.state.sequential, timeout, self.state.tally, report)
 
-    def occupy(self) -> None:
-        """Somebody drains it from now on."""
-        self.draining, self.loop = True, current_loop()
-        self._enter = way_in()
+    def occupy(self, loop: object) -> None:
+        """Somebody drains it from now on, on this event loop."""
+        self.draining, self.loop = True, loop
+        self._enter = way_in() if is_configured() else active.set
 
     def free(self) -> None:
         """Nobody drains it any more."""
@@ -457,20 +470,31 @@ class Ending:
         deliveries: How many wait with it, while it waits for its drain.
     """
 
-    __slots__ = ("_begun", "_success", "deliveries", "unit")
+    __slots__ = ("_begun", "_loop", "_success", "deliveries", "unit")
 
-    def __init__(self, unit: Unit, success: bool) -> None:
+    def __init__(self, unit: Unit, success: bool, loop: object) -> None:
         self._begun = False
+        self._loop = loop  # on which it is drained
         self._success = success
         self.unit = unit
         self.deliveries = 0
 
+    def settle(self) -> bool:
+        """Decide what is staged, and say whether that was all: then the unit has closed."""
+        return self.unit.close_if_idle(success=self._success)
+
+    def begin(self) -> bool:
+        """Drain it from now on; False while another task does."""
+        if self.unit.draining:
+            return False
+        self._begun = True
+        self.unit.occupy(self._loop)
+        return True
+
     async def until_free(self) -> None:
         """Wait while another task drains it, and go on with what that leaves."""
-        if self.unit.draining:
+        while not self.begin():
             await self.unit.until_free()
-        self.unit.occupy()
-        self._begun = True
 
     def next_turn(self) -> Turn | None:
         """End the event at hand and give the next one; None where the unit has closed."""
@@ -501,34 +525,16 @@ def abandon(*units: Unit) -> None:
         announce_dropped(unit.state, left, Outcome.UNDELIVERED)
 
 
-async def dispatch(state: BusState, event: object) -> list[Failure]:
-    """Run the handlers of one event, and of all that comes of it, and return what failed.
+def active_unit(state: BusState) -> Unit:
+    """The unit of work of this bus that surrounds the caller, open or not.
 
-    See `EventBus.dispatch`.
+    Raises:
+        NoEventContextError: There is none; the message names the likely cause.
     """
-    if not state.plan_for(event) and not state.observers:
-        with state.tally.lock:
-            state.tally.published += 1
-        return []
-    unit = Unit(state)
-    unit.open(current(), nested=False)
-    unit.publish((event,), even_on_failure=False)
-    del event  # or a traceback that shows local variables shows the payload
-    failures: list[Failure] = []
-
-    def collect(delivery: Delivery, error: Exception) -> None:
-        failures.append(Failure(delivery, error))
-
-    try:
-        await unit.finish(collect, None, success=True)
-        return [*failures]
-    except BaseException:
-        _report_all(state, failures)  # nobody else will hear of them
-        raise
-    finally:
-        failures.clear()  # a traceback leads to `collect`, which would close a reference cycle
-
-
-def _report_all(state: BusState, failures: Sequence[Failure]) -> None:
-    for failure in failures:
-        state.report(failure.delivery, failure.error)
+    unit = active.get()
+    if type(unit) is Unit and unit.state is state:  # so it is nearly always
+        return unit
+    found: Unit | None = find(current(), state)
+    if found is None:
+        raise NoEventContextError(state.name, why_none())
+    return found

@@ -12,9 +12,9 @@ from pathlib import Path
 from types import CodeType, FrameType
 
 from eventkit._core.bus import EventBus, registry_of, state_of
-from eventkit._core.dispatch import whereabouts
 from eventkit._core.events import Delivery
 from eventkit._core.handlers import layers
+from eventkit._core.whereabouts import whereabouts
 
 # Where nobody looks for a fault of his own.
 _LIBRARIES = tuple(

@@ -26,7 +26,8 @@ from trio.testing import MockClock
 
 from eventkit import Delivery, EventBus
 from eventkit._core.bus import state_of
-from eventkit._core.dispatch import EVENTS_BETWEEN_CHECKPOINTS, whereabouts
+from eventkit._core.dispatch import EVENTS_BETWEEN_CHECKPOINTS
+from eventkit._core.whereabouts import whereabouts
 from tests.contract.timeouts import TINY
 from tests.dispatching import (
     Boom,

@@ -48,12 +48,6 @@ def drive(
         del sent, thrown
 
 
-@coroutine
-def first_step() -> Generator[None]:
-    """Yield barely, once: see `NativeTasks.spawn`."""
-    yield
-
-
 class NativeTasks:
     """Tasks of the running event loop that no AnyIO task group knows.
 
@@ -62,7 +56,7 @@ class NativeTasks:
     """
 
     drive = staticmethod(drive)
-    first_step = staticmethod(first_step)
+    primed = True
 
     def __init__(self, name: str) -> None:
         self._name = name

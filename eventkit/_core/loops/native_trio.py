@@ -70,6 +70,7 @@ class NativeTasks:
     nursery of its own, whose error goes no further.
     """
 
+    primed = False  # trio takes the first step of each task
     drive = staticmethod(drive)
     scope = trio.CancelScope
     time = staticmethod(trio.current_time)
@@ -106,9 +107,6 @@ class NativeTasks:
 
     def spawn(self, run: Any, worker: Any) -> None:
         run.nursery.start_soon(run.work, worker, name=self._name)
-
-    async def first_step(self) -> None:
-        """Trio always takes the first step."""
 
     def call_soon(self, function: Callable[[], object]) -> None:
         self._token.run_sync_soon(function)

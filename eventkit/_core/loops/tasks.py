@@ -36,14 +36,14 @@ class Tasks(Protocol):
         scope: Makes a cancel scope, a native one where that costs less.
         time: The time of the event loop, in seconds.
         drive: Goes on with a coroutine that was stepped by hand.
-        first_step: What a task awaits at its beginning, so that a cancellation before its first
-            step finds it begun.
+        primed: Whether a task is brought to a first bare yield before it is one, so that a
+            cancellation before its first step finds it begun.
     """
 
     scope: Callable[[], AbstractContextManager[Any]]  # Any: AnyIO's or trio's, which are alike
     time: Callable[[], float]
     drive: Drive
-    first_step: Callable[[], Awaitable[None]]
+    primed: bool
 
     def open(self, group: TaskGroup, over: Event) -> None:
         """Have the group own what has to own the tasks, until `over` is set and they have ended."""
