@@ -90,10 +90,10 @@ EVENTS = events(events(events()))
 
 @dataclass(eq=False)
 class Waiting:
-    """A published event, with the subscriptions that it had then."""
+    """A published event, with the subscriptions that it had then, those of a handler together."""
 
     event: Event
-    plan: list[Subscription]
+    plan: list[list[Subscription]]
     even_on_failure: bool
 
 
@@ -141,10 +141,10 @@ class Model:
         return unit
 
     def publish(self, unit: Unit, event: Event, even_on_failure: bool) -> None:
-        plan: dict[str, Subscription] = {}
+        plan: dict[str, list[Subscription]] = {}
         for subscription in self.subscriptions:
             if isinstance(event, subscription.event_type):
-                plan.setdefault(subscription.name, subscription)
+                plan.setdefault(subscription.name, []).append(subscription)
         if plan and unit.outermost.load() >= MAX_EVENTS:
             raise FullError
         self.published += 1
@@ -168,7 +168,7 @@ class Model:
 
     def drop(self, outcome: str, dropped: Sequence[Waiting]) -> None:
         for waiting in dropped:
-            self.dropped += [(outcome, waiting.event, s.name) for s in waiting.plan]
+            self.dropped += [(outcome, waiting.event, group[0].name) for group in waiting.plan]
 
     def leave(self, unit: Unit, succeeded: bool) -> None:
         heir = next((outer for outer in reversed(unit.around) if not outer.closed), None)
@@ -195,10 +195,12 @@ class Model:
         results: Counter[str] = Counter()
         while unit.released:
             waiting = unit.released.popleft()
-            for subscription in waiting.plan:
-                if subscription not in self.subscriptions:
-                    self.dropped.append(("discarded", waiting.event, subscription.name))
-            running = [s.name for s in waiting.plan if s in self.subscriptions]
+            running: list[str] = []
+            for group in waiting.plan:
+                if any(subscription in self.subscriptions for subscription in group):
+                    running.append(group[0].name)
+                else:
+                    self.dropped.append(("discarded", waiting.event, group[0].name))
             deliveries = [(name, Unit([unit])) for name in running]
             unit.inside += [delivery for _, delivery in deliveries]
             outcomes = [self.run(waiting.event, *delivery) for delivery in deliveries]
@@ -462,7 +464,9 @@ class BusMachine(RuleBasedStateMachine):
     def wait_for_the_same(self) -> None:
         for unit, model in self.units:
             assert [(delivery.event, delivery.handler) for delivery in unit.pending] == [
-                (waiting.event, s.name) for waiting in model.pending() for s in waiting.plan
+                (waiting.event, group[0].name)
+                for waiting in model.pending()
+                for group in waiting.plan
             ]
 
     @invariant()

@@ -24,6 +24,7 @@ from eventkit import (
     HandlerTimeoutError,
     InvalidHandlerError,
     Resolver,
+    _core,
     current_delivery,
 )
 from eventkit.starlette import EventContextMiddleware, Origin
@@ -550,7 +551,8 @@ def test_something_else_than_a_resolver_is_refused(resolver: Any) -> None:  # th
 
 @pytest.fixture
 def _no_fastapi(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "eventkit.fastapi", raising=False)
+    monkeypatch.delitem(sys.modules, "eventkit._core.depends", raising=False)
+    monkeypatch.delattr(_core, "depends", raising=False)
     monkeypatch.setitem(sys.modules, "fastapi", None)
 
 

@@ -585,7 +585,7 @@ def test_an_app_that_does_not_start_is_not_called_ready(
     [
         (None, "None"),
         ("orders", "'orders'"),
-        (EventBus, "<class 'eventkit._core.bus.EventBus'>"),
+        (EventBus, "<class 'eventkit.EventBus'>"),
         (EventBus().context(), "<EventContext of bus 'default', new, 0 pending>"),
     ],
     ids=["None", "str", "class", "context"],

@@ -4,7 +4,7 @@ from examples.shop.app import create_app
 from examples.shop.settings import Settings
 
 WIRING = """\
-eventkit._core.events.DomainEvent -> audit.write_row, 30 s
+eventkit.DomainEvent -> audit.write_row, 30 s
 examples.shop.orders.events.OrderPlaced -> orders.collect_payment, 30 s
 examples.shop.orders.events.OrderPlaced -> orders.send_confirmation, thread
 examples.shop.orders.events.StockTaken -> orders.tell_warehouse, 30 s
