@@ -1,15 +1,13 @@
 """Runs the benchmarks, all or those named: `python -m benchmarks dispatch --quick`.
 
-With `--out docs/benchmarks` what was measured is kept as JSON and SVG in that folder, and the page
-beside it, `docs/benchmarks.md`, gets the new tables. `nox -s bench` runs this with all contenders
-installed.
+With `--out docs/benchmarks` what was measured is kept in that folder: per topic a file of JSON, one
+of tables, and plots. `nox -s bench` runs this with all contenders installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,14 +15,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
-from benchmarks.harness import FULL, QUICK, Comparison, Effort, Results, Verdict, about
+from benchmarks.harness import FULL, QUICK, Comparison, Effort, Results, Verdict, about, busy
 from benchmarks.report import goals, machine
 
 TOPICS = (
+    "behind",
+    "served",
     "dispatch",
-    "drain",
     "publish",
-    "request",
+    "memory",
     "lookup",
     "dependencies",
     "transactions",
@@ -66,7 +65,7 @@ def topic(name: str) -> Topic:
 def run(name: str, effort: Effort) -> Results:
     """Measure one topic."""
     module = topic(name)
-    begun = time.perf_counter()
+    begun, before = time.perf_counter(), busy()
     comparisons: list[Comparison] = []
     for comparison in module.measure(effort):
         comparisons.append(comparison)
@@ -74,7 +73,7 @@ def run(name: str, effort: Effort) -> Results:
         print(f"{name} at {time.perf_counter() - begun:.0f} s, {case}")
         show(comparison)
     return Results(
-        about(*module.PACKAGES),
+        about(*module.PACKAGES) | {"load average": f"{before} before and {busy()} after"},
         list(module.verdicts(comparisons)),
         [figure for comparison in comparisons for figure in comparison.figures()],
     )
@@ -95,26 +94,24 @@ def show(comparison: Comparison) -> None:
 
 
 def keep(name: str, results: Results, out: Path) -> None:
-    """Write what was found to files, and into the page that lies beside the folder."""
+    """Write what was found to files: as data, as tables, and drawn."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(results.text())
+    (out / f"{name}.md").write_text(page(name, results))
     for file, drawn in topic(name).plots(results).items():
         (out / file).write_text(drawn)
-    page = out.with_suffix(".md")
-    if page.exists():
-        page.write_text(renewed(page.read_text(), name, results))
 
 
-def renewed(page: str, name: str, results: Results) -> str:
-    """The page with the topic's generated part made anew."""
-    block = re.compile(rf"(<!-- {name}: generated -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    return block.sub(lambda found: f"{found[1]}{part(name, results)}{found[2]}", page)
-
-
-def part(name: str, results: Results) -> str:
-    """What the page says of a topic."""
-    held = f"\n{goals(results.verdicts)}\n" if results.verdicts else ""
-    return f"\n{machine(results.about)}\n\n{topic(name).tables(results)}\n{held}\n"
+def page(name: str, results: Results) -> str:
+    """The tables of a topic, and what was held against its goals."""
+    parts = [
+        f"# Measured: {name}",
+        f"`nox -s bench -- {name}` measures this anew; [the page](../benchmarks.md) explains it.",
+        machine(results.about),
+        topic(name).tables(results),
+        *([goals(results.verdicts)] if results.verdicts else []),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("topics", nargs="*", metavar="topic", help=f"of {', '.join(TOPICS)}")
     parser.add_argument("--quick", action="store_true", help="a minute or two, and less exact")
-    parser.add_argument("--out", type=Path, help="a folder for JSON and SVG")
+    parser.add_argument("--out", type=Path, help="a folder for JSON, tables and plots")
     parser.add_argument(
         "--redraw", action="store_true", help="measure nothing, show what --out has"
     )
@@ -150,6 +147,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Several contenders log what others keep silent about; a terminal is nobody's cost.
+    # Several contenders log what others do not; a terminal is nobody's cost.
     logging.getLogger().addHandler(logging.NullHandler())
     sys.exit(main())

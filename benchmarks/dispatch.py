@@ -1,208 +1,110 @@
-"""One event, several handlers: what running them costs beside the handlers themselves."""
+"""Events that the publisher waits for: one `dispatch`, and the drain of a unit of work."""
 
 from __future__ import annotations
 
 import asyncio
-import sqlite3
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import FunctionType
-from typing import Any
 
-import aiosqlite
 import anyio
-from anyio import to_thread
 
-from benchmarks.answering import MILLISECONDS, answering
 from benchmarks.harness import (
-    CLOCK,
-    LOOPS,
     Case,
     Comparison,
     Contender,
     Effort,
+    Figure,
     Results,
     Run,
     Verdict,
     clock,
     compare,
-    missing_for,
+    loops,
     on_loop,
     ready,
 )
-from benchmarks.peers import ASYNCIO, PEERS, Handler, Ordered, awaited, load, on_trio
-from benchmarks.report import Bar, Panel, drawing, grid, milliseconds, number, ratio, table
+from benchmarks.peers import ASYNCIO, PEERS, Handler, Ordered, awaited
+from benchmarks.report import Bar, Panel, drawing, grid, microseconds, number, ratio, table
 from eventkit import EventBus
 
-PACKAGES = ("anyio", "trio", "uvloop", "aiosqlite", *(peer.name for peer in PEERS))
+PACKAGES = ("anyio", "trio", "uvloop", *(peer.name for peer in PEERS))
 
 FLOOR = "for h in handlers: await h(event)"
-ALONE = "one handler alone"
 GATHER = "asyncio.gather"
-TASK_GROUP = "asyncio.TaskGroup"
-ANYIO = "AnyIO task group"
-NOTHING = "a dictionary hit and a return"
+GROUP = "AnyIO task group"
 DRAIN = "eventkit, drain"
 DISPATCH = "eventkit, dispatch"
 
-NONE = "none suspends"
-ONE = "one suspends"
-ALL = "all suspend once"
-SOCKET = f"each asks a server that takes {MILLISECONDS} ms"
-SQLITE = "each asks SQLite"
-NOBODY = "no handler"
-WAITING = (SOCKET, SQLITE)
-
-# Limit and stretch, by number of handlers.
-IN_A_DRAIN = {1: (12, 6), 10: (7, 5), 100: (6, 5)}
+NONE = "none waits"
+EACH = "each waits 2 ms"
+SECONDS = 0.002
 
 # Events per unit of work; fewer where each of them waits for something.
 UNIT, WAITING_UNIT = 500, 10
 
+# The goal and the stretch on asyncio: who, among how many handlers that do what, beside whom.
+GOALS: dict[tuple[str, int], tuple[str, str, float, float]] = {
+    (EACH, 3): (DISPATCH, GROUP, 1.5, 1.2),
+    (NONE, 1): (DISPATCH, GROUP, 0.9, 0.8),
+    (NONE, 10): (DRAIN, FLOOR, 13, 10),
+    (NONE, 100): (DRAIN, FLOOR, 12, 9),
+}
+# The other libraries take part where there are three handlers or ten.
+WITH_PEERS = (3, 10)
+
 
 def measure(effort: Effort) -> Iterator[Comparison]:
-    """Measure all cases; those that wait first, because they are what users have."""
-    sizes = {"smallest": (2,), "quick": (1, 3, 10), "full": (1, 3, 10, 100)}[effort.scale]
-    with answering() as port:
-        for loop in LOOPS:
-            if reason := missing_for(loop):
-                print(f"{loop} is left out: {reason}", flush=True)
-                continue
-            for waits in (SOCKET, SQLITE, NONE, ONE, ALL):
-                if waits in WAITING and CLOCK != "wall":
-                    continue
-                for size in sizes:
-                    if waits == ONE and size == 1:
-                        continue  # the same as all
-                    yield on_loop(loop, partial(_case, loop, waits, size, port, effort))
-            yield on_loop(loop, partial(_nobody, loop, effort))
+    """Measure the cases of the goals on each event loop."""
+    cases = [(NONE, 2)] if effort.scale == "smallest" else GOALS
+    for loop in loops():
+        for waits, size in cases:
+            yield on_loop(loop, partial(_case, loop, waits, size, effort))
 
 
-async def _case(loop: str, waits: str, size: int, port: int, effort: Effort) -> Comparison:
-    few = waits in WAITING or effort.scale == "smallest"
-    async with handlers_that(waits, size, port) as handlers:
-        contenders = [
-            ready(FLOOR, one_after_the_other(handlers)),
-            *([ready(ALONE, one_after_the_other(handlers[:1]))] if waits in WAITING else []),
-            *([ready(GATHER, gathered(handlers))] if loop in ASYNCIO else []),
-            *([ready(TASK_GROUP, grouped_by_asyncio(handlers))] if loop in ASYNCIO else []),
-            ready(ANYIO, grouped(handlers)),
-            drained(handlers, WAITING_UNIT if few else UNIT),
-            dispatched(handlers),
-        ]
-        return await _with_peers(
-            {"loop": loop, "waiting": waits, "handlers": size},
-            contenders,
-            handlers,
-            effort.fewer(3 if size > 10 else 5) if waits in WAITING else effort,
-        )
+async def _case(loop: str, waits: str, size: int, effort: Effort) -> Comparison:
+    handlers = handlers_that(waits, size)
+    few = waits == EACH or effort.scale == "smallest"
+    contenders = [
+        ready(FLOOR, one_after_the_other(handlers)),
+        *([ready(GATHER, gathered(handlers))] if loop in ASYNCIO else []),
+        ready(GROUP, grouped(handlers)),
+        drained(handlers, WAITING_UNIT if few else UNIT),
+        dispatched(handlers),
+    ]
+    absent: dict[str, str] = {}
+    if loop in ASYNCIO and size in WITH_PEERS:
+        absent = {peer.name: why for peer in PEERS if (why := peer.missing(loop))}
+        contenders += [peer.contender(handlers) for peer in PEERS if peer.name not in absent]
+    if waits == EACH:  # which takes a multiple of its CPU time
+        effort = replace(effort, seconds=effort.seconds / 4)
+    case: Case = {"loop": loop, "waiting": waits, "handlers": size}
+    return await compare(case, contenders, effort, absent)
 
 
-async def _nobody(loop: str, effort: Effort) -> Comparison:
-    """No handler at all."""
-    plans: dict[type, object] = {}
-
-    async def look_up(event: object) -> object:
-        return plans.get(type(event))
-
-    contenders = [ready(NOTHING, awaited(look_up)), dispatched([])]
-    return await _with_peers(
-        {"loop": loop, "waiting": NOBODY, "handlers": 0}, contenders, [], effort
-    )
+def handlers_that(waits: str, size: int) -> list[Handler]:
+    """So many functions that do this."""
+    handlers = [_waiting() if waits == EACH else _busy() for _ in range(size)]
+    for index, handler in enumerate(handlers):  # some libraries tell them apart by name
+        assert isinstance(handler, FunctionType)
+        handler.__name__ = handler.__qualname__ = f"handler_{index}"
+    return handlers
 
 
-async def _with_peers(
-    case: dict[str, str | int],
-    contenders: Sequence[Contender],
-    handlers: Sequence[Handler],
-    effort: Effort,
-) -> Comparison:
-    missing = {peer.name: peer.missing(str(case["loop"])) for peer in PEERS}
-    peers = [peer.contender(handlers) for peer in PEERS if not missing[peer.name]]
-    absent = {name: reason for name, reason in missing.items() if reason}
-    return await compare(case, [*contenders, *peers], effort, absent)
-
-
-@asynccontextmanager
-async def handlers_that(waits: str, size: int, port: int) -> AsyncGenerator[Sequence[Handler]]:
-    """So many handlers that wait for something of their own."""
-
-    def opened(number: int) -> AbstractAsyncContextManager[Handler]:
-        if waits == SOCKET:
-            return _asking(port)
-        if waits == SQLITE:
-            return _querying()
-        # One that suspends stands in the middle, where neither end flatters anybody.
-        suspends = waits == ALL or (waits == ONE and number == size // 2)
-        return _suspending() if suspends else _busy()
-
-    async with AsyncExitStack() as stack:
-        handlers = [await stack.enter_async_context(opened(number)) for number in range(size)]
-        for number, handler in enumerate(handlers):  # some libraries tell them apart by name
-            assert isinstance(handler, FunctionType)
-            handler.__name__ = handler.__qualname__ = f"handler_{number}"
-        yield handlers
-
-
-@asynccontextmanager
-async def _busy() -> AsyncGenerator[Handler]:
+def _busy() -> Handler:
     async def handle(event: object) -> None:
         pass
 
-    yield handle
+    return handle
 
 
-@asynccontextmanager
-async def _suspending() -> AsyncGenerator[Handler]:
-    """The cheapest that a loop has: AnyIO's checkpoint would hide what dispatch costs."""
-    suspend: Callable[[], Any]
-    suspend = load("trio").lowlevel.checkpoint if on_trio() else partial(asyncio.sleep, 0)
-
+def _waiting() -> Handler:
     async def handle(event: object) -> None:
-        await suspend()
+        await anyio.sleep(SECONDS)
 
-    yield handle
-
-
-@asynccontextmanager
-async def _asking(port: int) -> AsyncGenerator[Handler]:
-    async with await anyio.connect_tcp("127.0.0.1", port) as stream:
-
-        async def handle(event: object) -> None:
-            await stream.send(b"?")
-            await stream.receive(1)
-
-        yield handle
-
-
-@asynccontextmanager
-async def _querying() -> AsyncGenerator[Handler]:
-    """With aiosqlite and its thread per connection; on trio, where it does not run, without."""
-    query = "SELECT name FROM users WHERE id = 500"
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "users.db")
-        with sqlite3.connect(path, check_same_thread=False) as plain:
-            plain.execute("CREATE TABLE users (id INTEGER PRIMARY KEY, name TEXT)")
-            plain.executemany("INSERT INTO users (name) VALUES (?)", [("Ada",)] * 1000)
-            plain.commit()
-        if on_trio():
-
-            async def ask(event: object) -> None:
-                await to_thread.run_sync(lambda: plain.execute(query).fetchall())
-
-            yield ask
-            plain.close()
-            return
-        plain.close()
-        async with aiosqlite.connect(path) as connection:
-
-            async def handle(event: object) -> None:
-                await connection.execute_fetchall(query)
-
-            yield handle
+    return handle
 
 
 def one_after_the_other(handlers: Sequence[Handler]) -> Run:
@@ -223,19 +125,6 @@ def gathered(handlers: Sequence[Handler]) -> Run:
         begun = clock()
         for _ in range(times):
             await asyncio.gather(*[handler(event) for handler in handlers])
-        return clock() - begun
-
-    return run
-
-
-def grouped_by_asyncio(handlers: Sequence[Handler]) -> Run:
-    async def run(times: int) -> float:
-        event = Ordered()
-        begun = clock()
-        for _ in range(times):
-            async with asyncio.TaskGroup() as tasks:
-                for handler in handlers:
-                    tasks.create_task(handler(event))
         return clock() - begun
 
     return run
@@ -301,97 +190,51 @@ def check(bus: EventBus) -> None:
 
 
 def verdicts(comparisons: Sequence[Comparison]) -> Iterator[Verdict]:
-    """The goals, as far as they were measured."""
+    """The goals, which are asyncio's."""
     for found in comparisons:
         loop, waits, size = (found.case[key] for key in ("loop", "waiting", "handlers"))
-        goals = list(_goals(str(loop), str(waits), int(size)))
-        for contender, to, limit, stretch in goals:
-            if contender in found.rounds and to in found.rounds:
-                yield Verdict(
-                    f"{loop}, N = {size}, {waits}: {contender} / {to}",
-                    found.ratio(contender, to).median,
-                    limit,
-                    stretch,
-                )
+        goal = GOALS.get((str(waits), int(size)))
+        if loop in ASYNCIO and goal is not None:
+            who, to, limit, stretch = goal
+            name = f"{loop}, {counted(int(size))}, {waits}: {who} / {to}"
+            yield Verdict(name, found.ratio(who, to).median, limit, stretch)
 
 
-def _goals(loop: str, waits: str, size: int) -> Iterator[tuple[str, str, float, float | None]]:
-    """Who is held against whom, the limit, and a harder one."""
-    if loop == "uvloop":
-        return
-    if waits == NONE and size in IN_A_DRAIN:
-        more = 1.3 if loop == "trio" else 1
-        limit, stretch = IN_A_DRAIN[size]
-        yield DRAIN, FLOOR, limit * more, stretch * more
-    if loop == "trio":
-        return
-    match waits, size:
-        case "none suspends", 1:
-            yield DISPATCH, FLOOR, 20, None
-        case "none suspends", 10 | 100:
-            yield DISPATCH, FLOOR, {10: 14, 100: 7}[size], None
-            yield DRAIN, GATHER, 1 / 4, None
-            yield DRAIN, ANYIO, 1 / 12, None
-        case "one suspends", 10 | 100:
-            yield DRAIN, GATHER, {10: 0.8, 100: 0.25}[size], None
-        case "all suspend once", 1:
-            yield DRAIN, FLOOR, 3, None
-        case "all suspend once", _:
-            yield DRAIN, ANYIO, 1.15, 0.7
-        case "no handler", _:
-            yield DISPATCH, NOTHING, 10, None
-        case _ if waits == SOCKET and size == 3:
-            yield DRAIN, ALONE, 1.15, None
-            yield DISPATCH, ALONE, 1.15, None
-        case _:
-            pass
+def counted(handlers: int) -> str:
+    """In words."""
+    return "1 handler" if handlers == 1 else f"{handlers} handlers"
 
 
 def tables(results: Results) -> str:
-    """Per event loop and kind of handler: milliseconds of what waits, ratios of the rest."""
-    parts = [_peers()]
-    for loop in LOOPS:
-        found = [_table(results, loop, waits) for waits in (SOCKET, SQLITE, NONE, ONE, ALL, NOBODY)]
-        text = "\n\n".join(filter(None, found))
-        if loop != "asyncio":
-            text = f"<details>\n<summary>The same on {loop}</summary>\n\n{text}\n\n</details>"
-        parts.append(text)
+    """Per event loop: microseconds of what waits, ratios of the rest."""
+    parts = [
+        table(["library", "the handlers of one event"], [[p.name, p.note] for p in PEERS], text=2)
+    ]
+    for loop in dict.fromkeys(figure.case["loop"] for figure in results.figures):
+        for waits, what, cell in (
+            (EACH, "microseconds of CPU time per event", microseconds),
+            (NONE, "times the first row", ratio),
+        ):
+            case: Case = {"loop": loop, "waiting": waits}
+            if any(case.items() <= figure.case.items() for figure in results.figures):
+                cells = grid(results, case, "handlers", cell)
+                parts.append(f"**{loop}, {waits}**, {what}, by number of handlers\n\n{cells}")
     return "\n\n".join(parts)
 
 
-def _peers() -> str:
-    rows = [[peer.name, peer.note] for peer in PEERS]
-    return table(["library", "the handlers of one event"], rows, text=2)
-
-
-def _table(results: Results, loop: str, waits: str) -> str:
-    case: Case = {"loop": loop, "waiting": waits}
-    if not any(case.items() <= figure.case.items() for figure in results.figures):
-        return ""
-    timed = waits in WAITING
-    what = "ms per event" if timed else "times the floor"
-    cells = grid(results, case, "handlers", milliseconds if timed else ratio)
-    return f"**{loop}, {waits}**, {what}, by number of handlers\n\n{cells}"
-
-
 def plots(results: Results) -> dict[str, str]:
-    """The first row of the README, and what dispatch alone costs."""
-    io: Case = {"loop": "asyncio", "waiting": SOCKET, "handlers": 3}
-    busy: Case = {"loop": "asyncio", "waiting": NONE, "handlers": 10}
-    first = _panel(
-        results,
-        io,
-        f"Three handlers, each with a socket's round trip of {MILLISECONDS} ms: ms per event",
-    )
-    rest = _panel(results, busy, "Ten handlers, none suspends: times the floor", relative=True)
-    return {"dispatch-waiting.svg": drawing([first]), "dispatch-busy.svg": drawing([rest])}
+    """The two cases that the other libraries take part in."""
+    loop = results.figures[0].case["loop"]
+    waiting = _panel(results.figures, {"loop": loop, "waiting": EACH, "handlers": 3})
+    busy = _panel(results.figures, {"loop": loop, "waiting": NONE, "handlers": 10})
+    return {"dispatch.svg": drawing([panel for panel in (waiting, busy) if panel.bars])}
 
 
-def _panel(results: Results, case: Case, title: str, *, relative: bool = False) -> Panel:
-    bars: list[Bar] = []
-    for figure in results.figures:
-        if figure.case == case and figure.value is not None and figure.ratio is not None:
-            values = figure.ratio if relative else figure.value
-            text = number(values.median) + "x" if relative else number(values.median / 1e6)
-            bars.append(Bar(figure.contender, values, text))
-    return Panel(title, sorted(bars, key=lambda bar: bar.values.median), logarithmic=relative)
+def _panel(figures: Sequence[Figure], case: Case) -> Panel:
+    bars = [
+        Bar(figure.contender, figure.value, f"{number(figure.value.median / 1e3)} µs")
+        for figure in figures
+        if figure.case == case and figure.value is not None
+    ]
+    title = f"{counted(int(case['handlers']))}, {case['waiting']}: CPU time per event"
+    return Panel(title, sorted(bars, key=lambda bar: bar.values.median), logarithmic=True)

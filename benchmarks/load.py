@@ -18,10 +18,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import IO
 
 from benchmarks.harness import Spread, about
 from benchmarks.report import Bar, Panel, drawing, table
@@ -79,38 +81,53 @@ class Load:
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
         while (begun := time.perf_counter()) < self._until:
             writer.write(REQUEST)
-            head = await reader.readuntil(b"\r\n\r\n")
-            length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
-            await reader.readexactly(length)
+            head, _ = await answer(reader)
             self.latencies.append(time.perf_counter() - begun)
             self.refused += head.startswith(b"HTTP/1.1 503")
         writer.close()
 
 
-def measure(
-    contender: str, delay: float, *, seconds: float, connections: int, events: int = 1
-) -> Result:
-    """Start, load and end one server whose requests have so many events each."""
+async def answer(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
+    """The head and the body of the next response."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+    return head, await reader.readexactly(length)
+
+
+@contextmanager
+def server(
+    contender: str, delay: float, handlers: int, output: IO[bytes] | None = None
+) -> Generator[tuple[subprocess.Popen[bytes], int]]:
+    """A uvicorn with one contender, whose handlers take so many seconds each; and its port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     uvicorn = [sys.executable, "-m", "uvicorn", "benchmarks.loaded:app", "--no-access-log"]
+    settings = {
+        "LOAD_CONTENDER": contender,
+        "LOAD_DELAY": str(delay),
+        "LOAD_HANDLERS": str(handlers),
+    }
+    process = subprocess.Popen(
+        [*uvicorn, "--port", str(port), "--log-level", "error"],
+        cwd=ROOT,
+        env=os.environ | settings,
+        stdout=output,
+        stderr=output,
+    )
+    try:
+        wait_until_ready(port, process)
+        yield process, port
+    finally:
+        process.kill()
+        process.wait()
+
+
+def measure(contender: str, delay: float, *, seconds: float, connections: int) -> Result:
+    """Start, load and end one server, whose requests have an event with one handler each."""
     with TemporaryDirectory() as folder:
         log = Path(folder, "output")
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [*uvicorn, "--port", str(port), "--log-level", "error"],
-                cwd=ROOT,
-                env=os.environ
-                | {
-                    "LOAD_CONTENDER": contender,
-                    "LOAD_DELAY": str(delay),
-                    "LOAD_EVENTS": str(events),
-                },
-                stdout=output,
-                stderr=output,
-            )
-        try:
-            wait_until_ready(port, process)
+        with log.open("wb") as output, server(contender, delay, 1, output) as (process, port):
+            time.sleep(0.5)  # let it settle, so that the memory before the load is fair
             before = resident_mb(process.pid, "VmRSS")
             load = Load(port, time.perf_counter() + seconds)
             asyncio.run(load.run(connections))
@@ -122,13 +139,10 @@ def measure(
             except subprocess.TimeoutExpired:
                 print(f"{contender} did not end within {LONGEST_END:g} s")
             end_seconds = time.perf_counter() - begun
-        finally:
-            process.kill()
-            process.wait()
         said = log.read_text()
     answered = len(load.latencies) - load.refused
     counters = {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", said)}
-    lost = answered * events - counters.get("handled", 0)
+    lost = answered - counters.get("handled", 0)
     # The bus's own last line, before the app's.
     pending = re.search(r"delivering before shutdown: .*?left=(\d+)", said)
     return Result(
@@ -155,7 +169,6 @@ def wait_until_ready(port: int, process: subprocess.Popen[bytes]) -> None:
         except ConnectionRefusedError:
             time.sleep(0.05)
         else:
-            time.sleep(0.5)  # let it settle, so that the memory before the load is fair
             return
     raise RuntimeError("the server did not start")
 

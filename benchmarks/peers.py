@@ -86,16 +86,20 @@ def on_trio() -> bool:
 
 
 class Latch:
-    """Opens when all handlers of an event have come."""
+    """Opens when all handlers of an event have ended.
+
+    Attributes:
+        missing: How many have not.
+    """
 
     def __init__(self, handlers: int) -> None:
         self._handlers = handlers
-        self._missing = 0
+        self.missing = 0
         self._opened = anyio.Event()
 
     def expect(self) -> None:
         """Close it for the next event."""
-        self._missing = self._handlers
+        self.missing = self._handlers
         self._opened = anyio.Event()
 
     def counting(self, handler: Handler) -> Handler:
@@ -103,15 +107,19 @@ class Latch:
 
         async def counted(event: object) -> None:
             await handler(event)
-            self._missing -= 1
-            if not self._missing:
-                self._opened.set()
+            self.arrive()
 
         return counted
 
+    def arrive(self) -> None:
+        """One handler has ended."""
+        self.missing -= 1
+        if not self.missing:
+            self._opened.set()
+
     async def opened(self) -> None:
         """Wait until all have ended."""
-        if self._missing:
+        if self.missing:
             await self._opened.wait()
 
 

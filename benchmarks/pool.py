@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,8 +20,9 @@ import anyio
 from sqlalchemy import text
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
+from benchmarks.asgi import REQUEST, receive, send, serving
 from eventkit import Delivery, EventBus
 from eventkit.starlette import EventContextMiddleware
 
@@ -75,7 +74,7 @@ async def burst(engine: AsyncEngine, concurrency: int, options: argparse.Namespa
         await anyio.sleep(0.1)
         begun = time.perf_counter()
         for _ in range(options.units):
-            await app(request(), nothing, forget)
+            await app(dict(REQUEST), receive, send)
         while bus.stats.units_waiting or bus.stats.units_draining:  # noqa: ASYNC110 - as a user can
             await anyio.sleep(0.01)
         took = time.perf_counter() - begun
@@ -103,45 +102,6 @@ def ignore(_: Delivery, error: Exception) -> None:
     """Failures are counted, and one in time is what is measured."""
     if not isinstance(error, PoolTimeout):
         raise error
-
-
-def request() -> Scope:
-    """A request as a server makes it, so that its events are delivered in the background."""
-    return {"type": "http", "method": "POST", "path": "/", "asgi": {"spec_version": "2.3"}}
-
-
-async def nothing() -> Message:
-    """Receive nothing."""
-    return {"type": "http.request"}
-
-
-async def forget(_: Message) -> None:
-    """Send to nobody."""
-
-
-@asynccontextmanager
-async def serving(app: ASGIApp) -> AsyncGenerator[None]:
-    """Keep the app's lifespan running, as a server does."""
-    begun, over = anyio.Event(), anyio.Event()
-    messages = iter(["lifespan.startup", "lifespan.shutdown"])
-
-    async def receive() -> Message:
-        kind = next(messages)
-        if kind == "lifespan.shutdown":
-            await over.wait()
-        return {"type": kind}
-
-    async def send(_: Message) -> None:
-        begun.set()
-
-    async def run() -> None:
-        await app({"type": "lifespan"}, receive, send)
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run)
-        await begun.wait()
-        yield
-        over.set()
 
 
 async def measure(options: argparse.Namespace) -> None:

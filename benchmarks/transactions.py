@@ -1,11 +1,13 @@
 """Measures what `deliver_on_commit` adds to a small transaction on SQLite, with and without events.
 
 Each transaction runs in a unit of work of its own, through a session factory that is tied to the
-bus and through one that is not, in turns.
+bus and through one that is not, in turns. A transaction waits for the disk, and that is a part of
+what it takes: the clock is the wall's, not the process's.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -26,7 +28,6 @@ from benchmarks.harness import (
     Results,
     Run,
     Verdict,
-    clock,
     compare,
     on_loop,
 )
@@ -101,14 +102,14 @@ async def transactions(
             session.commit()
 
         async def run(times: int) -> float:
-            begun = clock()
+            begun = time.perf_counter_ns()
             for _ in range(times):
                 async with bus.context():
                     with sessions.begin() as session:
                         work(session)
                         for _ in range(events):
                             bus.publish("kept")
-            return clock() - begun
+            return time.perf_counter_ns() - begun
 
         yield run
         engine.dispose()
@@ -141,7 +142,7 @@ def verdicts(comparisons: Sequence[Comparison]) -> Iterator[Verdict]:
 def tables(results: Results) -> str:
     """Microseconds per transaction."""
     return "\n\n".join(
-        f"**{kind}, SQLite {place}**, microseconds per transaction, by number of events\n\n"
+        f"**{kind}, SQLite {place}**, wall-clock microseconds each, by number of events\n\n"
         + grid(results, {"database": place, "transaction": kind}, "events", microseconds)
         for place in (ON_DISK, IN_MEMORY)
         for kind in TRANSACTIONS

@@ -1,0 +1,301 @@
+"""One request with one event, whose handlers run behind the response: CPU time in process.
+
+No server is there: the ASGI app is called. Requests come in rows of eight, one right after the
+other. Each is answered, and then its handlers run, in the way of the contender. A row is over when
+all its handlers have ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import anyio
+from anyio.lowlevel import checkpoint
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from benchmarks.asgi import REQUEST, receive, send, serving
+from benchmarks.dispatch import EACH, NONE, SECONDS, check, counted
+from benchmarks.harness import (
+    Comparison,
+    Contender,
+    Effort,
+    Results,
+    Run,
+    Spread,
+    Verdict,
+    clock,
+    compare,
+    loops,
+    on_loop,
+)
+from benchmarks.peers import ASYNCIO, Handler, Latch, Ordered, on_trio
+from benchmarks.report import Bar, Panel, drawing, grid, microseconds, number
+from eventkit import EventBus
+from eventkit.starlette import EventContextMiddleware
+
+PACKAGES = ("anyio", "starlette", "uvloop", "trio")
+
+BARE = "no event, no handler"
+AWAITED = "handlers awaited one after the other"
+NATIVE = "a task of the event loop per handler"
+GROUP = "AnyIO task group"
+OURS = "eventkit"
+
+ROW = 8
+# Units of work that are delivered at once: what the handlers wait for is then waited for at once.
+CONCURRENCY = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a request has to have done.
+
+    Attributes:
+        handlers: How many its event has; none means that there is no event.
+        waits: What each of them does.
+    """
+
+    handlers: int
+    waits: str = NONE
+
+    def __str__(self) -> str:
+        return f"{counted(self.handlers)}, {self.waits}" if self.handlers else "no event"
+
+
+CASES = (Work(3, EACH), Work(1, EACH), Work(3), Work(1), Work(0))
+
+# The goal and the stretch, to the AnyIO task group.
+GOALS = {
+    str(Work(3, EACH)): (1.2, 1.0),
+    str(Work(1, EACH)): (1.7, 1.5),
+    str(Work(1)): (1.75, 1.4),
+    str(Work(3)): (0.75, 0.6),
+}
+TRIO_GOALS = {str(Work(3, EACH)): (1.25, 1.0)}
+# Without an event, in microseconds above the bare app.
+NOTHING_GOAL = (3.0, 2.0)
+
+
+def measure(effort: Effort) -> Iterator[Comparison]:
+    """Measure each case on each event loop."""
+    cases = (Work(3, EACH), Work(0)) if effort.scale == "smallest" else CASES
+    for loop in loops():
+        for work in cases:
+            yield on_loop(loop, partial(_case, loop, work, effort))
+
+
+async def _case(loop: str, work: Work, effort: Effort) -> Comparison:
+    openings = {BARE: bare, OURS: with_eventkit}
+    if work.handlers:
+        openings = {
+            BARE: bare,
+            AWAITED: awaited,
+            NATIVE: with_tasks,
+            GROUP: with_group,
+            OURS: with_eventkit,
+        }
+    contenders = [Contender(name, partial(opened, work)) for name, opened in openings.items()]
+    return await compare({"loop": loop, "request": str(work)}, contenders, effort)
+
+
+def called(app: ASGIApp, latch: Latch) -> Run:
+    """Rows of requests, each waited for by the latch."""
+
+    async def run(times: int) -> float:
+        rows = -(-times // ROW)
+        begun = clock()
+        for _ in range(rows):
+            latch.expect()
+            for _ in range(ROW):
+                await app(dict(REQUEST), receive, send)
+            await latch.opened()
+            await checkpoint()  # what comes after the last handler is a part of the cost
+            await checkpoint()
+        return (clock() - begun) * times / (rows * ROW)
+
+    return run
+
+
+def handlers_of(work: Work) -> tuple[list[Handler], Latch]:
+    """The handlers, and the latch that they open when those of a row have all ended."""
+    latch = Latch(ROW * work.handlers)
+    return [_handler(work.waits == EACH, latch.arrive) for _ in range(work.handlers)], latch
+
+
+def _handler(waits: bool, ended: Callable[[], None]) -> Handler:
+    async def handle(event: object) -> None:
+        if waits:
+            await anyio.sleep(SECONDS)
+        ended()
+
+    return handle
+
+
+async def answer(send: Send) -> None:
+    """Send the response."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"ordered"})
+
+
+async def one_by_one(handlers: Sequence[Handler], event: Ordered) -> None:
+    """Await the handlers one after the other."""
+    for handler in handlers:
+        await handler(event)
+
+
+async def at_once(handlers: Sequence[Handler], event: Ordered) -> None:
+    """Await the handlers at the same time."""
+    async with anyio.create_task_group() as tasks:
+        for handler in handlers:
+            tasks.start_soon(handler, event)
+
+
+@asynccontextmanager
+async def spawning() -> AsyncGenerator[Callable[..., object]]:
+    """Start tasks of the event loop's own kind, in the way that its documentation shows."""
+    if on_trio():
+        import trio
+
+        async with trio.open_nursery() as nursery:
+            yield nursery.start_soon
+        return
+    tasks = set[asyncio.Task[None]]()
+
+    def spawn(handler: Handler, event: object) -> None:
+        task = asyncio.create_task(handler(event))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    yield spawn
+
+
+@asynccontextmanager
+async def bare(work: Work) -> AsyncGenerator[Run]:
+    """The app that only answers."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await answer(send)
+
+    yield called(app, Latch(0))
+
+
+@asynccontextmanager
+async def awaited(work: Work) -> AsyncGenerator[Run]:
+    """In the request's own task.
+
+    A server has such a task for each request, so that those in a row wait at the same time. Here
+    each request that waits is therefore given one.
+    """
+    handlers, latch = handlers_of(work)
+    async with spawning() as spawn:
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await answer(send)
+            if work.waits == EACH:
+                spawn(partial(one_by_one, handlers), Ordered())
+            else:
+                await one_by_one(handlers, Ordered())
+
+        yield called(app, latch)
+
+
+@asynccontextmanager
+async def with_tasks(work: Work) -> AsyncGenerator[Run]:
+    """A task per handler, and nobody who waits for the tasks of a request together."""
+    handlers, latch = handlers_of(work)
+    async with spawning() as spawn:
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await answer(send)
+            event = Ordered()
+            for handler in handlers:
+                spawn(handler, event)
+
+        yield called(app, latch)
+
+
+@asynccontextmanager
+async def with_group(work: Work) -> AsyncGenerator[Run]:
+    """A task per request in a group of the app's; for several handlers the task opens a group."""
+    handlers, latch = handlers_of(work)
+    async with anyio.create_task_group() as tasks:
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await answer(send)
+            if len(handlers) == 1:
+                tasks.start_soon(handlers[0], Ordered())
+            else:
+                tasks.start_soon(at_once, handlers, Ordered())
+
+        yield called(app, latch)
+
+
+@asynccontextmanager
+async def with_eventkit(work: Work) -> AsyncGenerator[Run]:
+    """The middleware, with a lifespan that runs."""
+    handlers, latch = handlers_of(work)
+    bus = EventBus()
+    for handler in handlers:
+        bus.subscribe(Ordered, handler)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        if handlers:
+            bus.publish(Ordered())
+        await answer(send)
+
+    wrapped = EventContextMiddleware(app, bus, concurrency=CONCURRENCY)
+    async with serving(wrapped):
+        yield called(wrapped, latch)
+    check(bus)
+
+
+def verdicts(comparisons: Sequence[Comparison]) -> Iterator[Verdict]:
+    """What eventkit takes beside an AnyIO task group, and beside nothing where it does nothing."""
+    for found in comparisons:
+        loop, request = str(found.case["loop"]), str(found.case["request"])
+        goals = GOALS if loop in ASYNCIO else TRIO_GOALS
+        if request in goals:
+            name = f"{loop}, {request}: {OURS} / {GROUP}"
+            yield Verdict(name, found.ratio(OURS, GROUP).median, *goals[request])
+        elif request == str(Work(0)) and loop in ASYNCIO:
+            name = f"{loop}, {request}: what {OURS} adds, in microseconds"
+            yield Verdict(name, added(found).median, *NOTHING_GOAL)
+
+
+def added(found: Comparison) -> Spread:
+    """Microseconds above the bare app."""
+    rounds = zip(found.rounds[BARE], found.rounds[OURS], strict=True)
+    return Spread.of([(ours - base) / 1e3 for base, ours in rounds])
+
+
+def tables(results: Results) -> str:
+    """Per event loop."""
+    return "\n\n".join(
+        f"**{loop}**, microseconds of CPU time per request, by what its event has\n\n"
+        + grid(results, {"loop": loop}, "request", microseconds)
+        for loop in dict.fromkeys(figure.case["loop"] for figure in results.figures)
+    )
+
+
+def plots(results: Results) -> dict[str, str]:
+    """A panel per case, on asyncio."""
+    loop = results.figures[0].case["loop"]
+    panels: list[Panel] = []
+    for request in dict.fromkeys(figure.case["request"] for figure in results.figures):
+        bars = [
+            Bar(figure.contender, figure.value, f"{number(figure.value.median / 1e3)} µs")
+            for figure in results.figures
+            if figure.value is not None and figure.case == {"loop": loop, "request": request}
+        ]
+        panels.append(Panel(f"{request}: CPU time per request", bars))
+    return {"behind.svg": drawing(panels)}

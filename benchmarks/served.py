@@ -1,0 +1,173 @@
+"""A served request with one event: what the event adds to the CPU time of the server's process.
+
+Each contender is a FastAPI app on a uvicorn of its own. This process is the client: it asks on 64
+keep-alive connections, always one server at a time, with the same number of requests in each
+round. A server's CPU time counts until all its handlers have ended. Servers listen on 127.0.0.1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from functools import partial
+
+import anyio
+
+from benchmarks.dispatch import EACH, SECONDS, counted
+from benchmarks.harness import (
+    LOOPS,
+    Comparison,
+    Effort,
+    Figure,
+    Results,
+    Spread,
+    Verdict,
+    asyncio_loop,
+    installed,
+)
+from benchmarks.load import REQUEST, answer, server
+from benchmarks.report import Bar, Panel, drawing, grid, microseconds, number
+
+PACKAGES = ("fastapi", "starlette", "uvicorn", "uvloop", "httptools", "anyio", "fastapi-events")
+
+# As `benchmarks.loaded` knows them.
+PLAIN = "a plain endpoint"
+TASKS = "BackgroundTasks"
+GROUP = "AnyIO task group"
+PEER = "fastapi-events"
+OURS = "eventkit, concurrency=64"
+
+CONNECTIONS = 64
+QUESTION = b"GET /cpu HTTP/1.1\r\nHost: load\r\n\r\n"
+
+# The goal and the stretch, by the number of handlers: beside what another one adds.
+GOALS = {3: (GROUP, 1.05, 0.9), 1: (PEER, 0.4, 0.25)}
+
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+def measure(effort: Effort) -> Iterator[Comparison]:
+    """Measure with three handlers, then with one."""
+    backend, options = LOOPS[asyncio_loop()]
+    for handlers in (3,) if effort.scale == "smallest" else GOALS:
+        yield anyio.run(_case, handlers, effort, backend=backend, backend_options=options)
+
+
+async def _case(handlers: int, effort: Effort) -> Comparison:
+    """Start all servers, then load one after the other, in an order drawn anew in each round."""
+    names = [PLAIN, TASKS, GROUP, *([PEER] if installed(PEER) else []), OURS]
+    if effort.scale == "smallest":
+        names = [PLAIN, GROUP, OURS]
+    requests = {"smallest": 1, "quick": 10, "full": 30}[effort.scale] * CONNECTIONS
+    absent = {} if installed(PEER) else {PEER: "not installed"}
+    rounds: dict[str, list[float]] = {name: [] for name in names}
+    draw = random.Random(0)
+    with ExitStack() as stack:
+        ports: dict[str, int] = {}
+        for name in names:
+            _, ports[name] = stack.enter_context(server(name, SECONDS, handlers))
+        for port in ports.values():
+            await cost_of(requests, port)  # it warms up
+        for _ in range(2 * effort.rounds):
+            for name in draw.sample(names, len(names)):
+                rounds[name].append(await cost_of(requests, ports[name]))
+    return Comparison({"handlers": handlers}, rounds, absent)
+
+
+async def cost_of(requests: int, port: int) -> float:
+    """What one of so many requests costs the server of this port, in nanoseconds."""
+    async with connected(port) as connections:
+        begun = await cpu_time(connections[0])
+        async with asyncio.TaskGroup() as tasks:
+            for connection in connections:
+                tasks.create_task(ask(connection, requests // CONNECTIONS))
+        return (await cpu_time(connections[0]) - begun) / requests
+
+
+@asynccontextmanager
+async def connected(port: int) -> AsyncGenerator[list[Connection]]:
+    """Connections to a server."""
+    opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(CONNECTIONS)]
+    try:
+        yield opened
+    finally:
+        for _, writer in opened:
+            writer.close()
+        for _, writer in opened:
+            await writer.wait_closed()
+
+
+async def ask(connection: Connection, times: int) -> None:
+    """Ask again as soon as the answer is there."""
+    reader, writer = connection
+    for _ in range(times):
+        writer.write(REQUEST)
+        head, _ = await answer(reader)
+        assert head.startswith(b"HTTP/1.1 200"), head
+
+
+async def cpu_time(connection: Connection) -> int:
+    """The server's CPU time so far, in nanoseconds, when all its handlers have ended."""
+    reader, writer = connection
+    writer.write(QUESTION)
+    _, body = await answer(reader)
+    return int(body)
+
+
+def verdicts(comparisons: Sequence[Comparison]) -> Iterator[Verdict]:
+    """What eventkit adds to a plain request, beside what another one adds."""
+    for found in comparisons:
+        handlers = int(found.case["handlers"])
+        to, limit, stretch = GOALS[handlers]
+        if to in found.rounds:
+            name = f"{counted(handlers)}, {EACH}: what {OURS}, adds / what {to} adds"
+            yield Verdict(name, added(found, to).median, limit, stretch)
+
+
+def added(found: Comparison, to: str) -> Spread:
+    """How much of what another contender adds to a plain request eventkit adds to it."""
+    rounds = zip(*(found.rounds[name] for name in (PLAIN, to, OURS)), strict=True)
+    return Spread.of([(ours - plain) / (other - plain) for plain, other, ours in rounds])
+
+
+def tables(results: Results) -> str:
+    """A request as a whole, and what its event adds."""
+    text = "microseconds of the server's CPU time per request, by number of handlers"
+    above = partial(above_plain, results)
+    return (
+        f"**{EACH}**, {text}\n\n{grid(results, {}, 'handlers', microseconds)}\n\n"
+        f"**{EACH}**, what the event adds to the plain request, {text}\n\n"
+        f"{grid(results, {}, 'handlers', above)}"
+    )
+
+
+def above_plain(results: Results, figure: Figure) -> str:
+    """Microseconds above the plain endpoint's median."""
+    added = extra(results, figure)
+    return "" if added is None or figure.contender == PLAIN else number(added)
+
+
+def extra(results: Results, figure: Figure) -> float | None:
+    """The same, as a number; None where there is nothing."""
+    for other in results.figures:
+        if (other.case, other.contender) == (figure.case, PLAIN) and other.value and figure.value:
+            return (figure.value.median - other.value.median) / 1e3
+    return None
+
+
+def plots(results: Results) -> dict[str, str]:
+    """A panel per number of handlers."""
+    panels: list[Panel] = []
+    for handlers in dict.fromkeys(int(figure.case["handlers"]) for figure in results.figures):
+        bars = [
+            Bar(figure.contender, Spread(added, added, added), f"+{number(added)} µs")
+            for figure in results.figures
+            if figure.case["handlers"] == handlers
+            and figure.contender != PLAIN
+            and (added := extra(results, figure)) is not None
+        ]
+        title = f"{counted(handlers)}, {EACH}: CPU time added to a served request"
+        panels.append(Panel(title, bars))
+    return {"served.svg": drawing(panels)}
