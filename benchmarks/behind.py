@@ -1,8 +1,8 @@
 """One request with one event, whose handlers run behind the response: CPU time in process.
 
 No server is there: the ASGI app is called. Requests come in rows of eight, one right after the
-other. Each is answered, and then its handlers run, in the way of the contender. A row is over when
-all its handlers have ended.
+other. Each says what has happened and is answered; then its handlers run, in the way of the
+contender. A row is over when all its handlers have ended.
 """
 
 from __future__ import annotations
@@ -135,10 +135,25 @@ def _handler(waits: bool, ended: Callable[[], None]) -> Handler:
     return handle
 
 
-async def answer(send: Send) -> None:
-    """Send the response."""
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": b"ordered"})
+def answering(tell: Callable[[], object]) -> ASGIApp:
+    """An app that says what has happened, and answers."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        tell()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"ordered"})
+
+    return app
+
+
+def nothing() -> None:
+    """What an app says to whom nothing has happened."""
 
 
 async def one_by_one(handlers: Sequence[Handler], event: Ordered) -> None:
@@ -174,33 +189,28 @@ async def spawning() -> AsyncGenerator[Callable[..., object]]:
 
 
 @asynccontextmanager
-async def bare(work: Work) -> AsyncGenerator[Run]:
+async def bare(_: Work) -> AsyncGenerator[Run]:
     """The app that only answers."""
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await answer(send)
-
-    yield called(app, Latch(0))
+    yield called(answering(nothing), Latch(0))
 
 
 @asynccontextmanager
 async def awaited(work: Work) -> AsyncGenerator[Run]:
-    """In the request's own task.
+    """In the request's own task, after the response.
 
     A server has such a task for each request, so that those in a row wait at the same time. Here
     each request that waits is therefore given one.
     """
     handlers, latch = handlers_of(work)
+    answered = answering(nothing)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await answered(scope, receive, send)
+        await one_by_one(handlers, Ordered())
+
     async with spawning() as spawn:
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            await answer(send)
-            if work.waits == EACH:
-                spawn(partial(one_by_one, handlers), Ordered())
-            else:
-                await one_by_one(handlers, Ordered())
-
-        yield called(app, latch)
+        waiting = answering(lambda: spawn(partial(one_by_one, handlers), Ordered()))
+        yield called(waiting if work.waits == EACH else app, latch)
 
 
 @asynccontextmanager
@@ -209,29 +219,21 @@ async def with_tasks(work: Work) -> AsyncGenerator[Run]:
     handlers, latch = handlers_of(work)
     async with spawning() as spawn:
 
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            await answer(send)
+        def tell() -> None:
             event = Ordered()
             for handler in handlers:
                 spawn(handler, event)
 
-        yield called(app, latch)
+        yield called(answering(tell), latch)
 
 
 @asynccontextmanager
 async def with_group(work: Work) -> AsyncGenerator[Run]:
     """A task per request in a group of the app's; for several handlers the task opens a group."""
     handlers, latch = handlers_of(work)
+    run_handlers = handlers[0] if len(handlers) == 1 else partial(at_once, handlers)
     async with anyio.create_task_group() as tasks:
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            await answer(send)
-            if len(handlers) == 1:
-                tasks.start_soon(handlers[0], Ordered())
-            else:
-                tasks.start_soon(at_once, handlers, Ordered())
-
-        yield called(app, latch)
+        yield called(answering(lambda: tasks.start_soon(run_handlers, Ordered())), latch)
 
 
 @asynccontextmanager
@@ -241,18 +243,7 @@ async def with_eventkit(work: Work) -> AsyncGenerator[Run]:
     bus = EventBus()
     for handler in handlers:
         bus.subscribe(Ordered, handler)
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await receive()
-            await send({"type": "lifespan.startup.complete"})
-            await receive()
-            await send({"type": "lifespan.shutdown.complete"})
-            return
-        if handlers:
-            bus.publish(Ordered())
-        await answer(send)
-
+    app = answering((lambda: bus.publish(Ordered())) if handlers else nothing)
     wrapped = EventContextMiddleware(app, bus, concurrency=CONCURRENCY)
     async with serving(wrapped):
         yield called(wrapped, latch)

@@ -81,24 +81,26 @@ class Load:
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
         while (begun := time.perf_counter()) < self._until:
             writer.write(REQUEST)
-            head, _ = await answer(reader)
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(length_of(head))
             self.latencies.append(time.perf_counter() - begun)
             self.refused += head.startswith(b"HTTP/1.1 503")
         writer.close()
 
 
-async def answer(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
-    """The head and the body of the next response."""
-    head = await reader.readuntil(b"\r\n\r\n")
-    length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
-    return head, await reader.readexactly(length)
+def length_of(head: bytes) -> int:
+    """How many bytes the body has, by the head of the response."""
+    return int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
 
 
 @contextmanager
 def server(
     contender: str, delay: float, handlers: int, output: IO[bytes] | None = None
 ) -> Generator[tuple[subprocess.Popen[bytes], int]]:
-    """A uvicorn with one contender, whose handlers take so many seconds each; and its port."""
+    """A uvicorn with one contender, whose handlers take so many seconds each; and its port.
+
+    What it prints goes to `output`; without one, only errors are shown.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     uvicorn = [sys.executable, "-m", "uvicorn", "benchmarks.loaded:app", "--no-access-log"]
@@ -111,7 +113,7 @@ def server(
         [*uvicorn, "--port", str(port), "--log-level", "error"],
         cwd=ROOT,
         env=os.environ | settings,
-        stdout=output,
+        stdout=subprocess.DEVNULL if output is None else output,
         stderr=output,
     )
     try:
