@@ -103,9 +103,9 @@ def load(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure eventkit beside every peer; ten minutes, on a machine that does nothing else.
+    """Measure what users pay, in CPU time, beside the peers; ten minutes.
 
-    Arguments go to the benchmarks: `dispatch request` chooses some, `--quick` is a first look,
+    Arguments go to the benchmarks: `behind served` chooses some, `--quick` is a first look,
     `--check` fails where a goal is missed, `--out docs/benchmarks` keeps what was measured.
     """
     session.install("-e", ".", *group("bench"))

@@ -18,7 +18,7 @@ from anyio.lowlevel import checkpoint
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from benchmarks.asgi import REQUEST, receive, send, serving
-from benchmarks.dispatch import EACH, NONE, SECONDS, check, counted
+from benchmarks.dispatch import EACH, NONE, SECONDS, check, described
 from benchmarks.harness import (
     Comparison,
     Contender,
@@ -40,8 +40,8 @@ from eventkit.starlette import EventContextMiddleware
 PACKAGES = ("anyio", "starlette", "uvloop", "trio")
 
 BARE = "no event, no handler"
-AWAITED = "handlers awaited one after the other"
-NATIVE = "a task of the event loop per handler"
+AWAITED = "awaited one after the other"
+NATIVE = "a native task per handler"
 GROUP = "AnyIO task group"
 OURS = "eventkit"
 
@@ -63,7 +63,7 @@ class Work:
     waits: str = NONE
 
     def __str__(self) -> str:
-        return f"{counted(self.handlers)}, {self.waits}" if self.handlers else "no event"
+        return described(self.handlers, self.waits) if self.handlers else "no event"
 
 
 CASES = (Work(3, EACH), Work(1, EACH), Work(3), Work(1), Work(0))

@@ -196,13 +196,15 @@ def verdicts(comparisons: Sequence[Comparison]) -> Iterator[Verdict]:
         goal = GOALS.get((str(waits), int(size)))
         if loop in ASYNCIO and goal is not None:
             who, to, limit, stretch = goal
-            name = f"{loop}, {counted(int(size))}, {waits}: {who} / {to}"
+            name = f"{loop}, {described(int(size), str(waits))}: {who} / {to}"
             yield Verdict(name, found.ratio(who, to).median, limit, stretch)
 
 
-def counted(handlers: int) -> str:
+def described(handlers: int, waits: str) -> str:
     """In words."""
-    return "1 handler" if handlers == 1 else f"{handlers} handlers"
+    if handlers == 1:
+        return "1 handler that does not wait" if waits == NONE else "1 handler that waits 2 ms"
+    return f"{handlers} handlers, {waits}"
 
 
 def tables(results: Results) -> str:
@@ -236,6 +238,6 @@ def _panel(figures: Sequence[Figure], case: Case) -> Panel:
         for figure in figures
         if figure.case == case and figure.value is not None
     ]
-    title = f"{counted(int(case['handlers']))}, {case['waiting']}: CPU time per event"
+    what = described(int(case["handlers"]), str(case["waiting"]))
     ordered = sorted(bars, key=lambda bar: bar.values.median)
-    return Panel(title, ordered, logarithmic=case["waiting"] == NONE)
+    return Panel(f"{what}: CPU time per event", ordered, logarithmic=case["waiting"] == NONE)

@@ -380,6 +380,17 @@ def test_the_page_leads_to_every_table_and_every_plot() -> None:
         assert f"(benchmarks/{file.name})" in shown, file.name
 
 
+def test_the_readme_says_what_was_measured() -> None:
+    readme = (KEPT.parent.parent / "README.md").read_text()
+    section = readme.partition("\n## What it costs\n")[2].partition("\n## ")[0]
+    measured = (KEPT / "served.md").read_text().splitlines()
+
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+
+    assert len(rows) == 4
+    assert set(rows) <= {*measured}
+
+
 TIMES: dict[str, list[float]] = {
     behind.BARE: [1000, 1000],
     behind.GROUP: [40_000, 20_000],
