@@ -25,7 +25,7 @@ from benchmarks.harness import (
 from benchmarks.peers import Handler as Handled
 from benchmarks.peers import Ordered
 from benchmarks.report import grid
-from eventkit.fastapi import _private_functions, _shell
+from eventkit._core.depends import _private_functions, _shell
 
 PACKAGES = ("anyio", "trio", "fastapi", "starlette")
 
