@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.filters import filter_options
+
 # Pytester forgets what its runs are the first to import, and later tests would have it twice.
 for module in ("starlette.testclient", "eventkit.starlette"):
     import_module(module)
@@ -17,6 +19,8 @@ ROOT = Path(__file__).parent.parent.parent
 
 CONFTEST = """
 import pytest
+
+from tests.filters import filter_options
 from app import bus
 
 @pytest.fixture(scope="session")
@@ -88,6 +92,8 @@ def run_alone(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
 
 HEAD = """
 import pytest
+
+from tests.filters import filter_options
 from app import *
 from starlette.testclient import TestClient
 
@@ -137,7 +143,8 @@ class TestClass:
         capevents.one(OrderPlaced)
 """
     )
-    run_alone(pytester, "-q", "--strict-markers", "-W", "error").assert_outcomes(passed=7)
+    filters = filter_options("app", "conftest", "test_.*")
+    run_alone(pytester, "-q", "--strict-markers", *filters).assert_outcomes(passed=7)
 
 
 def test_failures_explain_themselves(pytester: pytest.Pytester) -> None:
@@ -261,6 +268,8 @@ def test_a_bus_that_is_none_or_cannot_be_made_is_told_as_such(pytester: pytest.P
         test_other="""
 import pytest
 
+from tests.filters import filter_options
+
 @pytest.fixture
 def event_bus():
     return "another library's"
@@ -272,6 +281,8 @@ def test_asking_for_ours(capevents): ...
 """,
         test_missing="""
 import pytest
+
+from tests.filters import filter_options
 
 @pytest.fixture
 def event_bus(nobody_has_this): ...
@@ -380,6 +391,8 @@ def test_the_plugin_imports_nothing_before_it_is_needed() -> None:
 import sys
 before = set(sys.modules)
 import pytest
+
+from tests.filters import filter_options
 import eventkit_pytest
 eventkit_pytest.pytest_assertrepr_compare("==", [1], [2])
 print({name.partition(".")[0] for name in sys.modules} & {"eventkit", "starlette", "structlog"})
