@@ -1,6 +1,7 @@
 """FastAPI's dependencies in handlers: in requests, websockets, jobs and scripts."""
 
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -396,46 +397,158 @@ async def test_a_thousand_deliveries_at_once_have_a_session_each(bus: EventBus) 
 # Annotations
 
 
-POSTPONED = """
-from __future__ import annotations
+POSTPONED = "from __future__ import annotations"
+SINCE_3_14 = pytest.mark.skipif(sys.version_info < (3, 14), reason="lazy since Python 3.14")
+LAZINESS = pytest.mark.parametrize(
+    "future",
+    [pytest.param(POSTPONED, id="postponed"), pytest.param("", id="lazy", marks=SINCE_3_14)],
+)
+
+HEAD = """
 from typing import TYPE_CHECKING, Annotated
 from fastapi import Depends
 if TYPE_CHECKING:
     from somewhere import Event, Session, sessions
+"""
 
+PROVIDER = """
+async def provide() -> Session:
+    return "provided"
+"""
+
+HANDLER = """
 async def handler(
     event: Event,
     one: Annotated[Session, Depends(provide)],
     other: Annotated[dict[str, Session], Depends(provide)],
     optional: sessions.Session | None = None,
-) -> None:
+) -> sessions.Nothing:
     seen.extend([one, other, optional])
-
-async def provide() -> str:
-    return "provided"
 """
 
 
-async def test_postponed_annotations_may_name_what_only_type_checkers_know(bus: EventBus) -> None:
+def written(*parts: str, **names: object) -> dict[str, Any]:  # as exec fills it
+    """Run a module of these parts, and give its names."""
+    namespace: dict[str, Any] = {"__name__": "postponed", **names}
+    exec(compile("".join(parts), "postponed.py", "exec", dont_inherit=True), namespace)
+    return namespace
+
+
+@LAZINESS
+async def test_annotations_may_name_what_only_type_checkers_know(
+    bus: EventBus, future: str
+) -> None:
     seen: list[object] = []
-    namespace: dict[str, Any] = {"__name__": "postponed", "seen": seen}  # as exec fills it
-    exec(compile(POSTPONED, "postponed.py", "exec", dont_inherit=True), namespace)
-    bus.subscribe(Ping, namespace["handler"])
+    bus.subscribe(Ping, written(future, HEAD, HANDLER, PROVIDER, seen=seen)["handler"])
 
     await bus.dispatch(Ping())
 
     assert seen == ["provided", "provided", None]
 
 
-def test_a_provider_that_only_type_checkers_know_is_refused(bus: EventBus) -> None:
-    source = POSTPONED.replace("async def provide", "async def another")
-    namespace: dict[str, Any] = {"__name__": "postponed"}  # as exec fills it
-    exec(compile(source, "postponed.py", "exec", dont_inherit=True), namespace)
+@LAZINESS
+def test_a_provider_that_only_type_checkers_know_is_refused(bus: EventBus, future: str) -> None:
+    message = refusal(bus, written(future, HEAD, HANDLER)["handler"])
 
-    message = refusal(bus, namespace["handler"])
+    assert message.startswith("postponed:handler (postponed.py:7): FastAPI cannot resolve 'one': ")
+    assert "ForwardRef('provide'" in message
 
-    assert message.startswith("postponed:handler (postponed.py:8): FastAPI cannot resolve 'one': ")
-    assert "ForwardRef('provide')" in message
+
+@LAZINESS
+async def test_names_are_looked_up_where_the_handler_gets_its_bus(
+    bus: EventBus, future: str
+) -> None:
+    """On a bus that is when it is subscribed, on a router when the router is included."""
+    seen: list[object] = []
+    source = HANDLER.replace("async def", "@on(Ping)\nasync def")
+
+    with pytest.raises(InvalidHandlerError):
+        written(future, HEAD, source, PROVIDER, seen=seen, on=bus.on, Ping=Ping)
+    router = EventRouter()
+    written(future, HEAD, source, PROVIDER, seen=seen, on=router.on, Ping=Ping)
+    bus.include(router)
+    await bus.dispatch(Ping())
+
+    assert seen == ["provided", "provided", None]
+
+
+FAILING = pytest.mark.parametrize("annotation", ["'Event' | None", "1 / 0"])
+
+
+@FAILING
+async def test_a_postponed_annotation_of_the_event_is_not_evaluated(
+    bus: EventBus, annotation: str
+) -> None:
+    seen: list[object] = []
+    source = HANDLER.replace("event: Event", f"event: {annotation}")
+    bus.subscribe(Ping, written(POSTPONED, HEAD, source, PROVIDER, seen=seen)["handler"])
+
+    await bus.dispatch(Ping())
+
+    assert seen == ["provided", "provided", None]
+
+
+@FAILING
+def test_a_dependency_whose_postponed_annotation_fails_is_refused(
+    bus: EventBus, annotation: str
+) -> None:
+    annotation = f"Annotated[{annotation}, Depends(provide)]"
+    source = HANDLER.replace("one: Annotated[Session, Depends(provide)]", f"one: {annotation}")
+
+    message = refusal(bus, written(POSTPONED, HEAD, source, PROVIDER)["handler"])
+
+    assert message == (
+        "postponed:handler (postponed.py:7) takes 'one', which is neither the event (that comes "
+        f"first) nor seen to be a dependency: its annotation {annotation!r} cannot be evaluated. "
+        "Define or import what it names before the handler gets its bus, and not for type checkers "
+        "alone"
+    )
+
+
+@SINCE_3_14
+@FAILING
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("event: Event", "event: {}"),
+        ("one: Annotated[Session,", "one: Annotated[{},"),
+        ("-> sessions.Nothing", "-> {}"),
+    ],
+)
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_lazy_annotation_that_fails_is_refused(
+    bus: EventBus, annotation: str, before: str, after: str, bound: bool
+) -> None:
+    source = HANDLER.replace(before, after.format(annotation))
+
+    handler = written(HEAD, source, PROVIDER)["handler"]
+
+    message = refusal(bus, partial(handler) if bound else handler)
+
+    assert re.fullmatch(
+        r"postponed:handler \(postponed\.py:7\): an annotation cannot be evaluated: \w+Error\(.*\)",
+        message,
+    )
+
+
+@LAZINESS
+def test_an_alias_that_is_defined_too_late_is_refused(bus: EventBus, future: str) -> None:
+    source = HANDLER.replace("Annotated[Session, Depends(provide)]", "Provided")
+
+    message = refusal(bus, written(future, HEAD, PROVIDER, source)["handler"])
+
+    assert "its annotation 'Provided' cannot be evaluated. Define or import" in message
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="needs Python 3.12")
+@LAZINESS
+def test_an_alias_of_what_only_type_checkers_know_is_refused(bus: EventBus, future: str) -> None:
+    alias = "type Provided = Annotated[Session, Depends(provide)]\n"
+    source = HANDLER.replace("Annotated[Session, Depends(provide)]", "Provided")
+
+    message = refusal(bus, written(future, HEAD, PROVIDER, alias, source)["handler"])
+
+    assert message == "postponed:handler (postponed.py:11): name 'Session' is not defined"
 
 
 # Requests, websockets, lifespans, jobs and scripts: which application

@@ -68,6 +68,8 @@ class Shed:
 
     def provides(self, parameter: inspect.Parameter) -> bool:
         self.shown.append(parameter)
+        if parameter.name == "unknown":
+            raise LookupError("who knows")
         return parameter.annotation is Tool
 
     def compile(
@@ -482,13 +484,20 @@ def test_a_parameter_that_nobody_provides_is_refused(bus: EventBus) -> None:
     )
 
 
+def test_a_parameter_that_a_resolver_fails_to_judge_is_refused(bus: EventBus) -> None:
+    def handler(event: Ping, unknown: int) -> None: ...
+
+    assert refusal(bus, handler) == f"{place(handler)}: who knows"
+
+
 def test_an_annotation_that_cannot_be_evaluated_is_named(bus: EventBus) -> None:
     handler = handler_from("def handler(event: Ping, tool: sheds.Tool): ...")
 
     assert refusal(bus, handler) == (
         "somewhere:handler (somewhere.py:2) takes 'tool', which is neither the event (that "
         "comes first) nor seen to be a dependency: its annotation 'sheds.Tool' cannot be "
-        "evaluated. Import what it names at module level, and not for type checkers alone"
+        "evaluated. Define or import what it names before the handler gets its bus, and not for "
+        "type checkers alone"
     )
 
 

@@ -36,7 +36,11 @@ class Resolver(Protocol):
     """
 
     def provides(self, parameter: inspect.Parameter) -> bool:
-        """Say whether this is a dependency. Others keep their default, and have to have one."""
+        """Say whether this is a dependency. Others keep their default, and have to have one.
+
+        Raises:
+            Exception: That cannot be said. The handler's name and place are added to the message.
+        """
         ...
 
     def compile(self, parameters: Sequence[inspect.Parameter]) -> Solver:
@@ -69,7 +73,10 @@ def with_dependencies(
         resolver = _by_default(make_default, handler, names)
     if resolver is None:
         return handler
-    provided = [parameter for parameter in parameters if resolver.provides(parameter)]
+    try:
+        provided = [parameter for parameter in parameters if resolver.provides(parameter)]
+    except Exception as error:
+        raise InvalidHandlerError(f"{handler.place}: {error}") from error
     for parameter in required:
         if parameter not in provided:
             raise InvalidHandlerError(_unprovided(handler, parameter))
@@ -137,10 +144,14 @@ def _unprovided(handler: Handler, parameter: inspect.Parameter) -> str:
         f"{handler.place} takes {parameter.name!r}, "
         "which is neither the event (that comes first) nor "
     )
-    if isinstance(parameter.annotation, str):
+    annotation = parameter.annotation
+    if isinstance(annotation, ForwardRef):
+        annotation = annotation.__forward_arg__
+    if isinstance(annotation, str):
         return (
-            f"{text}seen to be a dependency: its annotation {parameter.annotation!r} cannot be "
-            "evaluated. Import what it names at module level, and not for type checkers alone"
+            f"{text}seen to be a dependency: its annotation {annotation!r} cannot be evaluated. "
+            "Define or import what it names before the handler gets its bus, and not for type "
+            "checkers alone"
         )
     return (
         f"{text}a dependency, and has no default. A handler has no request, so neither query, path "

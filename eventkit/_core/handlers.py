@@ -10,7 +10,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import BuiltinFunctionType, CodeType, EllipsisType, FunctionType
@@ -25,7 +25,7 @@ _MAX_LAYERS = 100
 # Equal only if they are the same; built-in methods, which are bound too, if their objects are.
 _EQUAL_IF_SAME = {FunctionType, BuiltinFunctionType}
 
-# Since 3.14 annotations are evaluated when looked at, and a name under TYPE_CHECKING cannot be.
+# Since 3.14 annotations are evaluated when looked at; a name that does not exist is a `ForwardRef`.
 _UNEVALUATED: dict[str, Any] = (  # Any: an option that earlier versions do not have
     {"annotation_format": import_module("annotationlib").Format.FORWARDREF}
     if sys.version_info >= (3, 14)
@@ -321,6 +321,7 @@ def _check_signature(handler: Handler) -> None:
         return
     signature = signature_of(handler.function)
     if signature is None:
+        _check_annotations(handler)
         return
     try:
         signature.bind_partial(object())
@@ -334,6 +335,21 @@ def _check_signature(handler: Handler) -> None:
     raise InvalidHandlerError(
         f"{handler.place} cannot be called with an event: its signature is {signature}. {remedy}"
     )
+
+
+def _check_annotations(handler: Handler) -> None:
+    """Refuse an annotation that raises. Before 3.14 it does so where the function is defined."""
+    if sys.version_info >= (3, 14):
+        from annotationlib import Format, get_annotations
+
+        for layer in layers(handler.function):
+            if isinstance(layer, FunctionType):
+                try:
+                    get_annotations(layer, format=Format.FORWARDREF)
+                except Exception as error:
+                    raise InvalidHandlerError(
+                        f"{handler.place}: an annotation cannot be evaluated: {error!r}"
+                    ) from error
 
 
 def takes_the_event_alone(function: Callable[..., object]) -> bool:
@@ -359,10 +375,9 @@ def signature_of(
 
     Built-ins may have none, others nonsense.
     """
-    try:
+    with suppress(Exception):  # to evaluate annotations is to run what users wrote
         return inspect.signature(function, follow_wrapped=follow_wrapped, **_UNEVALUATED)
-    except (TypeError, ValueError):
-        return None
+    return None
 
 
 STARS = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
