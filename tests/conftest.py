@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -42,7 +43,11 @@ BACKENDS: dict[str, Backend] = {
     "trio": ("trio", {}),
 }
 CHOSEN = os.environ.get("EVENTKIT_BACKENDS", "asyncio,trio").split(",")
-LEFT_OUT = {"asyncio-eager"} if sys.version_info < (3, 12) else set[str]()
+# Loops that this Python does not have, each with the reason.
+LEFT_OUT = {
+    **({"asyncio-eager": "needs Python 3.12"} if sys.version_info < (3, 12) else {}),
+    **({"uvloop": "is not installed"} if find_spec("uvloop") is None else {}),
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,7 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header() -> str:
     """Name the event loops of this run in pytest's first lines."""
     running = [name for name in CHOSEN if name not in LEFT_OUT]
-    missing = [f"{name} left out, needs Python 3.12" for name in CHOSEN if name in LEFT_OUT]
+    missing = [f"{name} left out, {LEFT_OUT[name]}" for name in CHOSEN if name in LEFT_OUT]
     return "event loops: " + ", ".join([*running, *missing])
 
 

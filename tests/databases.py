@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import pytest
 from sqlalchemy import Connection, Engine, ForeignKey, create_engine, event, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -58,6 +59,7 @@ def obey(engine: Engine) -> None:
 @contextmanager
 def postgres(url: str) -> Generator[Engine]:
     """A schema in a database that others use, too."""
+    pytest.importorskip("psycopg")
     schema = f"eventkit_{uuid4().hex}"
     options = {"schema_translate_map": {None: schema}}
     engine = create_engine(
@@ -77,6 +79,8 @@ def postgres(url: str) -> Generator[Engine]:
 def to_await(engine: Engine) -> AsyncEngine:
     """The same database, for those who await."""
     driver = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
+    if engine.dialect.name == "postgresql":
+        pytest.importorskip("asyncpg")
     awaited = create_async_engine(
         engine.url.set(drivername=driver[engine.dialect.name]),
         execution_options=engine.get_execution_options(),

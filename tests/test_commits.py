@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("greenlet")  # compiled: a new Python may be without it
+
 from anyio import sleep_forever, wait_all_tasks_blocked
 from fastapi import Depends, FastAPI, HTTPException
 from fastapi.responses import JSONResponse, Response, StreamingResponse

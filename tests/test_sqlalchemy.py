@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("greenlet")  # compiled: a new Python may be without it
+
 from anyio import Event, create_task_group, to_thread
 from anyio.lowlevel import checkpoint
 from hypothesis import given, settings

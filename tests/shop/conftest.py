@@ -1,20 +1,23 @@
 """A shop of its own for each test, with real neighbours and a real file."""
 
+from __future__ import annotations
+
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 from eventkit import EventBus
 from examples.demo.neighbours import Mail, MailServer, PaymentProvider, Warehouse
-from examples.shop.app import create_app
-from examples.shop.resources import Resources
 from examples.shop.settings import Settings
+
+if TYPE_CHECKING:  # imported when used: the use cases are tested where SQLAlchemy cannot await, too
+    from examples.shop.resources import Resources
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,8 @@ def read_column(database: Path, query: str) -> list[Any]:
 @pytest.fixture
 def shop(tmp_path: Path) -> Iterator[Shop]:
     """Give a shop that is open for business."""
+    from examples.shop.app import create_app
+
     database = tmp_path / "shop.db"
     committed_at_mail: list[int] = []
 
