@@ -6,6 +6,7 @@ import math
 import pkgutil
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -35,8 +36,15 @@ PROOF = re.compile(r"`((?:tests|eventkit)/\S+\.py)::(\w+)`")
 pytestmark = pytest.mark.filterwarnings(rf"error:::(.*/)?({OURS})(\.md)?$")
 
 
+# What pages import, and is compiled: a new Python may be without it.
+COMPILED = {"greenlet": "sqlalchemy.ext.asyncio", "msgspec": "msgspec"}
+
+
 def run_page(page: Path) -> ModuleType:
     """Run all Python blocks of a page one after the other, as one module."""
+    for package, imported in COMPILED.items():
+        if re.search(rf"^(import|from) {re.escape(imported)}\b", page.read_text(), re.MULTILINE):
+            pytest.importorskip(package)
     module = ModuleType(page.stem)
     sys.modules[page.stem] = module
     text = page.read_text()
@@ -124,6 +132,23 @@ def test_contributing_names_every_module_and_every_session() -> None:
     assert {"tests", "plugin"} <= {*sessions}
     for name in (*modules, *sessions):
         assert f"`{name}`" in contributing, f"CONTRIBUTING.md does not name {name}"
+
+
+def test_the_same_pythons_are_named_everywhere() -> None:
+    noxfile = (ROOT / "noxfile.py").read_text()
+    pythons: list[str] = ast.literal_eval(re.search(r"^PYTHONS = (.*)$", noxfile, re.M)[1])  # type: ignore[index]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    classifiers = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
+    first, last = pythons[0], pythons[-1]
+    youngest = re.search(r"^PYTHONS=\((.*)\)$", (ROOT / ".ci/debian-pythons").read_text(), re.M)
+
+    assert classifiers == pythons
+    assert project["requires-python"] == f">={first}"
+    assert youngest
+    assert youngest[1].split() == pythons[-2:]
+    for page in ("README.md", "CONTRIBUTING.md"):
+        named = re.findall(r"Python (3\.\d+ to 3\.\d+)", (ROOT / page).read_text())
+        assert {*named} == {f"{first} to {last}"}, page
 
 
 def test_every_test_that_the_page_names_as_proof_exists(page: Path) -> None:
