@@ -48,7 +48,7 @@ def install(session: nox.Session, name: str) -> None:
     except CommandFailed:
         compiled = {*group("compiled"), *group("compiled-servers")}
         session.install("-e", ".", *(each for each in wanted if each not in compiled))
-        for each in compiled.intersection(wanted):
+        for each in (each for each in wanted if each in compiled):
             try:
                 session.install(each)
             except CommandFailed:

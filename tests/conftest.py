@@ -46,7 +46,7 @@ CHOSEN = os.environ.get("EVENTKIT_BACKENDS", "asyncio,trio").split(",")
 # Loops that this Python does not have, each with the reason.
 LEFT_OUT = {
     **({"asyncio-eager": "needs Python 3.12"} if sys.version_info < (3, 12) else {}),
-    **({"uvloop": "is not installed"} if find_spec("uvloop") is None else {}),
+    **({"uvloop": "not installed"} if find_spec("uvloop") is None else {}),
 }
 
 
