@@ -101,3 +101,32 @@ def test_a_thread_that_inherits_context_variables_publishes_into_the_unit_of_its
         "[('from a loop', False)] 1",
         "[('from a loop', False), ('from a thread', True)]",
     ]
+
+
+LAZY = """
+lazy from typing import Annotated
+lazy from fastapi import Depends
+lazy from eventkit import EventBus
+lazy from eventkit.fastapi import get_bus
+
+async def handler(
+    event: OnlyForTypeCheckers,
+    bus: Annotated[EventBus, Depends(get_bus)],
+    other: Annotated[OnlyForTypeCheckers, Depends(get_bus)],
+) -> None:
+    seen.extend([bus, other])
+"""
+
+
+@pytest.mark.anyio
+@pytest.mark.skipif(sys.version_info < (3, 15), reason="needs Python 3.15")
+async def test_what_a_handler_names_may_be_imported_lazily() -> None:
+    bus = EventBus()
+    seen: list[object] = []
+    namespace: dict[str, Any] = {"__name__": "lazy", "seen": seen}  # as exec fills it
+    exec(compile(LAZY, "lazy.py", "exec", dont_inherit=True), namespace)
+
+    bus.subscribe(Ping, namespace["handler"])
+    await bus.dispatch(Ping())
+
+    assert seen == [bus, bus]
