@@ -88,7 +88,7 @@ def test_we_import_what_is_deprecated():
 @pytest.mark.parametrize(
     "module",
     [
-        "eventkit", "eventkit._bus", "eventkit_pytest", "tests.kit.test_plugin",
+        "eventkit", "eventkit._core.bus", "eventkit_pytest", "tests.kit.test_plugin",
         "benchmarks.harness", "examples.shop.app", "/home/me/ours/eventkit/_bus",
         "C:\\\\ours\\\\tests\\\\conftest", "/home/me/eventkit/benchmarks/harness",
     ],
