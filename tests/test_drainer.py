@@ -19,6 +19,7 @@ from anyio import (
     CancelScope,
     Event,
     create_task_group,
+    fail_after,
     get_running_tasks,
     sleep,
     sleep_forever,
@@ -769,6 +770,61 @@ async def test_a_unit_whose_task_is_cancelled_before_its_first_step_is_drained_b
         drainer.submit(unit(bus, "b"), success=True)
 
     assert bus.stats.handled == 2
+    assert_settled(bus)
+
+
+@pytest.mark.usefixtures("on_asyncio")
+@pytest.mark.parametrize("events", [1, 2])
+async def test_handlers_wait_for_each_other_after_tasks_were_cancelled_before_their_first_step(
+    bus: EventBus, events: int
+) -> None:
+    begun = [[Event() for _ in range(4)] for _ in range(events)]
+
+    def cancel_the_others(first: asyncio.Task[Any] | None) -> None:
+        for task in asyncio.all_tasks():
+            if task.get_name().startswith("eventkit drains") and task is not first:
+                task.cancel()
+                cancelled.append(task)
+
+    async def handle(event: int, number: int) -> None:
+        begun[event][number].set()
+        if event == 0 and number == 0:
+            asyncio.get_running_loop().call_soon(cancel_the_others, asyncio.current_task())
+        for each in begun[event]:
+            await each.wait()
+
+    for number in range(4):
+        bus.subscribe(int, partial(handle, number=number))
+    cancelled: list[asyncio.Task[Any]] = []
+
+    with fail_after(5):
+        async with draining(bus, concurrency=1) as drainer:
+            drainer.submit(unit(bus, *range(events)), success=True)
+
+    assert len(cancelled) == 2
+    assert bus.stats.handled == 4 * events
+    assert_settled(bus)
+
+
+async def test_closing_does_not_wait_for_a_task_that_drains_a_unit_by_itself(
+    bus: EventBus,
+) -> None:
+    gate = Gate(bus)
+    async with create_task_group() as tasks:
+        context = unit(bus, "drained elsewhere", "lost")
+        tasks.start_soon(context_of(context).drain)
+        await wait_all_tasks_blocked()
+        drainer = Drainer(state_of(bus), tasks, concurrency=1, max_pending=None)
+        drainer.submit(context, success=True)
+        await wait_all_tasks_blocked()
+
+        await drainer.close(0)
+
+        assert (bus.stats.units_draining, bus.stats.running) == (0, 1)
+        gate.open.set()
+
+    assert gate.left == ["drained elsewhere"]
+    assert bus.stats.undelivered == 1
     assert_settled(bus)
 
 

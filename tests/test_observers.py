@@ -152,12 +152,18 @@ async def test_observers_are_told_the_outcome(bus: EventBus, anyio_backend_name:
     ]
 
 
-async def test_observers_see_a_timeout_as_the_failure_it_is() -> None:
-    bus = EventBus()
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize(
+    ("limit", "own_limit"), [pytest.param(None, 1e-9, id="own"), pytest.param(1e-9, ..., id="bus")]
+)
+async def test_observers_see_a_timeout_as_the_failure_it_is(
+    limit: float | None, own_limit: Any, sequential: bool
+) -> None:
+    bus = EventBus(handler_timeout=limit, sequential=sequential)
     recorder = Recorder()
     bus.observe(recorder)
 
-    @bus.on(str, timeout=1e-9)
+    @bus.on(str, timeout=own_limit)
     async def stuck(event: str) -> None:
         await anyio.sleep_forever()
 

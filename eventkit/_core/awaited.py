@@ -162,6 +162,7 @@ class _AwaitedRun(Run):
                 await checkpoint()
             self.arrive()
             await worker.serve()
+            await _take_cancellation(worker)  # or AnyIO takes it for the whole group's
         except get_cancelled_exc_class():
             if not cancel_requests() and in_cancelled_scope():
                 raise  # a trio nursery learns from its children that it was cancelled

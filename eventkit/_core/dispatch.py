@@ -406,7 +406,7 @@ class Worker:
                 self.index = index
                 variables = turn.variables.copy()
                 try:
-                    waiting = variables.run(_begin, turn, index, run.terms.timeout)
+                    waiting = variables.run(_begin, run, turn, index)
                 except BaseException as error:
                     if not self._settle(variables, error):
                         raise
@@ -458,13 +458,12 @@ class Worker:
         self.natively |= is_native(error)
 
 
-def _begin(turn: Turn, index: int, limit: float | None) -> tuple[Steps, object] | None:
+def _begin(run: Run, turn: Turn, index: int) -> tuple[Steps, object] | None:
     """Call a handler and take its first step; None if that was all, else with what it gave."""
     turn.enter((turn, index))
     handler = turn.handlers[index]
     if not turn.alike or turn.observers:
-        # What is alike has one limit together.
-        steps = attempt(turn, index, None if turn.alike else limit)
+        steps = attempt(turn, index, run.terms.timeout, run if turn.alike else None)
     elif handler.solver is None:
         steps = handler.function(turn.event)
     else:
@@ -473,19 +472,28 @@ def _begin(turn: Turn, index: int, limit: float | None) -> tuple[Steps, object] 
     return None if trap is _ENDED else (steps, trap)
 
 
-async def attempt(turn: Turn, index: int, limit: float | None) -> None:
-    """Run one handler of any kind, within its own limit, under the eyes of the observers."""
+async def attempt(turn: Turn, index: int, limit: float | None, timed_by: Run | None = None) -> None:
+    """Run one handler of any kind, in time, under the eyes of the observers.
+
+    Args:
+        turn: The event.
+        index: Which of its handlers.
+        limit: Seconds that it may take, if it does not say so itself.
+        timed_by: Who sees to the limit, which all handlers of the event have together then.
+    """
     handler = turn.handlers[index]
     requests = cancel_requests()
     if handler.timeout is not ...:
         limit = handler.timeout
     with watched(turn.observers, turn.delivery(index)):
         try:
-            await _run_in_time(handler, turn, limit)
+            await _run_in_time(handler, turn, limit if timed_by is None else None)
         except Exception:
             raise
         except BaseException as error:  # noqa: BLE001 - the policy
             verdict = verdict_on(error, handler, requests)
+            if timed_by is not None and timed_by.late and failures_in(verdict) is None:
+                verdict = timeout_of(handler, cast("float", limit), error)
             try:
                 raise verdict from verdict.__cause__
             finally:

@@ -404,13 +404,15 @@ class BackgroundRun(Run):
     async def work(self, worker: Worker) -> None:
         """Do one worker's part. See `Workplace`."""
         try:
-            if self._tasks.primed:
-                await _bare_yield()
-            self._coming -= 1
-            if self.turn is NO_TURN and not self.ending.begin():
-                await self.ending.until_free()
+            try:
+                if self._tasks.primed:
+                    await _bare_yield()
+            finally:
+                self._coming -= 1  # also where its task was cancelled before
             while not self._over:
                 with self._tasks.scope() as worker.scope:
+                    if self.turn is NO_TURN and not self.ending.begin():
+                        await self.ending.until_free()
                     await worker.serve()
                 if not self._expired or self.is_shared:
                     break

@@ -316,6 +316,32 @@ async def test_what_follows_a_handler_that_cancels_its_own_task_begins_all_the_s
 
 @stealing
 @pytest.mark.usefixtures("on_asyncio")
+@pytest.mark.parametrize("count", [1, 2])
+async def test_a_handler_that_cancels_its_own_task_and_ends_without_waiting_spares_its_siblings(
+    bus: EventBus, deliver: Deliver, count: int
+) -> None:
+    waits = anyio.Event()
+
+    @bus.on(Ping)
+    async def first(event: Ping) -> None:
+        await waits.wait()
+        await all_tasks_blocked()
+
+    async def cancels(event: Ping) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        waits.set()
+
+    for _ in range(count):
+        bus.subscribe(Ping, functools.partial(cancels))
+
+    assert await deliver(bus, Ping()) == []
+    assert outcomes(bus) == (1 + count, 0, 0)
+
+
+@stealing
+@pytest.mark.usefixtures("on_asyncio")
 async def test_the_time_of_others_begins_although_the_last_handler_cancels_its_own_task(
     new_bus: NewBus,
 ) -> None:
