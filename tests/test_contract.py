@@ -199,7 +199,7 @@ BROKEN_UNITS: dict[str, tuple[object, Broken]] = {
             "assert seen == ",
         ),
     ),
-    "_heir": (
+    "_receiver": (
         no_unit,
         (
             NestingContract,

@@ -156,7 +156,7 @@ class WatchedResponse:
 
         Starlette says so in its own way, and `send` in that of the server.
         """
-        losses, self.losses = self.losses, ()  # their tracebacks lead back here: a ring
+        losses, self.losses = self.losses, ()  # their tracebacks lead back here
         if error is None:
             return None
         _, other = BaseExceptionGroup("", [error]).split(

@@ -91,9 +91,9 @@ class _AwaitedRun(Run):
         return turn.in_threads or (len(turn.indexes) > 1 and not self.terms.sequential)
 
     async def may_go_on(self, worker: Worker) -> bool:
-        if not worker.told and not in_cancelled_scope():
+        if not worker.received and not in_cancelled_scope():
             return True
-        # What a scope cancels is told again at each checkpoint; asyncio itself tells it only once.
+        # A scope cancels again at each checkpoint; asyncio's `Task.cancel()` cancels only once.
         await checkpoint_if_cancelled()
         requests = cancel_requests()
         if requests > worker.requests and worker.natively:
@@ -166,8 +166,8 @@ class _AwaitedRun(Run):
         except get_cancelled_exc_class():
             if not cancel_requests() and in_cancelled_scope():
                 raise  # a trio nursery learns from its children that it was cancelled
-            # On asyncio the waiting task is told itself. Raised here too, the cancellation of this
-            # task alone would reach its siblings, and AnyIO would keep it and the event in a cycle.
+            # On asyncio the waiting task is cancelled itself. Raised here too, the cancellation of
+            # this task alone would reach its siblings, and AnyIO would keep it and the event alive.
             self.workers.discard(worker)
             if self.workers and not self._is_cancelled and not in_cancelled_scope():
                 # Others do what this worker was to do next. Of the last worker, the caller does it.

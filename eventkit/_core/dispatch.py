@@ -136,10 +136,10 @@ class Run:
 
     | state | handlers begin | what follows |
     |---|---|---|
-    | going | yes | it is spent, or `exhausted` |
-    | spent: the time of an event is up | no | the last worker that ends goes on afresh |
-    | spent: cancelled, or `fatal` | no | the last worker that ends, ends the run |
-    | exhausted: no event is left | no | the last worker that ends, ends the run |
+    | going | yes | one of the others |
+    | `cancelled`: the time of an event is up | no | the last worker that ends goes on afresh |
+    | `cancelled` for good, or `fatal` | no | the last worker that ends, ends the run |
+    | `exhausted`: no event is left | no | the last worker that ends, ends the run |
 
     Only the workers change it, all on one event loop, so it needs no lock.
 
@@ -152,7 +152,7 @@ class Run:
         fatal: What ends it all.
         drive: Goes on with a handler that waits.
         exhausted: There is no further event.
-        spent: The workers' scopes are cancelled, so that no more handlers may begin in them.
+        cancelled: The workers' scopes are cancelled, so that no more handlers may begin in them.
         lacks_home: No handler of the event at hand may begin yet, for want of a task group.
     """
 
@@ -161,13 +161,13 @@ class Run:
         "_next_turn",
         "_quiet_events",
         "_timed",
+        "cancelled",
         "drive",
         "exhausted",
         "fatal",
         "handled",
         "indexes",
         "lacks_home",
-        "spent",
         "terms",
         "turn",
         "workers",
@@ -182,7 +182,7 @@ class Run:
         self.fatal: list[BaseException] = []
         self.exhausted = False
         self.lacks_home = False
-        self.spent = False
+        self.cancelled = False
         self._next_turn = next_turn
         self.drive = drive
         self._coming = 0  # workers that have been called and have not begun
@@ -201,7 +201,7 @@ class Run:
         raise NotImplementedError
 
     def set_deadline(self, seconds: float) -> None:
-        """Have the run spent in so many seconds; `math.inf` for never."""
+        """Have the workers' scopes cancelled in so many seconds; `math.inf` for never."""
         raise NotImplementedError
 
     def cancel(self) -> None:
@@ -247,7 +247,7 @@ class Run:
             self.exhausted
             or len(self.workers) > 1
             or self._quiet_events >= EVENTS_BETWEEN_CHECKPOINTS
-            or self.spent
+            or self.cancelled
         ):
             return False
         if self._timed:
@@ -294,8 +294,8 @@ class Run:
     def start_clock(self) -> None:
         """Give the event its time, once all its handlers have begun and one of them waits.
 
-        They have it together, sequential ones one after the other. It does not begin sooner,
-        because a spent scope takes no more handlers, and who is shielded may wait for one of them.
+        They have it together, sequential ones one after the other. It does not begin sooner: no
+        handler begins in a cancelled scope, and a shielded handler may wait for one of those.
         """
         limit, sequential = self.terms.timeout, self.terms.sequential
         if limit is None or not self.turn.alike:
@@ -334,11 +334,11 @@ class Worker:
         index: Of the handler that has begun and not ended.
         steps: The coroutine of that handler, while it waits.
         requests: How often the task was asked to cancel, as far as it knows.
-        told: The handler was told of a cancellation, or has made one of it.
+        received: The handler has received a cancellation, or has made one of it.
         natively: And of one that no scope made: `Task.cancel()`.
     """
 
-    __slots__ = ("index", "natively", "requests", "run", "scope", "steps", "task", "told")
+    __slots__ = ("index", "natively", "received", "requests", "run", "scope", "steps", "task")
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -347,7 +347,7 @@ class Worker:
         self.index: int | None = None
         self.steps: Steps | None = None
         self.requests = 0
-        self.told = False
+        self.received = False
         self.natively = False
 
     async def serve(self) -> None:
@@ -356,7 +356,7 @@ class Worker:
         drive = run.drive
         try:
             while True:
-                self.told = self.natively = False
+                self.received = self.natively = False
                 waiting = self._begin_handlers()
                 if waiting is not None:
                     variables, steps, trap = waiting
@@ -373,9 +373,9 @@ class Worker:
                         run.handled += 1
                     finally:
                         self.steps = None
-                    if run.is_shared and not self.told and not run.not_begun:
+                    if run.is_shared and not self.received and not run.not_begun:
                         return  # others end this event
-                elif not self.told:
+                elif not self.received:
                     if run.is_shared:
                         run.start_clock()
                         return
@@ -394,7 +394,7 @@ class Worker:
     def _begin_handlers(self) -> tuple[Context, Steps, object] | None:
         """Run handlers to their end, one after the other, until there is one that waits.
 
-        Or until one ends with a cancellation, of which the worker has to be told.
+        Or until one ends with a cancellation, which the worker has to receive, too.
 
         Returns:
             Its context variables, its coroutine, and the trap; None where none has begun to wait.
@@ -410,7 +410,7 @@ class Worker:
                 except BaseException as error:
                     if not self._settle(variables, error):
                         raise
-                    if self.told:
+                    if self.received:
                         return None
                 else:
                     if waiting is not None:
@@ -436,9 +436,9 @@ class Worker:
         else:
             self._lose(Outcome.UNDELIVERED)
         # The handler may have replaced the exception, so its scope no longer recognises it. And
-        # where no scope is cancelled, it was native, whatever it looks like. So the worker is told
-        # again.
-        self.told = self.natively = True
+        # where no scope is cancelled, it was `Task.cancel()`, whatever it looks like. So the worker
+        # receives it again.
+        self.received = self.natively = True
         return True
 
     def _fail(self, variables: Context, error: Exception) -> None:
@@ -454,7 +454,7 @@ class Worker:
 
     def heard(self, error: BaseException) -> None:
         """The event loop throws this into the handler, which may keep it to itself."""
-        self.told |= not isinstance(error, Exception)
+        self.received |= not isinstance(error, Exception)
         self.natively |= is_native(error)
 
 

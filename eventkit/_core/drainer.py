@@ -5,8 +5,8 @@ Knows nothing of HTTP and of servers.
 
 All workers of a run are alike. The worker that ends last goes on with the next event, and in the
 end it ends the run. No scope of a user's is around them, so each worker has one, the outermost of
-its task, and the run is cancelled by cancelling those: that is told again at each checkpoint,
-shields hold, and threads are waited for.
+its task, and the run is cancelled by cancelling those scopes. A scope cancels again at each
+checkpoint, shields hold, and threads are waited for.
 """
 
 from __future__ import annotations
@@ -132,6 +132,10 @@ class Drainer:
         Never blocks, no checkpoint, so whatever becomes of the caller's task does not matter.
         After `close` what is left to deliver is undelivered.
         """
+        queue = unit.queue
+        if not queue.staged and not queue.backlog.events and unit.close_if_idle(success=success):
+            self.forget(unit)  # so it is with most requests: nothing was published
+            return
         ending = Ending(unit, success, self._loop)
         if ending.settle():
             pass
@@ -280,7 +284,7 @@ class Drainer:
             self.expire_at(later)
 
     def _emptied(self) -> None:
-        """A unit may have nothing pending any more; told in any thread."""
+        """A unit may have nothing pending any more. May be called in any thread."""
         if not self._closing:
             return
         if get_ident() == self._thread:
@@ -378,12 +382,12 @@ class BackgroundRun(Run):
     def expire(self) -> None:
         """The time of the event at hand is up."""
         self.deadline = math.inf
-        self._expired = self.spent = True
+        self._expired = self.cancelled = True
         self._cancel_scopes()
 
     def cancel(self) -> None:
         """End it: what runs is cancelled, and what has not begun is undelivered."""
-        self._over = self.spent = True
+        self._over = self.cancelled = True
         self._cancel_scopes()
 
     def _cancel_scopes(self) -> None:
@@ -392,9 +396,9 @@ class BackgroundRun(Run):
                 worker.scope.cancel()
 
     async def may_go_on(self, worker: Worker) -> bool:
-        if self.spent:
+        if self.cancelled:
             return False
-        if worker.told:
+        if worker.received:
             requests = cancel_requests()
             if requests > worker.requests and worker.natively:
                 return False
@@ -417,13 +421,13 @@ class BackgroundRun(Run):
                 if not self._expired or self.is_shared:
                     break
                 self._expired = self._timed = False
-                self.spent = self._over
+                self.cancelled = self._over
                 worker.requests = cancel_requests()
         except BaseException as error:  # noqa: BLE001 - asyncio would end the loop for some
-            worker.told |= not self.end(error)
+            worker.received |= not self.end(error)
         finally:
             worker.scope = None
-            if worker.told and not self.spent:
+            if worker.received and not self.cancelled:
                 self.call()  # its task alone was cancelled; another one does what it was to do next
             self._leave(worker)
 

@@ -94,7 +94,7 @@ class Envelope:
 
 
 @dataclass(slots=True, eq=False)
-class Load:
+class Backlog:
     """How many events wait in an outermost unit and all inside it, which share this object."""
 
     events: int = 0
@@ -120,16 +120,16 @@ class EventQueue:
 
     Attributes:
         state: Whether it takes events.
-        load: How much waits here and around.
+        backlog: How much waits here and around.
         sections: The transactions that are open here and in units inside, oldest first.
         staged: What nobody has released; changed by `transactions`, too, under the lock.
     """
 
-    __slots__ = ("_released", "_tally", "load", "sections", "staged", "state")
+    __slots__ = ("_released", "_tally", "backlog", "sections", "staged", "state")
 
     def __init__(self, tally: Tally) -> None:
         self.state = State.NEW
-        self.load = Load()
+        self.backlog = Backlog()
         self.sections: list[Any] = []  # Any: see `transactions`
         self.staged: list[Envelope] = []
         self._released: deque[Envelope] = deque()
@@ -148,10 +148,10 @@ class EventQueue:
             return sum(len(envelope.plan) for envelope in (*self._released, *self.staged))
 
     def open(self, around: EventQueue | None) -> None:
-        """Take events from now on; with a queue around it, load and transactions are shared."""
+        """Take events from now on; with a queue around it, backlog and transactions are shared."""
         self.state = State.OPEN
         if around is not None:
-            self.load, self.sections = around.load, around.sections
+            self.backlog, self.sections = around.backlog, around.sections
 
     def stage(
         self,
@@ -174,14 +174,14 @@ class EventQueue:
             if envelope.plan:
                 waiting += 1
                 deliveries += len(envelope.plan)
-        load, tally = self.load, self._tally
+        backlog, tally = self.backlog, self._tally
         tally.acquire()  # a `with` would cost as much again as what it does
         try:
             if self.state is not State.OPEN:
                 return Refusal.CLOSED
-            if load.events + waiting > limit:
+            if backlog.events + waiting > limit:
                 return Refusal.FULL
-            load.events += waiting
+            backlog.events += waiting
             tally.published += len(envelopes)
             tally.accepted += deliveries
             if waiting < len(envelopes) and not watched:
@@ -213,7 +213,7 @@ class EventQueue:
         tally.acquire()
         try:
             if self._released:
-                self.load.events -= 1
+                self.backlog.events -= 1
                 return self._released.popleft()
             if closing and not self.staged and not self.sections:
                 self.state = State.CLOSED
@@ -313,4 +313,4 @@ class EventQueue:
         return left + kept, dropped
 
     def _unload(self, envelopes: Sequence[Envelope]) -> None:
-        self.load.events -= sum(1 for envelope in envelopes if envelope.plan)
+        self.backlog.events -= sum(1 for envelope in envelopes if envelope.plan)

@@ -129,11 +129,11 @@ class Section:
         """
         if self.open:
             self.unit.queue.sections.remove(self)
-            heir = _innermost(self.unit, self._enclosing or self.before)
+            receiver = _innermost(self.unit, self._enclosing or self.before)
             for envelope in self._envelopes():
-                envelope.section = heir
-            if heir is not None:
-                heir.units |= self.units
+                envelope.section = receiver
+            if receiver is not None:
+                receiver.units |= self.units
             self.units.clear()
 
 

@@ -152,7 +152,10 @@ class Unit:
         self.origin, self.loop = where, loop
         if waits:
             self.waits = True
-        self.activate()
+        if active.get() is None:  # so it is in nearly all requests
+            active.set(self)
+        else:
+            self.activate()
 
     def activate(self) -> None:
         """Make it the active one."""
@@ -181,7 +184,7 @@ class Unit:
         unit.delivery = delivery
         unit.is_delivery = True
         unit.queue.open(None)
-        unit.queue.load = self.queue.load
+        unit.queue.backlog = self.queue.backlog
         return unit
 
     def with_those_it_hands_to(self) -> Iterator[Unit]:
@@ -265,22 +268,22 @@ class Unit:
             self._close_sections()
         released: list[Envelope] = []
         with self.state.tally.lock:
-            heir = self._heir()
-            if heir is None:
+            receiver = self._receiver()
+            if receiver is None:
                 return False
             if self.is_delivery:
-                released, dropped = self.queue.give(heir.queue, success=success)
+                released, dropped = self.queue.give(receiver.queue, success=success)
             else:
                 for section in self.queue.sections:
-                    section.follow(self, heir)
+                    section.follow(self, receiver)
                 dropped = self.queue.hand_over(
-                    heir.queue, success=success, released=not self.draining
+                    receiver.queue, success=success, released=not self.draining
                 )
         announce_released(self.state, released)
         self._drop(dropped, Outcome.DISCARDED)
         return True
 
-    def _heir(self) -> Unit | None:
+    def _receiver(self) -> Unit | None:
         """Who gets what is left: the nearest open unit around it; of a delivery, who drains it."""
         if self.is_delivery:
             return self.parent
