@@ -23,12 +23,12 @@ PYTHONS = ["3.11", "3.12", "3.13", "3.14", "3.15"]
 MEASURED = "3.12"  # the one Python whose run has the branches counted
 OTHER_LOOPS = ["asyncio-eager", "uvloop"]
 LOOP_TESTS = [
-    "tests/dispatch",
-    "tests/test_contract.py",
-    "tests/test_context.py",
-    "tests/test_drainer.py",
-    "tests/test_lifespan.py",
-    "tests/test_streams.py",
+    "tests/core/dispatch",
+    "tests/core/test_contract.py",
+    "tests/core/test_context.py",
+    "tests/core/test_drainer.py",
+    "tests/web/test_lifespan.py",
+    "tests/web/test_streams.py",
 ]
 CHECKED = ["eventkit", "eventkit_pytest.py", "tests", "examples", "benchmarks", "noxfile.py"]
 
@@ -106,7 +106,7 @@ def plugin(session: nox.Session) -> None:
 def servers(session: nox.Session) -> None:
     """Serve on uvicorn, gunicorn, hypercorn and granian, and end them with work in flight."""
     session.install("-e", ".", *group("servers"))
-    session.run("pytest", *(session.posargs or ["tests/server_matrix"]))
+    session.run("pytest", *(session.posargs or ["tests/servers"]))
 
 
 @nox.session

@@ -44,7 +44,7 @@ __all__ = [
 ]
 from tests import task_per_handler
 
-# Each has to pass every test in `tests/dispatch`.
+# Each has to pass every test in `tests/core/dispatch`.
 IMPLEMENTATIONS = {
     "continuation-stealing": run_all,
     "a-task-per-handler": task_per_handler.run_all,

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 
 from eventkit import EventBus
 from eventkit.starlette import EventContextMiddleware
-from tests.servers import PATIENCE
+from tests.serving import PATIENCE
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.servers import HOST, serving
+from tests.serving import HOST, serving
 
 pytest.importorskip("fastapi.sse", reason="FastAPI has it since 0.135")
 

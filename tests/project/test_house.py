@@ -17,7 +17,7 @@ from eventkit.starlette import EventContextMiddleware
 from tests.asgi import Exchange, lifespan_of, respond
 from tests.witness import Number
 
-PACKAGE = Path(__file__).parent.parent / "eventkit"
+PACKAGE = Path(__file__).parent.parent.parent / "eventkit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 SHIPPED = [path for path in FILES if "testing" not in path.parts]
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SHIPPED}

@@ -7,7 +7,7 @@ from http.client import HTTPConnection
 
 import pytest
 
-from tests.servers import HOST, Server, ask, serving
+from tests.serving import HOST, Server, ask, serving
 
 Command = Callable[[int], Sequence[str]]
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.servers import HOST, PATIENCE, Server, ask, serving
+from tests.serving import HOST, PATIENCE, Server, ask, serving
 
-APP = "tests.server_matrix.app:app"
+APP = "tests.servers.app:app"
 
 # What the command line of each server is, but for its address.
 UVICORN = ["uvicorn", APP, "--log-level", "warning"]
@@ -157,7 +157,7 @@ def test_what_takes_longer_than_the_deadline_is_named_and_the_process_ends(
         output = server.output
 
     assert took < 1 + ALLOWANCE
-    assert " left=2 handlers=tests.server_matrix.app:handle x2 still_running= " in output
+    assert " left=2 handlers=tests.servers.app:handle x2 still_running= " in output
     assert output.rindex("left=2") < output.rindex("resources closed")
     said = farewell(output)
     assert (said["handled"], said["undelivered"]) == (0, 2)
@@ -200,7 +200,7 @@ def test_a_plain_def_that_hangs_is_named_at_the_end_and_the_application_goes_dow
             assert "spec_version" in ask("GET", "/asgi")  # the API goes on
 
         server.signal()
-        server.wait_for("still_running=tests.server_matrix.app:block x1 ")
+        server.wait_for("still_running=tests.servers.app:block x1 ")
         server.wait_for("resources closed")
         assert "handled thread" not in server.output
         release.touch()

@@ -1,6 +1,6 @@
 """Delivered if and only if committed, in every way in which a FastAPI application can commit.
 
-`python -m tests.test_commits` prints the table that docs/commits.md shows.
+`python -m tests.sqlalchemy.test_commits` prints the table that docs/commits.md shows.
 """
 
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -29,7 +29,7 @@ from eventkit.starlette import EventContextMiddleware
 from tests.asgi import Exchange
 from tests.databases import Row, postgres, sqlite, to_await
 
-DOCS = Path(__file__).parent.parent / "docs" / "commits.md"
+DOCS = Path(__file__).parent.parent.parent / "docs" / "commits.md"
 FASTAPI = tuple(map(int, version("fastapi").split(".")[:2]))
 
 IN_ENDPOINT = "in the endpoint"
@@ -253,7 +253,7 @@ async def test_without_a_database_the_outcome_of_the_request_decides(
 
 def test_the_table_in_the_docs_is_the_tested_one() -> None:
     assert table() in DOCS.read_text(), (
-        f"paste the output of `python -m tests.test_commits` into {DOCS.name}"
+        f"paste the output of `python -m tests.sqlalchemy.test_commits` into {DOCS.name}"
     )
 
 

@@ -27,7 +27,7 @@ from benchmarks.harness import (
 )
 from benchmarks.report import Bar, Panel, drawing, grid, number, table
 
-KEPT = Path(__file__).parent.parent / "docs" / "benchmarks"
+KEPT = Path(__file__).parent.parent.parent / "docs" / "benchmarks"
 TINY = Effort(rounds=3, seconds=1e-6, scale="smallest")
 
 

@@ -25,7 +25,7 @@ from eventkit.streams import end_at_shutdown
 from tests.filters import filter_options
 from tests.witness import entered, unit_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 FENCED = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 A_FILE = re.compile(r"# (\w+\.py)\n")  # how a block begins that is a file of its own

@@ -462,7 +462,7 @@ OTHER_OPTIONS: list[tuple[dict[str, Any], str]] = [
     (
         {"deliver_if": strict, "concurrency": 1},
         "deliver_if=eventkit.starlette:succeeded outside and "
-        "deliver_if=tests.test_lifespan:strict inside, "
+        "deliver_if=tests.web.test_lifespan:strict inside, "
         "concurrency=4 outside and concurrency=1 inside",
     ),
 ]
@@ -1207,7 +1207,7 @@ async def test_the_slowest_handler_is_the_one_that_most_of_what_runs_belongs_to(
 
     (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert line.endswith(
-        f"concurrency=2 slowest_handler=tests.test_lifespan:{waits_always.__qualname__}"
+        f"concurrency=2 slowest_handler=tests.web.test_lifespan:{waits_always.__qualname__}"
     )
 
 

@@ -18,7 +18,7 @@ from fastapi import Depends
 from eventkit import DispatchError, EventBus
 from eventkit._core.log import log
 
-PACKAGE = Path(__file__).parent.parent / "eventkit"
+PACKAGE = Path(__file__).parent.parent.parent / "eventkit"
 
 
 def output_of(configuring: str) -> str:

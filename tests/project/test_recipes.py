@@ -15,7 +15,7 @@ from structlog.testing import LogCapture
 
 from eventkit import EventBus
 from tests.databases import Row, sqlite
-from tests.test_docs import ROOT, run_page
+from tests.project.test_docs import ROOT, run_page
 from tests.witness import assert_settled, witnessed
 
 
