@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import Context, ContextVar
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from eventkit._core.dispatch import Turn
 from eventkit._core.events import Delivery, type_name
@@ -58,7 +58,7 @@ def current() -> Any:  # Any: as above; None outside of all
     """The unit of work that surrounds the caller, open or not."""
     found = active.get()
     if isinstance(found, tuple):
-        turn, index = found
+        turn, index = cast("tuple[Any, int]", found)  # Any: the turn, as above
         return turn.unit(index)
     return found
 

@@ -82,16 +82,23 @@ class _TimedSolution(AbstractAsyncContextManager[Mapping[str, object]]):
         self._inner = solver(origin)
         self._watch = watch
 
-    def __aenter__(self) -> Coroutine[Any, Any, Mapping[str, object]]:
-        return cast("_Steps", _steps_of(self._inner.__aenter__(), self._watch))
+    async def __aenter__(self) -> Mapping[str, object]:
+        values: Mapping[str, object] = await _steps_of(self._inner.__aenter__(), self._watch)
+        return values
 
-    def __aexit__(self, *raised: Any) -> Coroutine[Any, Any, bool | None]:
-        return cast("_Steps", _steps_of(self._inner.__aexit__(*raised), self._watch))
+    async def __aexit__(self, *raised: Any) -> bool | None:
+        try:
+            swallowed: bool | None = await _steps_of(self._inner.__aexit__(*raised), self._watch)
+            return swallowed
+        finally:
+            del raised  # or this frame and its traceback keep each other alive
 
 
-def _steps_of(result: object, watch: _Watch) -> object:
+def _steps_of(result: object, watch: _Watch) -> Any:  # Any: what a handler may give
     """The same coroutine with timed steps; what else there may be, and be awaited, as it is."""
-    return _Steps(result, watch) if isinstance(result, Coroutine) else result
+    if isinstance(result, Coroutine):
+        return _Steps(cast("Coroutine[object, Any, object]", result), watch)
+    return result
 
 
 class _Steps(Coroutine[Any, Any, Any]):  # Any: what passes through is the event loop's

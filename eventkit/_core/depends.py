@@ -78,9 +78,9 @@ class FastAPIResolver:
             declared += metadata
         return (
             any(isinstance(thing, _MARKERS) for thing in declared)
-            or (isinstance(annotation, type) and issubclass(annotation, _TYPES))
+            or _is_one_of(annotation, *_TYPES)
             # Refused by `compile`, in words that name the alias for it.
-            or (_is_aliased(annotation) and parameter.default is parameter.empty)
+            or (_is_one_of(annotation, Aliased) and parameter.default is parameter.empty)
         )
 
     def compile(self, parameters: Sequence[inspect.Parameter]) -> Solver:
@@ -103,8 +103,8 @@ class FastAPIResolver:
         return solver
 
 
-def _is_aliased(annotation: object) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Aliased)
+def _is_one_of(annotation: object, *classes: type) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, classes)
 
 
 def _check(parameter: inspect.Parameter, private: _Private) -> None:
