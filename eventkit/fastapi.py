@@ -6,12 +6,12 @@ from typing import Annotated
 
 try:
     from fastapi import Depends
-except ModuleNotFoundError as error:
+except ModuleNotFoundError as _missing:
     raise ModuleNotFoundError(
-        f"eventkit.fastapi needs {error.name}, which is not installed: install "
+        f"eventkit.fastapi needs {_missing.name}, which is not installed: install "
         "fastapi-eventkit[fastapi]",
-        name=error.name,
-    ) from error
+        name=_missing.name,
+    ) from _missing
 from starlette.requests import HTTPConnection
 
 from eventkit._core.bus import EventBus

@@ -12,12 +12,12 @@ from weakref import WeakKeyDictionary, ref
 
 try:
     from sqlalchemy import Executable, TextClause, event
-except ModuleNotFoundError as error:
+except ModuleNotFoundError as _missing:
     raise ModuleNotFoundError(
-        f"eventkit.sqlalchemy needs {error.name}, which is not installed: install "
+        f"eventkit.sqlalchemy needs {_missing.name}, which is not installed: install "
         "fastapi-eventkit[sqlalchemy]",
-        name=error.name,
-    ) from error
+        name=_missing.name,
+    ) from _missing
 from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session, sessionmaker
 

@@ -59,15 +59,15 @@ class Envelope:
         verdict: Verdict,
         published_from: str | None,
     ) -> None:
-        self.event = event
-        self.plan = plan
-        self.variables = variables
-        self.cause = cause
-        self.published_ns = published_ns
-        self.number = number
-        self.verdict = verdict
-        self.published_from = published_from
-        self.announced = False  # observers know that it will be delivered
+        self.event: object = event
+        self.plan: Plan = plan
+        self.variables: Context = variables
+        self.cause: Delivery | None = cause
+        self.published_ns: int = published_ns
+        self.number: int = number
+        self.verdict: Verdict = verdict
+        self.published_from: str | None = published_from
+        self.announced: bool = False  # observers know that it will be delivered
         self.section: Any = None  # the open transaction that decides it; Any: see `transactions`
 
     def decide(self) -> None:
@@ -128,8 +128,8 @@ class EventQueue:
     __slots__ = ("_released", "_tally", "backlog", "sections", "staged", "state")
 
     def __init__(self, tally: Tally) -> None:
-        self.state = State.NEW
-        self.backlog = Backlog()
+        self.state: State = State.NEW
+        self.backlog: Backlog = Backlog()
         self.sections: list[Any] = []  # Any: see `transactions`
         self.staged: list[Envelope] = []
         self._released: deque[Envelope] = deque()

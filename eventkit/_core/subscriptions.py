@@ -46,8 +46,9 @@ class Declaration:
 
     def __init__(self, event_type: type, declared: Handler, line: tuple[str, int | None]) -> None:
         self._event_type = event_type
-        self.declared = declared
-        self.line = line  # file and number; put together only when asked, for the file is shared
+        self.declared: Handler = declared
+        # File and number; put together only when asked, for the file is shared.
+        self.line: tuple[str, int | None] = line
 
     @property
     def event_type(self) -> type:

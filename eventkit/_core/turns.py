@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from eventkit._core.dispatch import Turn
 from eventkit._core.events import Delivery, type_name
 from eventkit._core.handlers import Handler
 from eventkit._core.loops.running import library
+from eventkit._core.observers import Observer
 from eventkit._core.queue import Envelope
 from eventkit._core.state import BusState
 from eventkit._core.stats import Outcome
@@ -56,13 +58,14 @@ class EventTurn:
         drained: Drained,
         enter: Callable[[tuple[Turn, int]], object],
     ) -> None:
-        self.event = envelope.event
+        self.event: object = envelope.event
         self.handlers: Sequence[Handler] = plan.handlers
-        self.indexes = plan.indexes
-        self.observers = drained.state.observers
-        self.alike = plan.alike
-        self.in_threads = plan.in_threads
-        self.variables = variables = envelope.variables
+        self.indexes: Sequence[int] = plan.indexes
+        self.observers: tuple[Observer, ...] = drained.state.observers
+        self.alike: bool = plan.alike
+        self.in_threads: bool = plan.in_threads
+        variables = envelope.variables
+        self.variables: Context = variables
         if variables.get(thread_level, 0) != thread_level.get() or variables.get(
             library
         ) != library.get(None):

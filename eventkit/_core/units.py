@@ -85,15 +85,15 @@ class Unit:
 
     # Here and not in `__init__`, for this is made once for every request.
     parent: Unit | None = None
-    hands_over = False
+    hands_over: bool = False
     delivery: Delivery | None = None
-    is_delivery = False
+    is_delivery: bool = False
     origin: object = None
     loop: object = None
-    independent = False
-    background = False
-    waits = False
-    draining = False
+    independent: bool = False
+    background: bool = False
+    waits: bool = False
+    draining: bool = False
     emptied: Callable[[], None] | None = None
     context: Callable[[], Any] | None = None  # Any: an `EventContext`
     _before: Unit | None = None  # what was active when it became so
@@ -102,8 +102,8 @@ class Unit:
     _enter: Callable[[tuple[Turn, int]], object]  # its handlers' variables, while it is drained
 
     def __init__(self, state: BusState) -> None:
-        self.state = state
-        self.queue = EventQueue(state.tally)
+        self.state: BusState = state
+        self.queue: EventQueue = EventQueue(state.tally)
 
     @property
     def closed(self) -> bool:

@@ -237,7 +237,7 @@ class Entrance:
     """
 
     def __init__(self) -> None:
-        self.loop = current_loop()
+        self.loop: object = current_loop()
         self._closed = False
         self._calls: set[CancelScope] = set()
         self._change: Event | None = None  # there while `close` waits for a call to end
