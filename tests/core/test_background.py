@@ -17,6 +17,7 @@ from starlette.websockets import WebSocket
 from eventkit import EventBus
 from eventkit.starlette import EventContextMiddleware
 from tests.asgi import Backend, Exchange, client_of, lifespan_of
+from tests.contract.bus import ignore
 from tests.witness import assert_settled, witnessed
 
 pytestmark = pytest.mark.anyio
@@ -202,7 +203,7 @@ async def test_in_a_handler_it_is_a_savepoint_unless_it_is_independent(bus: Even
         gate.open.set()
         raise ValueError
 
-    bus.report_failure = lambda delivery, error: None
+    bus.report_failure = ignore
     async with lifespan_of(EventContextMiddleware(silent, bus)), bus.context():
         bus.publish(1)
 

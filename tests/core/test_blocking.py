@@ -18,7 +18,7 @@ from fastapi import Depends
 from eventkit import DispatchError, EventBus
 from eventkit._core.bus import state_of
 from eventkit._core.whereabouts import whereabouts
-from tests.dispatching import Boom
+from tests.dispatching import Boom, ignore
 from tests.witness import freed_by_anyio
 
 pytestmark = pytest.mark.anyio
@@ -278,7 +278,7 @@ class Later:
     def __init__(self, seen: list[str]) -> None:
         self._seen = seen
 
-    def __await__(self) -> Generator[object, object, None]:
+    def __await__(self) -> Generator[object, None, None]:
         yield from checkpoint().__await__()
         self._seen.append("awaited")
 
@@ -352,7 +352,7 @@ async def test_in_debug_mode_events_are_freed_without_the_garbage_collector(
     handler: Callable[[object], object],
 ) -> None:
     bus = EventBus(debug=True, handler_timeout=0.001)
-    bus.report_failure = lambda delivery, error: None
+    bus.report_failure = ignore
     bus.subscribe(Payload, handler, thread=False if handler is fails_at_once else None)
 
     async def deliver() -> weakref.ref[Payload]:

@@ -34,6 +34,7 @@ from eventkit._core.bus import state_of
 from eventkit._core.context import context_of
 from eventkit._core.drainer import Drainer
 from eventkit._core.units import Unit
+from tests.contract.bus import ignore
 from tests.witness import assert_settled, entered, unit_of, witnessed
 
 pytestmark = pytest.mark.anyio
@@ -554,7 +555,7 @@ async def test_the_last_line_says_as_many_are_left_as_are_undelivered(
     ends: str,
     undelivered: int,
 ) -> None:
-    bus.report_failure = lambda delivery, error: None
+    bus.report_failure = ignore
 
     @bus.on(str)
     async def publishes(event: str) -> None:
@@ -628,6 +629,7 @@ async def test_closing_waits_no_longer_for_a_unit_that_has_nothing_pending_any_m
         await drainer.close(math.inf)
         closed.set()
 
+    waited = goes_on = None
     async with create_task_group() as tasks:
         drainer = Drainer(state_of(bus), tasks, concurrency=1, max_pending=None)
         context = unit(bus, "published")

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Generator
 from pathlib import Path
 from textwrap import dedent
-from typing import Annotated
+from typing import Annotated, cast
 
 import anyio
 import pytest
@@ -276,7 +276,7 @@ def shown_of_ours(error: BaseException | None) -> list[str]:
                 if "the payload" in repr(value)
             ]
     if isinstance(error, BaseExceptionGroup):
-        for each in error.exceptions:
+        for each in cast("BaseExceptionGroup[BaseException]", error).exceptions:
             found += shown_of_ours(each)
     return found
 

@@ -742,17 +742,17 @@ def test_what_a_thread_delivers_on_a_loop_that_ends_is_undelivered(
     bus: EventBus, anyio_backend: Backend, seen: list[str]
 ) -> None:
     endless = Endless(bus)
-    thread: threading.Thread
+    threads: list[threading.Thread] = []
 
     async def main() -> None:
-        nonlocal thread
         async with bus.context():
             job = partial(publish, bus, "a", independent=True)
-            thread = threading.Thread(target=copy_context().run, args=(job,))
-            thread.start()
+            threads.append(threading.Thread(target=copy_context().run, args=(job,)))
+            threads[0].start()
             await to_thread.run_sync(endless.begun.wait)
 
     anyio.run(main, backend=anyio_backend[0], backend_options=anyio_backend[1])
+    (thread,) = threads
     thread.join(30)
 
     assert not thread.is_alive()

@@ -194,6 +194,7 @@ async def test_an_event_that_cannot_be_shown_hides_no_timeout(
 ) -> None:
     gate = Gate()
     bus.subscribe(Unshown, gate, name="gate")
+    waited_for = idle = ""
     async with create_task_group() as tasks:
         tasks.start_soon(publish, bus, Unshown())
         await gate.reached.wait()
@@ -406,6 +407,7 @@ async def test_a_clock_that_the_test_has_stopped_makes_no_wait_longer(
 ) -> None:
     gate = Gate()
     bus.subscribe(Viewed, gate, name="gate")
+    waited_for = idle = ""
     async with create_task_group() as tasks:
         tasks.start_soon(publish, bus, Viewed("/"))
         await gate.reached.wait()

@@ -16,7 +16,7 @@ import anyio
 import pytest
 from anyio import create_memory_object_stream, create_task_group
 from starlette.testclient import TestClient
-from starlette.types import Message
+from starlette.types import Message, Scope
 
 import eventkit
 from eventkit import _core
@@ -199,7 +199,7 @@ class Browser:
 
     async def __call__(self) -> None:
         """Be served, until the endpoint has returned; what it raises is raised."""
-        scope = {"type": "websocket", "path": "/paid", "headers": [], "query_string": b""}
+        scope: Scope = {"type": "websocket", "path": "/paid", "headers": [], "query_string": b""}
         self.say("connect")
         with self._say, self._said:
             await self.page.app(scope, self._said.receive, self._send)
@@ -230,6 +230,7 @@ def browser() -> Browser:
 async def test_a_browser_that_leaves_while_nothing_is_published_is_subscribed_no_longer(
     browser: Browser,
 ) -> None:
+    subscribed = None
     async with create_task_group() as tasks:
         tasks.start_soon(browser)
         await anyio.wait_all_tasks_blocked()

@@ -287,6 +287,7 @@ async def test_a_request_that_discards_its_events_and_goes_on_does_not_hold_the_
 
     app = wrapped(serve_http_with(serve), bus)
     lifespan = Lifespan(app, trace)
+    before_it_returns: list[str] = []
     async with create_task_group() as tasks:
         tasks.start_soon(lifespan.run)
         await lifespan.start()
@@ -1158,7 +1159,7 @@ async def test_an_overload_is_told_once_with_its_limits_and_the_slowest_handler_
 
     async with create_task_group() as tasks, lifespan_of(app):
         for episode in range(2):
-            said = []
+            said: list[list[str]] = []
             for number in range(5):
                 await request(app, f"/{episode}/{number}")
                 await wait_all_tasks_blocked()

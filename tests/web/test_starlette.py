@@ -246,7 +246,7 @@ async def test_a_deliver_if_that_returns_a_coroutine_is_logged_and_counts_as_no(
 class Later:
     """What can be awaited, and is no coroutine."""
 
-    def __await__(self) -> Generator[object, object, bool]:
+    def __await__(self) -> Generator[object, None, bool]:
         return ask_a_database(Outcome({}, 200, True, None)).__await__()
 
 
