@@ -258,6 +258,14 @@ def test_the_loop_is_not_made_the_current_one_of_the_thread(
 # Ctrl-C
 
 
+@pytest.fixture(autouse=True)
+def _heard() -> Generator[None]:
+    """Ctrl-C is heard, also where the shell has started the tests to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def press_ctrl_c() -> None:
     """As a terminal does: the main thread gets the signal."""
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
