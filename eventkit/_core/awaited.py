@@ -66,8 +66,8 @@ class _AwaitedRun(Run):
 
     def set_deadline(self, seconds: float) -> None:
         self._deadline = current_time() + seconds
-        if self._scope is not None:
-            self._scope.deadline = self._deadline
+        assert self._scope is not None
+        self._scope.deadline = self._deadline
 
     def cancel(self) -> None:
         if self._tasks is not None:

@@ -41,6 +41,7 @@ from a task ends at `drive`. `whereabouts` knows where each handler waits.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context
@@ -131,7 +132,7 @@ class Terms:
     report: Callable[[Delivery, Exception], None]
 
 
-class Run:
+class Run(ABC):
     """One unit of work on its way: its workers, and what they share.
 
     | state | handlers begin | what follows |
@@ -192,25 +193,25 @@ class Run:
     # What the two kinds of run say
 
     @property
+    @abstractmethod
     def late(self) -> bool:
         """Whether they are cancelled because the time of the event at hand is up."""
-        raise NotImplementedError
 
+    @abstractmethod
     def spawn(self, worker: Worker) -> None:
         """Start the task of a worker."""
-        raise NotImplementedError
 
+    @abstractmethod
     def set_deadline(self, seconds: float) -> None:
         """Have the workers' scopes cancelled in so many seconds; `math.inf` for never."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cancel(self) -> None:
         """Cancel the workers' scopes."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def may_go_on(self, worker: Worker) -> bool:
         """Whether a worker whose handler has waited, or was cancelled, may begin the next one."""
-        raise NotImplementedError
 
     # What they have in common
 

@@ -88,7 +88,6 @@ class Drainer:
         self._over = Event()  # no more tasks are started
         self._room: Event | None = None  # there while somebody waits for room
         self._change: Event | None = None  # there while somebody waits for a unit to end
-        self._next_deadline = math.inf
         self._stop_timer: Callable[[], object] | None = None
         state.tally.drainers.add(self)
         # In a copy, because older releases of AnyIO let eager tasks begin in here.
@@ -266,15 +265,13 @@ class Drainer:
         """Have runs expire whose deadline this is.
 
         One timer does for all: it is set for the earliest deadline, and again for the next one.
+        The limits of all units are equal, so no deadline comes before one that is set already.
         """
-        if deadline < self._next_deadline and not self._closed:
-            if self._stop_timer is not None:
-                self._stop_timer()
-            self._next_deadline = deadline
+        if self._stop_timer is None and not self._closed:
             self._stop_timer = self._tasks.call_at(deadline, self._expire)
 
     def _expire(self) -> None:
-        self._next_deadline, self._stop_timer = math.inf, None
+        self._stop_timer = None
         now = self._tasks.time()
         for run in self._draining:
             if run.deadline <= now:

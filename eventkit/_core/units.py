@@ -488,8 +488,6 @@ class Ending:
 
     def begin(self) -> bool:
         """Drain it from now on; False while another task does."""
-        if self._begun:
-            return True
         if self.unit.draining:
             return False
         self._begun = True

@@ -775,6 +775,30 @@ async def test_a_unit_whose_task_is_cancelled_before_its_first_step_is_drained_b
     assert_settled(bus)
 
 
+@virtual_time
+async def test_each_unit_has_its_whole_time_whenever_the_others_have_begun() -> None:
+    ended: list[float] = []
+
+    def note(delivery: Delivery, error: Exception) -> None:
+        ended.append(anyio.current_time() - begun)
+
+    bus = EventBus(handler_timeout=10)
+    bus.report_failure = note
+
+    @bus.on(int)
+    async def handle(event: int) -> None:
+        await sleep(9 if event == 2 else 11)
+
+    async with draining(bus, concurrency=3) as drainer:
+        begun = anyio.current_time()
+        for number in range(3):
+            drainer.submit(unit(bus, number + 1), success=True)
+            await sleep(4)
+
+    assert ended == [10, 18]
+    assert bus.stats.handled == 1
+
+
 @pytest.mark.usefixtures("on_asyncio")
 @pytest.mark.parametrize("events", [1, 2])
 async def test_handlers_wait_for_each_other_after_tasks_were_cancelled_before_their_first_step(

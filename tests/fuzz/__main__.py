@@ -1,5 +1,9 @@
 """Runs programs for as long as it is told, and makes those smaller that go wrong."""
 
+# Programs are JSON, whose values have no types.
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import argparse

@@ -1,5 +1,9 @@
 """What holds whatever a program does."""
 
+# Programs are JSON, whose values have no types.
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque

@@ -1,5 +1,9 @@
 """Runs a program: its handlers, who publishes, and what comes from outside."""
 
+# Programs are JSON, whose values have no types.
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import asyncio
@@ -554,6 +558,7 @@ class Play:
     # The whole
 
     async def main(self) -> None:
+        watchdog: asyncio.TimerHandle | None = None
         with CancelScope() as everything:
             self.everything = everything
             if self.native:
@@ -579,7 +584,7 @@ class Play:
             else:
                 await self.awaited()
             await self.afterwards(before)
-            if self.native:
+            if watchdog is not None:
                 watchdog.cancel()
         if everything.cancelled_caught and not self.broken:
             self.wrong("cancelled as a whole")

@@ -1,5 +1,9 @@
 """What a program is, and how a seed makes one."""
 
+# Programs are JSON, whose values have no types.
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,5 +1,9 @@
 """Has programs run, one on each event loop, and beside it with a task per handler."""
 
+# Programs are JSON, whose values have no types.
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import asyncio

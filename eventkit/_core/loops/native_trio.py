@@ -30,11 +30,11 @@ def drive(
     """
     elsewhere = _stepped_from.get()
     sent: object = None
-    thrown: BaseException | None = None
     try:
         _stepped_from.set(worker)
         while True:
             try:
+                # Trio sends an outcome, also of a cancellation: it throws nothing in.
                 sent = yield trap
             except GeneratorExit as closed:
                 try:
@@ -42,21 +42,14 @@ def drive(
                 except Exception as broken:
                     raise closed from broken
                 raise
-            except BaseException as error:  # noqa: BLE001 - it is the handler's
-                worker.heard(error)
-                thrown = error
             step = variables.run if _stepped_from.get() is worker else _call
-            if thrown is None:
-                trap = step(steps.send, sent)
-            else:
-                trap = step(steps.throw, thrown)
-                thrown = None
+            trap = step(steps.send, sent)
     except StopIteration:
         pass
     finally:
         _stepped_from.set(elsewhere)
-        # Or this frame and the traceback of what they hold keep each other alive.
-        del sent, thrown
+        # Or this frame and the traceback of what it holds keep each other alive.
+        del sent
 
 
 def _call(step: Callable[[Any], object], value: Any) -> object:

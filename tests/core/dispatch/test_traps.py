@@ -619,7 +619,6 @@ async def test_a_native_cancellation_reaches_the_handler_in_the_dispatching_task
 
 
 @stealing
-@pytest.mark.usefixtures("on_asyncio")
 @pytest.mark.parametrize("cleanup_fails", [False, True])
 async def test_a_dispatch_that_is_closed_closes_the_handler_that_waits(
     bus: EventBus, cleanup_fails: bool
