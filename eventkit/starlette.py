@@ -200,9 +200,11 @@ class EventContextMiddleware:
             self._announce()
         loop = current_loop()
         drainer, origin = self._surroundings(scope, loop)
-        if drainer is not None and drainer.full and not await self._has_room(drainer, scope):
-            await self._refuse(scope, receive, send)
-            return
+        if drainer is not None and drainer.full:
+            if not await self._has_room(drainer, scope):
+                await self._refuse(scope, receive, send)
+                return
+            drainer, origin = self._surroundings(scope, loop)  # it may have been closed meanwhile
         unit = Unit(self._state)
         scope[_SCOPE_KEY] = {**around, self.bus: unit}
         response = WatchedResponse(send)
@@ -247,7 +249,7 @@ class EventContextMiddleware:
         background = self._background
         if background is None:
             background = "spec_version" in scope.get("asgi", {})
-        return drainer if background else None, origin
+        return drainer if background and not drainer.closed else None, origin
 
     def _origin_of(self, scope: Scope) -> Origin:
         """Where it came in; requests that bring no state share one, for as long as it is alike."""

@@ -61,8 +61,10 @@ def announce_lost(
     if not deliveries:
         return
     undelivered = outcome is Outcome.UNDELIVERED
-    if undelivered and state.lost is not None:
-        state.lost.update(delivery.handler for delivery in deliveries)
+    if undelivered and state.losses:
+        with state.tally.lock:
+            for lost in state.losses:
+                lost.update(delivery.handler for delivery in deliveries)
     kinds = Counter(type_name(type(delivery.event)) for delivery in deliveries)
     log(
         logging.ERROR if undelivered else logging.INFO,

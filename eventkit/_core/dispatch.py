@@ -361,6 +361,7 @@ class Worker:
                 waiting = self._begin_handlers()
                 if waiting is not None:
                     variables, steps, trap = waiting
+                    waiting = None
                     run.get_help()
                     run.start_clock()
                     self.steps = steps
@@ -373,7 +374,8 @@ class Worker:
                         self.index = None  # and then it is counted: no thread is to see it twice
                         run.handled += 1
                     finally:
-                        self.steps = None
+                        # Or this frame and the exception of a future keep each other alive.
+                        self.steps = trap = None
                     if run.is_shared and not self.received and not run.not_begun:
                         return  # others end this event
                 elif not self.received:

@@ -15,6 +15,7 @@ import logging
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import asdict
 from threading import get_ident
@@ -83,12 +84,12 @@ class Drainer:
         self._waiting_deliveries = 0
         self._draining: set[BackgroundRun] = set()
         self._closing = False
-        self._closed = False
+        self.closed = False
         self._lost = Counter[str]()  # what was undelivered at the end, by handler
         self._over = Event()  # no more tasks are started
         self._room: Event | None = None  # there while somebody waits for room
         self._change: Event | None = None  # there while somebody waits for a unit to end
-        self._stop_timer: Callable[[], object] | None = None
+        self._cancel_timer: Callable[[], object] | None = None
         state.tally.drainers.add(self)
         # In a copy, because older releases of AnyIO let eager tasks begin in here.
         copy_context().run(tasks.start_soon, self._guard)
@@ -112,7 +113,7 @@ class Drainer:
     @property
     def stuck(self) -> bool:
         """Whether, once closed, handlers go on that could not be ended."""
-        return self._closed and bool(self._draining)
+        return self.closed and bool(self._draining)
 
     def expect(self, unit: Unit) -> None:
         """Count on a unit that has begun: once it has something pending, `close` waits for it."""
@@ -138,7 +139,7 @@ class Drainer:
         ending = Ending(unit, success, self._loop)
         if ending.settle():
             pass
-        elif self._closed:
+        elif self.closed:
             self._abandon(unit)
         else:
             self._take(ending)
@@ -179,20 +180,12 @@ class Drainer:
                     await self._next_change()
         finally:
             self._stop()
-            with move_on_after(_GRACE_SECONDS, shield=True):
-                while self._draining:
-                    await self._next_change()
-            self._state.lost = None
-            lost = self._lost
-            for run in self._draining:  # what could not be ended
-                lost.update(delivery.handler for delivery in run.running)
-            self._log(
-                logging.ERROR if lost else logging.INFO,
-                "eventkit has stopped",
-                lost,
-                still_running=_listed(self._state.tally.running_by_handler()),
-                **asdict(self._state.tally.snapshot()),
-            )
+            try:
+                with move_on_after(_GRACE_SECONDS, shield=True):
+                    while self._draining:
+                        await self._next_change()
+            finally:  # `Task.cancel()` knows no shields
+                self._say_what_is_left()
 
     async def _guard(self) -> None:
         """Stand for the tasks in the task group: wait for all, and have a cancellation end all."""
@@ -200,10 +193,12 @@ class Drainer:
             await self._over.wait()
         finally:
             self._stop()
-            with CancelScope(shield=True):
-                while self._draining:
-                    await self._next_change()
-            self._state.tally.drainers.discard(self)
+            try:
+                with CancelScope(shield=True):
+                    while self._draining:
+                        await self._next_change()
+            finally:  # as above
+                self._state.tally.drainers.discard(self)
 
     def _busy(self) -> bool:
         return bool(
@@ -212,18 +207,18 @@ class Drainer:
 
     def _stop(self) -> None:
         """Cancel what is drained, and close what waits or has not even ended."""
-        if self._closed:
+        if self.closed:
             return
-        self._closed = True
-        self._state.lost = self._lost
+        self.closed = True
+        self._state.count_losses(self._lost)
         self._over.set()
         for run in [*self._draining]:
             run.cancel()
         self._abandon(*(run.ending.unit for run in self._waiting), *self._open)
         self._waiting.clear()
         self._waiting_deliveries = 0
-        if self._stop_timer is not None:
-            self._stop_timer()
+        if self._cancel_timer is not None:
+            self._cancel_timer()
         self._make_room()
 
     def _abandon(self, *units: Unit) -> None:
@@ -267,11 +262,11 @@ class Drainer:
         One timer does for all: it is set for the earliest deadline, and again for the next one.
         The limits of all units are equal, so no deadline comes before one that is set already.
         """
-        if self._stop_timer is None and not self._closed:
-            self._stop_timer = self._tasks.call_at(deadline, self._expire)
+        if self._cancel_timer is None and not self.closed:
+            self._cancel_timer = self._tasks.call_at(deadline, self._expire)
 
     def _expire(self) -> None:
-        self._stop_timer = None
+        self._cancel_timer = None
         now = self._tasks.time()
         for run in self._draining:
             if run.deadline <= now:
@@ -282,12 +277,13 @@ class Drainer:
 
     def _emptied(self) -> None:
         """A unit may have nothing pending any more. May be called in any thread."""
-        if not self._closing:
+        if not self._closing or self.closed:  # once closed, it waits only for what it drains
             return
         if get_ident() == self._thread:
             self._changed()
         else:
-            self._tasks.call_soon(self._changed)
+            with suppress(RuntimeError):  # the event loop has ended meanwhile
+                self._tasks.call_soon(self._changed)
 
     def _make_room(self) -> None:
         if self._room is not None and not self.full:
@@ -313,6 +309,19 @@ class Drainer:
         waiting = (each for unit in [*ended, *self._open] for each in unit.queue.pending)
         handlers = (delivery.handler for each in waiting for delivery in each.deliveries())
         return self._state.tally.running_by_handler() + Counter(handlers)
+
+    def _say_what_is_left(self) -> None:
+        lost = self._lost
+        self._state.count_losses_no_more(lost)
+        for run in self._draining:  # what could not be ended
+            lost.update(delivery.handler for delivery in run.running)
+        self._log(
+            logging.ERROR if lost else logging.INFO,
+            "eventkit has stopped",
+            lost,
+            still_running=_listed(self._state.tally.running_by_handler()),
+            **asdict(self._state.tally.snapshot()),
+        )
 
     def _log(self, level: int, message: str, by_handler: Counter[str], **facts: object) -> None:
         log(
@@ -360,7 +369,7 @@ class BackgroundRun(Run):
 
     def start(self) -> None:
         """Have the first worker come."""
-        self.terms.tally.runs.add(self)  # one step for all threads, and nothing to count yet
+        self.terms.tally.runs.add(self)
         (worker,) = self.workers
         self._tasks.start(self, worker)
 

@@ -44,7 +44,7 @@ class BusState:
     """What all units of work of one bus share.
 
     The bus makes it and changes `observers` and `report_failure`; `add_host` and `remove_host`
-    change `hosts`; a drainer that closes changes `lost`; everything else is fixed.
+    change `hosts`; drainers that close change `losses`; everything else is fixed.
     """
 
     bus: object  # whose they are, for those above who know what it is
@@ -58,7 +58,7 @@ class BusState:
     tally: Tally
     report_failure: Callable[[Delivery, Exception], None]
     observers: tuple[Observer, ...] = ()
-    lost: Counter[str] | None = None  # what is undelivered, by handler, while somebody counts it
+    losses: tuple[Counter[str], ...] = ()  # of those who count what is undelivered, by handler
     hosts: tuple[Host, ...] = ()  # in the order in which they began
 
     def report(self, delivery: Delivery, error: Exception) -> None:
@@ -68,6 +68,16 @@ class BusState:
         except Exception as broken:  # noqa: BLE001 - a reporter is user code
             log(logging.ERROR, "report_failure failed", error=broken, bus=self.name)
             log_failure(delivery, error)
+
+    def count_losses(self, lost: Counter[str]) -> None:
+        """From now on, have it count what is undelivered, by handler. Thread-safe."""
+        with self.tally.lock:
+            self.losses = (*self.losses, lost)
+
+    def count_losses_no_more(self, lost: Counter[str]) -> None:
+        """Leave it as it is. Thread-safe."""
+        with self.tally.lock:
+            self.losses = tuple(other for other in self.losses if other is not lost)
 
     def add_host(self, host: Host) -> None:
         """From now on it delivers units of work in the background. Thread-safe."""

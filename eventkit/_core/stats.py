@@ -97,7 +97,8 @@ class Tally:
 
     Changed by units of work and by the dispatcher, only ever with `lock` held; the same lock
     guards the queues of the bus's units of work, so that a publish from a thread is one step.
-    What is running, and what has ended well since they began, the runs know.
+    What is running, and what has ended well since they began, the runs know. Runs and drainers
+    come without the lock, because to add one is a single step: who iterates takes a copy.
     """
 
     __slots__ = (
@@ -145,7 +146,7 @@ class Tally:
     def rewind(self, then: Stats) -> None:
         """Count on from a moment before, as if only what is in flight now had come since."""
         with self.lock:
-            counted = sum(run.handled for run in self.runs)  # they go on from there
+            counted = sum(run.handled for run in [*self.runs])  # they go on from there
             in_flight = self.accepted - counted - self.handled - sum(self.ended.values())
             self.published = then.published
             for outcome in Outcome:
@@ -157,7 +158,7 @@ class Tally:
     def running(self) -> list[Delivery]:
         """The deliveries that are running now."""
         with self.lock:
-            return [delivery for run in self.runs for delivery in run.running]
+            return [delivery for run in [*self.runs] for delivery in run.running]
 
     def running_by_handler(self) -> Counter[str]:
         """How many deliveries each handler is running."""
@@ -167,7 +168,7 @@ class Tally:
         """All counters at one moment."""
         with self.lock:
             ended = Counter({outcome.value: count for outcome, count in self.ended.items()})
-            handled = self.handled + sum(run.handled for run in self.runs)
+            handled = self.handled + sum(run.handled for run in [*self.runs])
             ended[Outcome.HANDLED.value] += handled
             running = len(self.running())  # afterwards, or what ends meanwhile would count twice
             return Stats(
@@ -175,8 +176,8 @@ class Tally:
                 accepted=self.accepted,
                 pending=self.accepted - running - ended.total(),
                 running=running,
-                units_waiting=sum(drainer.units_waiting for drainer in self.drainers),
-                units_draining=sum(drainer.units_draining for drainer in self.drainers),
+                units_waiting=sum(drainer.units_waiting for drainer in [*self.drainers]),
+                units_draining=sum(drainer.units_draining for drainer in [*self.drainers]),
                 held=self.background["held"],
                 refused=self.background["refused"],
                 **ended,

@@ -1044,3 +1044,109 @@ def test_one_bus_is_drained_on_one_event_loop_after_the_other(bus: EventBus) -> 
         anyio.run(partial(drain, backend), backend=backend)
 
     assert seen == ["handled asyncio", "handled trio", "handled asyncio"]
+
+
+async def test_a_thread_that_discards_after_the_event_loop_has_ended_is_not_told_of_it(
+    bus: EventBus, anyio_backend: tuple[str, dict[str, Any]]
+) -> None:
+    bus.subscribe(str, pause)
+
+    async def main() -> Unit:
+        async with create_task_group() as tasks:
+            drainer = Drainer(state_of(bus), tasks, concurrency=1, max_pending=None)
+            late = unit(bus, "late")
+            drainer.expect(late)
+            await drainer.close(0)
+        return late
+
+    def run() -> None:
+        late = anyio.run(main, backend=anyio_backend[0], backend_options=anyio_backend[1])
+        context_of(late).discard()
+
+    await to_thread.run_sync(run)
+
+    assert_settled(bus)
+
+
+@pytest.mark.usefixtures("on_asyncio")
+async def test_a_guard_that_is_cancelled_again_and_again_leaves_nothing_behind(
+    bus: EventBus,
+) -> None:
+    go_on = Event()
+
+    @bus.on(str)
+    async def handle(event: str) -> None:
+        with CancelScope(shield=True):
+            await go_on.wait()
+
+    async def live() -> None:
+        async with create_task_group() as tasks:
+            drainer = Drainer(state_of(bus), tasks, concurrency=1, max_pending=None)
+            drainer.submit(unit(bus, "a"), success=True)
+            await sleep_forever()
+
+    life = asyncio.ensure_future(live())
+    await wait_all_tasks_blocked()
+    (guard,) = (task for task in asyncio.all_tasks() if "Drainer._guard" in repr(task))
+    for _ in range(2):
+        guard.cancel()
+        await wait_all_tasks_blocked()
+    go_on.set()
+    await asyncio.wait([life])
+    await wait_all_tasks_blocked()
+
+    assert not state_of(bus).tally.drainers
+    assert_settled(bus)
+
+
+@pytest.mark.usefixtures("on_asyncio")
+async def test_a_close_that_is_cancelled_again_and_again_still_says_what_is_left(
+    bus: EventBus, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "eventkit")
+    go_on = Event()
+
+    @bus.on(str)
+    async def handle(event: str) -> None:
+        with CancelScope(shield=True):
+            await go_on.wait()
+
+    async with create_task_group() as tasks:
+        drainer = Drainer(state_of(bus), tasks, concurrency=1, max_pending=None)
+        drainer.submit(unit(bus, "a"), success=True)
+        closing = asyncio.ensure_future(drainer.close(math.inf))
+        await wait_all_tasks_blocked()
+        for _ in range(2):
+            closing.cancel()
+            await wait_all_tasks_blocked()
+        go_on.set()
+
+    assert len(lines(caplog, "eventkit has stopped: bus=default left=1")) == 1
+    assert not state_of(bus).losses
+
+
+async def test_two_drainers_that_close_at_once_both_say_what_was_undelivered_meanwhile(
+    bus: EventBus, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "eventkit")
+
+    @bus.on(str)
+    async def handle(event: str) -> None:
+        await sleep_forever()
+
+    async with create_task_group() as tasks, create_task_group() as closing:
+        drainers = [
+            Drainer(state_of(bus), tasks, concurrency=1, max_pending=None) for _ in range(2)
+        ]
+        for drainer in drainers:
+            drainer.submit(unit(bus, "a"), success=True)
+        await wait_all_tasks_blocked()
+        for drainer in drainers:
+            closing.start_soon(drainer.close, 0)
+
+    told = lines(caplog, "eventkit has stopped: bus=default")
+    assert len(told) == 2
+    assert not lines(caplog, "eventkit has stopped: bus=default left=0")
+    assert bus.stats.undelivered == 2
+    assert not state_of(bus).losses
+    assert_settled(bus)

@@ -1,6 +1,7 @@
 """Synchronous units of work: on which event loop their handlers run, and how that one ends."""
 
 import asyncio
+import math
 import os
 import signal
 import subprocess
@@ -728,6 +729,27 @@ async def test_who_comes_to_an_entrance_as_it_is_closed_goes_elsewhere() -> None
     assert ran == ["ran"]
 
 
+async def test_two_may_close_an_entrance_and_both_see_the_last_call_leave() -> None:
+    entrance, go_on, steps = threads.Entrance(), anyio.Event(), list[str]()
+
+    async def close() -> None:
+        await entrance.close(math.inf)
+        steps.append("closed")
+
+    with anyio.fail_after(30):
+        async with create_task_group() as tasks:
+            tasks.start_soon(to_thread.run_sync, entrance.run, go_on.wait)
+            while not entrance._calls:
+                await wait_all_tasks_blocked()
+            tasks.start_soon(close)
+            tasks.start_soon(close)
+            await wait_all_tasks_blocked()
+            assert steps == []
+            go_on.set()
+
+    assert steps == ["closed", "closed"]
+
+
 # The end of other event loops
 
 
@@ -798,6 +820,54 @@ def test_a_thread_that_waits_for_a_loop_that_was_closed_is_told(
     with pytest.raises(RuntimeError, match="the event loop was closed"):
         jobs[0].result(30)
     assert steps == []
+
+
+@pytest.mark.usefixtures("on_asyncio")
+async def test_a_call_whose_task_is_cancelled_before_its_first_step_was_not_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = threads._Call.start
+
+    def start_and_cancel(call: threads._Call) -> None:
+        start(call)
+        assert call._task is not None
+        call._task.cancel()
+
+    async def function() -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(threads._Call, "start", start_and_cancel)
+    assert not await to_thread.run_sync(threads.reach, current_loop(), function)
+
+
+def test_a_trio_that_is_about_to_end_takes_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise RuntimeError("Nursery is closed to new arrivals")
+
+    async def function() -> None:
+        raise AssertionError
+
+    async def main() -> bool:
+        return await to_thread.run_sync(threads.reach, current_loop(), function)
+
+    monkeypatch.setattr(trio.lowlevel, "spawn_system_task", closed)
+    assert not anyio.run(main, backend="trio")
+
+
+def test_a_thread_that_waits_for_a_trio_that_has_crashed_is_told(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "_LOOK_SECONDS", 0.01)
+
+    async def function() -> None:
+        raise AssertionError
+
+    answers = iter([True, False, False])  # it takes the call, and then it has ended
+    monkeypatch.setattr(threads, "_call_soon", lambda *_: next(answers))
+    job = pool.submit(threads.reach, "trio's token", function)
+
+    with pytest.raises(RuntimeError, match="the event loop was closed"):
+        job.result(30)
 
 
 def test_a_unit_whose_loop_was_closed_before_its_end_began_is_undelivered(

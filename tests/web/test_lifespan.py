@@ -328,6 +328,37 @@ async def test_what_a_request_releases_after_the_lifespan_has_ended_is_undeliver
     assert_settled(bus)
 
 
+async def test_a_request_that_begins_after_the_last_delivery_delivers_by_itself(
+    bus: EventBus,
+) -> None:
+    trace = traced(bus)
+    ending, go_on = Event(), Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await publishing(bus)(scope, receive, send)
+            return
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        ending.set()
+        await go_on.wait()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    wrapping = wrapped(app, bus)
+    lifespan = Lifespan(wrapping)
+    async with create_task_group() as tasks:
+        tasks.start_soon(lifespan.run)
+        await lifespan.start()
+        tasks.start_soon(lifespan.stop)
+        await ending.wait()
+        await request(wrapping)
+        assert trace == ["handling /", "handled /"]
+        go_on.set()
+
+    assert_settled(bus)
+
+
 async def test_a_handler_that_fails_in_the_background_is_logged_and_the_next_request_served(
     bus: EventBus, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -45,7 +45,7 @@ def drive(
         pass
     finally:
         # Or this frame and the traceback of what they hold keep each other alive.
-        del sent, thrown
+        del sent, thrown, trap
 
 
 class NativeTasks:
@@ -61,7 +61,7 @@ class NativeTasks:
     def __init__(self, name: str) -> None:
         self._name = name
         self._loop = asyncio.get_running_loop()
-        self._variables = copy_context()  # one for all: they set none, and handlers have their own
+        self._variables = copy_context()
         self.scope = type(CancelScope())  # to ask AnyIO which one it is costs as much as to make it
         self.time = self._loop.time
 
@@ -77,7 +77,8 @@ class NativeTasks:
         # the coroutine is brought to a first bare `yield` before there is a task.
         steps.send(None)
         # Not `create_task`: a task factory of the application may make eager tasks, which recurse.
-        worker.task = asyncio.Task(steps, loop=self._loop, name=self._name, context=self._variables)
+        variables = self._variables.copy()  # or no task could take a step within another's
+        worker.task = asyncio.Task(steps, loop=self._loop, name=self._name, context=variables)
 
     def call_soon(self, function: Callable[[], object]) -> None:
         self._loop.call_soon_threadsafe(function)

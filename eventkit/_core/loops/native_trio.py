@@ -30,11 +30,13 @@ def drive(
     """
     elsewhere = _stepped_from.get()
     sent: object = None
+    thrown: BaseException | None = None
     try:
         _stepped_from.set(worker)
         while True:
             try:
-                # Trio sends an outcome, also of a cancellation: it throws nothing in.
+                # Trio sends an outcome, also of a cancellation. It throws only where the trap is
+                # none of trio's.
                 sent = yield trap
             except GeneratorExit as closed:
                 try:
@@ -42,14 +44,20 @@ def drive(
                 except Exception as broken:
                     raise closed from broken
                 raise
+            except BaseException as error:  # noqa: BLE001 - it is the handler's
+                thrown = error
             step = variables.run if _stepped_from.get() is worker else _call
-            trap = step(steps.send, sent)
+            if thrown is None:
+                trap = step(steps.send, sent)
+            else:
+                trap = step(steps.throw, thrown)
+                thrown = None
     except StopIteration:
         pass
     finally:
         _stepped_from.set(elsewhere)
-        # Or this frame and the traceback of what it holds keep each other alive.
-        del sent
+        # Or this frame and the traceback of what they hold keep each other alive.
+        del sent, thrown, trap
 
 
 def _call(step: Callable[[Any], object], value: Any) -> object:
@@ -78,6 +86,7 @@ class NativeTasks:
     def open(self, group: TaskGroup, over: Event) -> None:
         self._variables.copy().run(group.start_soon, self._hold, over)
 
+    @trio.lowlevel.enable_ki_protection
     async def _hold(self, over: Event) -> None:
         async with trio.open_nursery() as self._nursery:
             self._nursery.cancel_scope.shield = True  # runs are cancelled by their owner
@@ -89,6 +98,7 @@ class NativeTasks:
     def start(self, run: Any, worker: Any) -> None:  # Any: `tasks.Workplace`, and its worker
         self._start(self._surround, run, worker)
 
+    @trio.lowlevel.enable_ki_protection  # or Ctrl-C could come in here, where it would be lost
     async def _surround(self, run: Any, worker: Any) -> None:
         try:
             async with trio.open_nursery() as run.nursery:

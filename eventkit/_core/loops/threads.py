@@ -80,12 +80,15 @@ class _Call:
 
     | state | `start` | `cancel` |
     |---|---|---|
-    | waits | runs | over, and nothing was run |
+    | new | runs | over, and nothing was run |
     | runs | | its function is cancelled; over when that has ended |
     | over | | |
 
     The event loop calls `start` and `cancel`, one after the other. Ctrl-C may come at any moment,
     so a thread that is interrupted cannot tell whether the loop will call `start`.
+
+    An event loop that ends may cancel the call before its first step, or take no call any more.
+    Then it is over, and has not begun.
 
     Args:
         function: What to run, in the context variables of this moment.
@@ -93,6 +96,7 @@ class _Call:
     """
 
     def __init__(self, function: Function, turn: threading.Condition) -> None:
+        self.begun = False
         self.over = False
         self._started = False
         self._function = function
@@ -111,9 +115,14 @@ class _Call:
         self._started = True
         if on_trio():
             spawn: Callable[..., object] = sys.modules["trio"].lowlevel.spawn_system_task
-            spawn(self._run, context=self._variables)
+            try:
+                spawn(self._run, context=self._variables)
+            except RuntimeError:  # trio is about to end
+                self._end()
         else:
             self._task = self._variables.run(asyncio.get_running_loop().create_task, self._run())
+            # If the task is cancelled before its first step, nothing of `_run` runs.
+            self._task.add_done_callback(lambda _: self._end())
 
     def cancel(self) -> None:
         """Cancel it, called by the event loop."""
@@ -155,6 +164,7 @@ class _Call:
             del error  # or this frame and its traceback keep each other alive
 
     async def _run(self) -> None:
+        self.begun = True
         try:
             with CancelScope() as self._scope:
                 if self._cancelled:
@@ -195,7 +205,7 @@ def reach(loop: object, function: Function) -> bool:
         function: What to run.
 
     Returns:
-        False if the loop runs no longer, and nothing was done.
+        False if the loop runs no longer or is about to end, and nothing was done.
     """
     call = _Call(function, threading.Condition())
     try:
@@ -207,7 +217,7 @@ def reach(loop: object, function: Function) -> bool:
             call.wait_while(lambda: _is_open(loop))
         raise
     call.raise_error()
-    return True
+    return call.begun
 
 
 def _call_soon(loop: Any, function: Callable[[], None]) -> bool:
@@ -225,8 +235,10 @@ def _call_soon(loop: Any, function: Callable[[], None]) -> bool:
 
 
 def _is_open(loop: object) -> bool:
-    """Whether what was called on it may still end: of trio that is certain."""
-    return not isinstance(loop, asyncio.AbstractEventLoop) or not loop.is_closed()
+    """Whether what was called on it may still end."""
+    if isinstance(loop, asyncio.AbstractEventLoop):
+        return not loop.is_closed()
+    return _call_soon(loop, lambda: None)
 
 
 class Entrance:
@@ -259,6 +271,7 @@ class Entrance:
                     self._calls.discard(call)
                     if self._change is not None:
                         self._change.set()
+                        self._change = None
 
         return reach(self.loop, enter) and entered
 
@@ -276,7 +289,7 @@ class Entrance:
 
     async def _all_left(self) -> None:
         while self._calls:
-            self._change = Event()
+            self._change = self._change or Event()
             await self._change.wait()
 
 

@@ -1,6 +1,7 @@
 """Dispatch beside its contract: nothing is kept alive by what happened."""
 
 import asyncio
+import contextlib
 import functools
 import gc
 import threading
@@ -232,6 +233,34 @@ async def test_events_are_freed_without_the_garbage_collector_after_a_keyboard_i
     await all_tasks_blocked()
 
     assert reference() is None
+
+
+@pytest.mark.usefixtures("on_asyncio", "no_collector")
+@pytest.mark.parametrize("waits_before", [0, 1])
+async def test_a_task_that_fails_for_a_handler_is_freed_without_the_garbage_collector(
+    bus: EventBus, deliver: Deliver, waits_before: int
+) -> None:
+    async def fail() -> None:
+        await checkpoint()
+        raise Boom
+
+    async def handler(event: Ping) -> None:
+        for _ in range(waits_before):
+            await checkpoint()
+        try:
+            await asyncio.ensure_future(fail())
+        except Boom as error:
+            references.append(weakref.ref(error))
+            raise
+
+    bus.subscribe(Ping, handler)
+    bus.report_failure = lambda delivery, error: None
+    references: list[weakref.ref[Boom]] = []
+    with contextlib.suppress(DispatchError):
+        await deliver(bus, Ping())
+    await all_tasks_blocked()
+
+    assert [reference() for reference in references] == [None]
 
 
 @pytest.mark.usefixtures("on_asyncio")

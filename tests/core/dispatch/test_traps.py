@@ -842,3 +842,29 @@ async def test_a_thread_may_ask_what_runs_while_one_event_gives_way_to_the_next(
     await bus.dispatch(Ping())
 
     assert running == [0]
+
+
+async def test_a_trap_of_another_event_loop_is_the_handlers_error_to_handle(
+    bus: EventBus, deliver: Deliver
+) -> None:
+    """Asyncio raises `RuntimeError` in the handler that waits for such a thing, trio `TypeError`."""
+
+    @coroutine
+    def foreign() -> Generator[str]:
+        yield "a trap that no event loop knows"
+
+    caught: list[type[BaseException]] = []
+
+    @bus.on(Ping)
+    async def handler(event: Ping) -> None:
+        await checkpoint()
+        try:
+            await foreign()
+        except (RuntimeError, TypeError) as error:
+            caught.append(type(error))
+        await checkpoint()
+
+    await deliver(bus, Ping())
+
+    assert caught in ([RuntimeError], [TypeError])
+    assert bus.stats.handled == 1
