@@ -31,7 +31,7 @@ __all__ = [
     "witnessed",
 ]
 
-# Looked at on 4.5, whose task groups and worker threads keep exceptions in rings of their own.
+# Task groups and worker threads of old releases keep exceptions in rings of their own.
 freed_by_anyio = pytest.mark.skipif(
     tuple(map(int, version("anyio").split(".")[:2])) < (4, 12),
     reason="older releases of AnyIO keep exceptions, and what they lead to, in rings",

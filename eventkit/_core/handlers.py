@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext, suppress
@@ -129,8 +130,8 @@ class Handler:
             return False
         return (
             code.co_firstlineno == before.co_firstlineno
-            and code.co_filename == before.co_filename
             and code.co_qualname == before.co_qualname
+            and _are_same_file(code.co_filename, before.co_filename)
             and not code.co_filename.startswith("<")  # of texts that are executed, and of no file
             and (code.co_name != "<lambda>" or code == before)  # a line may have several
         )
@@ -276,6 +277,11 @@ def _is_wrapper(layer: Callable[..., object]) -> bool:
 def name_of(function: Callable[..., object]) -> str:
     """What a callable is called: `module:qualname`, of the function inside a partial."""
     return ":".join(_module_and_name(function))
+
+
+def _are_same_file(one: str, other: str) -> bool:
+    """Also where a script was named with detours or by a link."""
+    return one == other or os.path.realpath(one) == os.path.realpath(other)
 
 
 def _module_and_name(function: Callable[..., object]) -> tuple[str, str]:

@@ -114,8 +114,8 @@ class Subscribing:
         its parameters. To give the event types options of their own, stack decorators.
 
         The handlers of an event run at the same time, each in its own context variables. What is
-        kept per task may be shared: no two handlers that wait have the same task, but one that
-        does not wait shares its task with others.
+        kept per task may be shared: no two handlers that wait at the same time have the same task,
+        but one that does not wait, or waits later, shares its task with others.
 
         Args:
             event_types: The classes whose instances it takes; subclasses are included. A handler

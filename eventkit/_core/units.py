@@ -237,13 +237,13 @@ class Unit:
             return (
                 f"the handler that this event context of bus {bus!r} belongs to has ended "
                 f"({self.delivery}). A task that outlives its handler needs a unit that is "
-                "independent of it: `async with bus.context(independent=True):`"
+                "independent of it: `async with bus.context(independent=True):`, in a thread `with`"
             )
         return (
             f"this event context of bus {bus!r} has ended: the request or job it belongs to is "
-            "over, and its events were delivered. A task or thread that outlives it needs a unit "
-            "that is independent of it: `async with bus.context(independent=True):`, in a thread "
-            "`with`"
+            "over, and its events were delivered or discarded. A task or thread that outlives it "
+            "needs a unit that is independent of it: `async with bus.context(independent=True):`, "
+            "in a thread `with`"
         )
 
     # Deciding

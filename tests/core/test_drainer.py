@@ -1052,9 +1052,9 @@ async def test_a_thread_that_discards_after_the_event_loop_has_ended_is_not_told
     bus.subscribe(str, pause)
 
     async def main() -> Unit:
+        late = unit(bus, "late")
         async with create_task_group() as tasks:
             drainer = Drainer(state_of(bus), tasks, concurrency=1, max_pending=None)
-            late = unit(bus, "late")
             drainer.expect(late)
             await drainer.close(0)
         return late

@@ -147,7 +147,8 @@ async def test_a_module_that_is_reloaded_handles_each_event_once_and_in_the_same
     assert facts_of(record)["first_as"] == facts_of(record)["again_as"] == "its_handlers"
 
 
-def test_a_script_that_is_run_and_imported_mails_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", ["main.py", "./main.py", "detour/../main.py", "link.py"])
+def test_a_script_that_is_run_and_imported_mails_once(tmp_path: Path, script: str) -> None:
     """As `python main.py` does that ends in `uvicorn.run("main:app")`."""
     (tmp_path / "shared_bus.py").write_text(SHARED)
     (tmp_path / "main.py").write_text(
@@ -161,8 +162,10 @@ if __name__ == "__main__":
     print(*seen, sep="\\n")
 """
     )
+    (tmp_path / "detour").mkdir()
+    (tmp_path / "link.py").symlink_to("main.py")
     run = subprocess.run(
-        [sys.executable, "main.py"], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True
     )
 
     assert sorted(run.stdout.splitlines()) == sorted(f"main {kind}" for kind in KINDS)

@@ -863,7 +863,11 @@ def test_a_thread_that_waits_for_a_trio_that_has_crashed_is_told(
         raise AssertionError
 
     answers = iter([True, False, False])  # it takes the call, and then it has ended
-    monkeypatch.setattr(threads, "_call_soon", lambda *_: next(answers))
+
+    def call_soon(*_: object) -> bool:
+        return next(answers)
+
+    monkeypatch.setattr(threads, "_call_soon", call_soon)
     job = pool.submit(threads.reach, "trio's token", function)
 
     with pytest.raises(RuntimeError, match="the event loop was closed"):

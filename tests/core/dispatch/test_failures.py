@@ -14,6 +14,7 @@ from anyio import sleep_forever, to_thread
 from anyio.lowlevel import checkpoint
 
 from eventkit import DispatchError, EventBus, HandlerCancelledError
+from tests.contract.bus import ignore
 from tests.dispatching import (
     Boom,
     Cancel,
@@ -254,7 +255,7 @@ async def test_a_task_that_fails_for_a_handler_is_freed_without_the_garbage_coll
             raise
 
     bus.subscribe(Ping, handler)
-    bus.report_failure = lambda delivery, error: None
+    bus.report_failure = ignore
     references: list[weakref.ref[Boom]] = []
     with contextlib.suppress(DispatchError):
         await deliver(bus, Ping())

@@ -847,7 +847,7 @@ async def test_a_thread_may_ask_what_runs_while_one_event_gives_way_to_the_next(
 async def test_a_trap_of_another_event_loop_is_the_handlers_error_to_handle(
     bus: EventBus, deliver: Deliver
 ) -> None:
-    """Asyncio raises `RuntimeError` in the handler that waits for such a thing, trio `TypeError`."""
+    """Asyncio raises `RuntimeError` in the handler that waits for it, trio `TypeError`."""
 
     @coroutine
     def foreign() -> Generator[str]:
