@@ -68,9 +68,11 @@ class _Timed:
         self._watch = watch
 
     def __call__(self, event: object, /, **values: object) -> object:
-        call = functools.partial(self.__wrapped__, event, **values)
-        del event, values  # as in `step`
-        return _steps_of(self._watch.step(call), self._watch)
+        try:
+            call = functools.partial(self.__wrapped__, **values)
+            return _steps_of(self._watch.step(call, event), self._watch)
+        finally:
+            del event, values  # as in `step`
 
 
 class _TimedSolution(AbstractAsyncContextManager[Mapping[str, object]]):

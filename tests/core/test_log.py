@@ -293,11 +293,12 @@ def shown_of_ours(error: BaseException | None) -> list[str]:
         failing_with_a_dependency_in_a_thread,
     ],
 )
+@pytest.mark.parametrize("debug", [False, True])
 @pytest.mark.anyio
 async def test_no_frame_of_ours_shows_the_payload_of_what_failed(
-    subscribe: Callable[[EventBus], None],
+    subscribe: Callable[[EventBus], None], debug: bool
 ) -> None:
-    bus = EventBus()
+    bus = EventBus(debug=debug)
     subscribe(bus)
     async with bus.context() as unit:
         bus.publish(Paid())
