@@ -112,7 +112,7 @@ def current_delivery() -> Delivery:
 
 
 def way_in() -> Callable[[tuple[Turn, int]], object]:
-    """What a delivery's context variables are entered with, right before its handler."""
+    """What enters a delivery: called in the delivery's context variables, before the handler."""
     return _enter_for_logs if binds() else active.set
 
 

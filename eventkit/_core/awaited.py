@@ -76,14 +76,14 @@ class _AwaitedRun(Run):
     def advance(self, worker: Worker) -> bool:
         if self._is_cancelled or not super().advance(worker):
             return False
-        self.lacks_home = self._lacks_home(worker)
+        self.must_hand_on = self._must_hand_on(worker)
         return True
 
-    def _lacks_home(self, worker: Worker) -> bool:
+    def _must_hand_on(self, worker: Worker) -> bool:
         if self._tasks is None:
             return self._needs_group()
-        # A native cancellation of the caller's task would not wait for a thread: so handlers that
-        # begin in one are for helpers.
+        # `Task.cancel()` of the caller's task would not wait for a thread. So helpers begin the
+        # handlers that run in threads.
         return self.turn.in_threads and worker is self._first
 
     def _needs_group(self) -> bool:
@@ -96,10 +96,11 @@ class _AwaitedRun(Run):
         # A scope cancels again at each checkpoint; asyncio's `Task.cancel()` cancels only once.
         await checkpoint_if_cancelled()
         requests = cancel_requests()
-        if requests > worker.requests and worker.natively:
-            await checkpoint()  # where the handler did not wait for it, it is still to come
+        if requests > worker.requests and worker.received_task_cancel:
+            await checkpoint()  # if the handler did not receive it, it is raised here
             raise asyncio.CancelledError
-        # Older releases of AnyIO leave some behind; a handler may have dealt with others.
+        # Older releases of AnyIO do not take back all their cancel requests, and a handler may have
+        # answered others with `uncancel()`.
         worker.requests = requests
         return True
 
@@ -114,9 +115,9 @@ class _AwaitedRun(Run):
         try:
             if in_cancelled_scope():
                 await checkpoint()
-                # Still here, it was begun by a worker thread whose task had been cancelled. On
-                # asyncio AnyIO tells it nothing, and `checkpoint_if_cancelled` would wait for that
-                # for ever.
+                # If this line is reached, a worker thread has called, and the thread's task was
+                # cancelled before. AnyIO on asyncio does not tell this task, and
+                # `checkpoint_if_cancelled` would wait for ever.
                 raise asyncio.CancelledError
             await _take_cancellation(first)
             while not self.fatal and (self.not_begun or self.advance(first)):
@@ -143,11 +144,11 @@ class _AwaitedRun(Run):
     async def _work_in_group(self, first: Worker) -> None:
         async with create_task_group() as self._tasks:
             self._scope = self._tasks.cancel_scope
-            self.lacks_home = self.turn.in_threads
-            if not self.lacks_home:
+            self.must_hand_on = self.turn.in_threads
+            if not self.must_hand_on:
                 await first.serve()
             if self.not_begun and not self._is_cancelled:
-                self.lacks_home = False
+                self.must_hand_on = False
                 self.call()
             self.workers.discard(first)
         self._tasks = None

@@ -1,8 +1,8 @@
 """Runs the handlers of one event after another: the machine that every delivery goes through.
 
 Knows nothing of who subscribed and why, of units of work, or of what happens before and after.
-What becomes of an exception is in `_policy`. Where the workers' tasks come from, and who waits for
-them, is said by the two kinds of run: `_awaited` and `_background`.
+What becomes of an exception, `policy` decides. `awaited` and `drainer` have the two kinds of run:
+they say where the workers' tasks come from, and who waits for these tasks.
 
 Concurrency without a task per handler
 --------------------------------------
@@ -153,8 +153,10 @@ class Run(ABC):
         fatal: What ends it all.
         drive: Goes on with a handler that waits.
         exhausted: There is no further event.
-        cancelled: The workers' scopes are cancelled, so that no more handlers may begin in them.
-        lacks_home: No handler of the event at hand may begin yet, for want of a task group.
+        cancelled: The workers' scopes are cancelled, so that no more handlers may begin in them. An
+            awaited run asks its one scope instead.
+        must_hand_on: The worker that asks must not begin the event's handlers: they need a task
+            group that is not open yet, or, for threads, another worker.
     """
 
     __slots__ = (
@@ -168,7 +170,7 @@ class Run(ABC):
         "fatal",
         "handled",
         "indexes",
-        "lacks_home",
+        "must_hand_on",
         "terms",
         "turn",
         "workers",
@@ -182,7 +184,7 @@ class Run(ABC):
         self.handled = 0
         self.fatal: list[BaseException] = []
         self.exhausted = False
-        self.lacks_home = False
+        self.must_hand_on = False
         self.cancelled = False
         self._next_turn = next_turn
         self.drive = drive
@@ -273,8 +275,8 @@ class Run(ABC):
     def get_help(self) -> None:
         """Have others begin what has not begun; for a worker that is about to wait.
 
-        One would do. With two, a hundred handlers that wait have begun within seven turns of the
-        event loop, and at most one worker more than that comes in vain than have waited.
+        One would be enough. With two, a hundred handlers that wait have begun after seven turns of
+        the event loop. At most one worker more is spawned for nothing than handlers have waited.
         """
         self._quiet_events = 0
         if not self.terms.sequential:
@@ -293,10 +295,11 @@ class Run(ABC):
         self._coming -= 1
 
     def start_clock(self) -> None:
-        """Give the event its time, once all its handlers have begun and one of them waits.
+        """Set the event's deadline, once a handler waits and no handler is left to begin.
 
-        They have it together, sequential ones one after the other. It does not begin sooner: no
-        handler begins in a cancelled scope, and a shielded handler may wait for one of those.
+        One deadline serves all handlers of the event; of sequential ones, each that waits sets it
+        anew. It is not set sooner: in a cancelled scope no handler may begin, and a shielded
+        handler may wait for one that has not begun.
         """
         limit, sequential = self.terms.timeout, self.terms.sequential
         if limit is None or not self.turn.alike:
@@ -335,11 +338,20 @@ class Worker:
         index: Of the handler that has begun and not ended.
         steps: The coroutine of that handler, while it waits.
         requests: How often the task was asked to cancel, as far as it knows.
-        received: The handler has received a cancellation, or has made one of it.
-        natively: And of one that no scope made: `Task.cancel()`.
+        received: A cancellation was thrown into the handler, or came out of it.
+        received_task_cancel: That may be `Task.cancel()`, which asyncio throws only once.
     """
 
-    __slots__ = ("index", "natively", "received", "requests", "run", "scope", "steps", "task")
+    __slots__ = (
+        "index",
+        "received",
+        "received_task_cancel",
+        "requests",
+        "run",
+        "scope",
+        "steps",
+        "task",
+    )
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -349,7 +361,7 @@ class Worker:
         self.steps: Steps | None = None
         self.requests = 0
         self.received = False
-        self.natively = False
+        self.received_task_cancel = False
 
     async def serve(self) -> None:
         """Run handlers, until none is left or it is not for this worker to begin the next."""
@@ -357,7 +369,7 @@ class Worker:
         drive = run.drive
         try:
             while True:
-                self.received = self.natively = False
+                self.received = self.received_task_cancel = False
                 waiting = self._begin_handlers()
                 if waiting is not None:
                     variables, steps, trap = waiting
@@ -371,7 +383,9 @@ class Worker:
                         if not self._settle(variables, error):
                             raise
                     else:
-                        self.index = None  # and then it is counted: no thread is to see it twice
+                        # First this, and then it is counted: a thread that reads the counters in
+                        # between must not see the delivery as running and as handled.
+                        self.index = None
                         run.handled += 1
                     finally:
                         # Or this frame and the exception of a future keep each other alive.
@@ -382,7 +396,7 @@ class Worker:
                     if run.is_shared:
                         run.start_clock()
                         return
-                    if run.lacks_home or not run.checkpoint_is_due():
+                    if run.must_hand_on or not run.checkpoint_is_due():
                         return
                     await checkpoint()
                 if not await run.may_go_on(self):
@@ -420,7 +434,7 @@ class Worker:
                         return variables, *waiting
                     self.index = None
                     run.handled += 1
-            if not run.advance(self) or run.lacks_home:
+            if not run.advance(self) or run.must_hand_on:
                 return None
 
     def _settle(self, variables: Context, error: BaseException) -> bool:
@@ -441,7 +455,7 @@ class Worker:
         # The handler may have replaced the exception, so its scope no longer recognises it. And
         # where no scope is cancelled, it was `Task.cancel()`, whatever it looks like. So the worker
         # receives it again.
-        self.received = self.natively = True
+        self.received = self.received_task_cancel = True
         return True
 
     def _fail(self, variables: Context, error: Exception) -> None:
@@ -455,10 +469,10 @@ class Worker:
         index, self.index = cast("int", self.index), None
         self.run.lose(index, outcome)
 
-    def heard(self, error: BaseException) -> None:
-        """The event loop throws this into the handler, which may keep it to itself."""
+    def note_thrown(self, error: BaseException) -> None:
+        """Remember what the event loop throws into the handler: the handler may swallow it."""
         self.received |= not isinstance(error, Exception)
-        self.natively |= is_native(error)
+        self.received_task_cancel |= is_native(error)
 
 
 def _begin(run: Run, turn: Turn, index: int) -> tuple[Steps, object] | None:

@@ -406,7 +406,7 @@ class BackgroundRun(Run):
             return False
         if worker.received:
             requests = cancel_requests()
-            if requests > worker.requests and worker.natively:
+            if requests > worker.requests and worker.received_task_cancel:
                 return False
             worker.requests = requests  # a handler may have dealt with others
         return True

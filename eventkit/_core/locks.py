@@ -18,7 +18,8 @@ def new_lock() -> RLock:
     """Make a lock that is free in a forked child, whatever other threads did with it.
 
     In a child only the thread that forked exists: a lock that another one held would stay locked.
-    So a fork waits until it has all locks. What they guard is then in order in the child, too.
+    So a fork waits for each lock, for one second at most. Where the fork got the lock, what the
+    lock guards is in order in the child.
 
     The lock may be taken twice by one thread, since finalizers and signal handlers run anywhere.
     """

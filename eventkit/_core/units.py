@@ -96,7 +96,7 @@ class Unit:
     draining: bool = False
     emptied: Callable[[], None] | None = None
     context: Callable[[], Any] | None = None  # Any: an `EventContext`
-    _before: Unit | None = None  # what was active when it became so
+    _before: Unit | None = None  # the unit that was active before this one
     _turn: EventTurn | None = None  # the event at hand, while it is drained
     _freed: Event | None = None  # there while somebody waits for the drain's end
     _enter: Callable[[tuple[Turn, int]], object]  # its handlers' variables, while it is drained

@@ -341,7 +341,8 @@ class NestingContract(BusContract):
         assert re.fullmatch(
             r"the handler that this event context of bus 'default' belongs to has ended \("
             r"builtins\.int -> .*handle\)\. A task that outlives its handler needs a unit that is "
-            r"independent of it: `async with bus\.context\(independent=True\):`",
+            r"independent of it: `async with bus\.context\(independent=True\):`, in a thread "
+            r"`with`",
             told[0],
         )
 

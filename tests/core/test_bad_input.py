@@ -56,8 +56,8 @@ NO_MIDDLEWARE = (
 )
 OVER = (
     "this event context of bus 'shop' has ended: the request or job it belongs to is over, and its "
-    "events were delivered. A task or thread that outlives it needs a unit that is independent of "
-    "it: `async with bus.context(independent=True):`, in a thread `with`"
+    "events were delivered or discarded. A task or thread that outlives it needs a unit that is "
+    "independent of it: `async with bus.context(independent=True):`, in a thread `with`"
 )
 
 

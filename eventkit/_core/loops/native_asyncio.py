@@ -34,7 +34,7 @@ def drive(
                     raise closed from broken
                 raise
             except BaseException as error:  # noqa: BLE001 - it is the handler's
-                worker.heard(error)
+                worker.note_thrown(error)
                 thrown = error
             if thrown is None:
                 trap = run(send, sent)

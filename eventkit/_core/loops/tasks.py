@@ -18,7 +18,7 @@ from eventkit._core.loops.running import on_trio
 class Stepping(Protocol):
     """Whose task drives a handler, as far as `drive` knows it."""
 
-    def heard(self, error: BaseException) -> None:
+    def note_thrown(self, error: BaseException) -> None:
         """The event loop throws this into the handler."""
         ...
 
