@@ -1,114 +1,157 @@
 """Owns the tie to SQLAlchemy: an event is delivered if and only if its transaction is committed.
 
-Knows nothing of HTTP. SQLAlchemy's hooks are synchronous and run in whichever thread its session
-is used in: they only mark, and no handler runs in them.
+Knows nothing of HTTP. The rules stand in `eventkit._core.transactions`; here stands how a database
+is watched. SQLAlchemy's hooks are synchronous, and run in whichever thread the session or
+connection is used in: they only mark, and no handler runs in them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import Any
-from weakref import WeakKeyDictionary, ref
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any, NamedTuple
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 try:
-    from sqlalchemy import Executable, TextClause, event
+    from sqlalchemy import Connection, Engine, event, select
 except ModuleNotFoundError as _missing:
     raise ModuleNotFoundError(
         f"eventkit.sqlalchemy needs {_missing.name}, which is not installed: install "
         "fastapi-eventkit[sqlalchemy]",
         name=_missing.name,
     ) from _missing
-from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker
+from sqlalchemy.engine import ExceptionContext, RootTransaction
+from sqlalchemy.engine.base import OptionEngine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    async_scoped_session,
+    async_session,
+    async_sessionmaker,
+)
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session, sessionmaker
 
 from eventkit._core.bus import EventBus, state_of
-from eventkit._core.transactions import Section, begin
+from eventkit._core.state import BusState
+from eventkit._core.transactions import Decisions, End, Transaction
 
 __all__ = ["CommitTie", "deliver_on_commit"]
 
 # A factory is invariant in the class of its sessions, which does not matter here.
 _Factory = sessionmaker[Any] | async_sessionmaker[Any]
+_Sessions = _Factory | scoped_session[Any] | async_scoped_session[Any]
 
-# The bus that each class of sessions was made for. Changed by `CommitTie` alone.
-_tied: WeakKeyDictionary[type, EventBus] = WeakKeyDictionary()
+_COMMIT_FAILED = "a commit failed, and may have happened all the same"
+_ANSWERED_ROLLBACK = "a statement had failed, so the database answered COMMIT with ROLLBACK"
+
+_ties: list[CommitTie] = []  # those that are not detached
 
 
-def deliver_on_commit(
-    bus: EventBus, sessions: _Factory | scoped_session[Any] | async_scoped_session[Any]
-) -> CommitTie:
-    """Have the transactions of these sessions decide which events are delivered.
+def deliver_on_commit(bus: EventBus, engine: Engine | AsyncEngine | _Sessions) -> CommitTie:
+    """Have the transactions of an engine decide which events are delivered.
 
-        deliver_on_commit(bus, sessions)  # once, where the application is wired
+        deliver_on_commit(bus, engine)  # once, where the application is wired
 
-    A commit releases what was published in its transaction, a rollback discards it, and that of a
-    savepoint what was published in it, whatever becomes of the unit of work. Delivery itself
-    happens when that ends. `even_on_failure=True` goes before all of this.
+    An event is delivered if and only if the transaction commits in which it was published. One
+    that was published outside of any goes with the next commit, or with the request. A savepoint
+    that is rolled back takes along what was published in it. Delivery itself happens when the
+    unit of work ends; `even_on_failure=True`, `release()` and `drain()` go before all of this.
 
-    An event belongs to the open transaction that the publisher's task has begun last in its unit
-    of work, or else to the last one that any task or thread has begun there; with none open, to
-    the next one that begins there. If none does, the outcome of the unit decides.
-
-    A transaction that is closed without commit or rollback, or outlives its unit, has lost what
-    it wrote, and with it its events; if it wrote nothing, it has no say. Changed objects, other
-    statements than SELECT, and asking for `session.connection()` count as writing. A commit that
-    raises may have happened all the same: it is in the log, its events are discarded.
+    All sessions and Core connections of the engine count, whoever made them. A transaction that
+    has not written has no say. `docs/commits.md` has the rules, and the rare cases.
 
     Args:
         bus: The bus whose events they decide. For several, call it for each.
-        sessions: A `sessionmaker` or `async_sessionmaker`, or a scoped session of one. What it
-            has made before is left alone.
+        engine: An `Engine` or `AsyncEngine`. Or a `sessionmaker` or `async_sessionmaker`, or a
+            scoped session of one: it leads to the engines it is bound to, and to those that its
+            sessions turn out to be bound to later.
 
     Returns:
         A handle whose `detach()` ends it; also a context manager.
 
     Raises:
         TypeError: An argument is something else.
-        ValueError: These two are tied already.
+        ValueError: This bus is tied to this engine already.
     """
     if not isinstance(bus, EventBus):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"deliver_on_commit() takes an EventBus first, not {bus!r}")
-    factory = sessions
+    factory = engine
     if isinstance(factory, scoped_session | async_scoped_session):
         factory = factory.session_factory
-    if not isinstance(factory, sessionmaker | async_sessionmaker):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(
-            "deliver_on_commit() takes the sessionmaker or async_sessionmaker that makes the "
-            f"application's sessions, not {sessions!r}. Make one of an engine: sessionmaker(engine)"
-        )
-    if any(_tied.get(each) is bus for each in _session_class(factory).__mro__):
-        raise ValueError(
-            f"{bus!r} is tied to {factory!r} already: call deliver_on_commit() once, where the "
-            "application is wired"
-        )
-    return CommitTie(bus, factory)
+    if isinstance(factory, Engine | AsyncEngine):
+        return CommitTie(bus, [_root(factory)], None)
+    if isinstance(factory, sessionmaker | async_sessionmaker):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return CommitTie(bus, _engines_of(factory), factory)
+    raise TypeError(
+        "deliver_on_commit() takes an Engine or AsyncEngine, or a sessionmaker or "
+        f"async_sessionmaker that has one, not {engine!r}: give it the engine itself"
+    )
 
 
 class CommitTie:
-    """What `deliver_on_commit` has tied, until `detach()`. Also a context manager."""
+    """What `deliver_on_commit` has tied, until `detach()`. Also a context manager.
 
-    def __init__(self, bus: EventBus, factory: _Factory) -> None:
-        self._state = state_of(bus)
+    Attributes:
+        before_commit: Called right before the driver's COMMIT, on the user's connection, with the
+            connection and the transaction, whose `decides()` is what this commit releases. What
+            one of them raises comes out of the user's `commit()`, and nothing is committed.
+        ended: Called with the transaction and how it ended, when that is known.
+    """
+
+    def __init__(self, bus: EventBus, engines: list[Engine], factory: _Factory | None) -> None:
+        for tie in [*_ties]:
+            if (other := tie._bus()) is None:  # noqa: SLF001 - an instance of this class
+                tie.detach()
+            elif other is bus and (shared := [each for each in engines if each in tie._engines]):  # noqa: SLF001
+                raise ValueError(
+                    f"{bus!r} is tied to {shared[0]!r} already: all sessions and connections of "
+                    "an engine count, so call deliver_on_commit() once"
+                )
+        self.before_commit: list[Callable[[Connection, Transaction], object]] = []
+        self.ended: list[Callable[[Transaction, End], object]] = []
+        self._bus: ReferenceType[EventBus] = ref(bus)
         self._factory = factory
-        self._watching = self._subclass(_session_class(factory))
-        self._hooks: dict[str, Callable[..., None]] = {
-            "after_transaction_create": self._began,
-            "before_commit": self._committing,
-            "after_commit": self._committed,
-            "after_rollback": self._rolled_back,
-            "after_transaction_end": self._ended,
+        self._engines: WeakSet[Engine] = WeakSet()
+        # By session, and by the transaction of a connection; nothing here holds either.
+        self._transactions: WeakKeyDictionary[object, _Watched] = WeakKeyDictionary()
+        self._engine_hooks: dict[str, Callable[..., None]] = {
+            "before_cursor_execute": self._execute,
+            "commit": self._commit,
+            "commit_twophase": self._commit_prepared,
+            "prepare_twophase": self._prepare,
+            "rollback": self._roll_back,
+            "rollback_twophase": self._roll_back,
+            "handle_error": self._fail,
         }
-        for name, hook in self._hooks.items():
-            event.listen(self._watching, name, hook)
-        _use_session_class(factory, self._watching)
-        _tied[self._watching] = bus
+        self._session_hooks: dict[str, Callable[..., None]] = {
+            "after_transaction_create": self._session_began,
+            "after_begin": self._session_connected,
+            "after_commit": self._session_committed,
+            "after_rollback": self._session_rolled_back,
+            "after_transaction_end": self._session_ended,
+            "pending_to_transient": self._object_left,
+        }
+        for name, hook in self._session_hooks.items():
+            event.listen(Session, name, hook)
+        for engine in engines:
+            self._watch(engine)
+        _ties.append(self)
+        state_of(bus).decisions = Decisions()
 
     def detach(self) -> None:
-        """Decide nothing any more; a transaction that is open counts as closed without a commit."""
-        if _tied.pop(self._watching, None) is not None:
-            for name, hook in self._hooks.items():
-                event.remove(self._watching, name, hook)
-            if _session_class(self._factory) is self._watching:
-                _use_session_class(self._factory, self._watching.__bases__[0])
+        """Watch no transaction any more. One that is open and has written counts as lost."""
+        if self in _ties:
+            _ties.remove(self)
+            for name, hook in self._session_hooks.items():
+                event.remove(Session, name, hook)
+            for engine in self._engines:
+                for name, hook in self._engine_hooks.items():
+                    event.remove(engine, name, hook)
+            for transaction in [*self._transactions.values()]:
+                transaction.detach()
+            self._transactions.clear()
 
     def __enter__(self) -> CommitTie:
         return self
@@ -116,104 +159,462 @@ class CommitTie:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def _subclass(self, configured: type[Session]) -> type[Session]:
-        """A class for the factory's sessions alone, which sees what no hook tells."""
+    def _watch(self, engine: Engine) -> None:
+        if engine not in self._engines:
+            self._engines.add(engine)
+            for name, hook in self._engine_hooks.items():
+                event.listen(engine, name, hook)
 
-        def watched(method: Callable[..., Any]) -> Callable[..., Any]:
-            def call(session: Session, *args: Any, **options: Any) -> Any:
-                try:
-                    return method(session, *args, **options)
-                finally:
-                    if not _selects(*args, **options):  # nor does who asks for the connection
-                        self._wrote(session)
+    @property
+    def _state(self) -> BusState | None:
+        bus = self._bus()
+        return None if bus is None else state_of(bus)
 
-            return call
+    # What happens on the engine's connections
 
-        def expunge_all(session: Session) -> None:  # the first thing that closing does
-            if _dirty(session):
-                self._wrote(session)
-            configured.expunge_all(session)
+    def _execute(
+        self,
+        connection: Connection,
+        cursor: object,
+        statement: str,
+        parameters: object,
+        context: object,
+        executemany: bool,
+    ) -> None:
+        transaction = self._of(connection)
+        if transaction is not None:
+            effect = _effect_of(statement)
+            transaction.use()
+            if effect.writes:
+                transaction.had_written = transaction.levels[0].wrote
+                transaction.write()
+                if transaction.autocommit:
+                    transaction.commit()
+            for step, name in effect.savepoints:
+                transaction.take_step(step, name)
+                if step == _UNDO and (outermost := self._outermost(connection)) is not None:
+                    outermost.failed = False
 
-        names = ("connection", "execute", "scalar", "scalars")
-        members: dict[str, object] = {name: watched(getattr(configured, name)) for name in names}
-        members["expunge_all"] = expunge_all
-        return type(configured.__name__, (configured,), members)
+    def _of(self, connection: Connection) -> _Watched | None:
+        """The innermost one that the connection is in; made where nothing is known of it."""
+        root = connection.get_transaction()
+        if root is None:  # it begins just now
+            return None
+        transaction = self._transactions.get(root)
+        if transaction is None and (state := self._state) is not None:
+            transaction = self._transactions[root] = _Watched(self, state)
+            transaction.connect(connection, root)
+        return transaction
 
-    def _sections(self, session: Session) -> list[Section | None]:
-        """Those of its transaction and of the savepoints in it, innermost last.
+    def _outermost(self, connection: Connection | None) -> _Watched | None:
+        """That which the connection's own COMMIT and ROLLBACK end."""
+        root = None if connection is None else connection.get_transaction()
+        transaction = None if root is None else self._transactions.get(root)
+        while transaction is not None and transaction.covers is not None:
+            transaction = transaction.covers
+        return transaction
 
-        None stands for one that no unit of work knows.
-        """
-        sections: list[Section | None] = session.info.setdefault(self, [])
-        return sections
+    def _commit(self, connection: Connection, *_: object) -> None:
+        transaction = self._outermost(connection)
+        if transaction is not None and not transaction.prepared:
+            self._before_commit(connection, transaction)
+            transaction.committing = True
 
-    def _innermost(self, session: Session) -> Section | None:
-        return next(reversed(self._sections(session)), None)
+    def _commit_prepared(self, connection: Connection, *_: object) -> None:
+        self._commit(connection)
+        if (transaction := self._outermost(connection)) is not None:
+            transaction.committing = True
 
-    def _wrote(self, session: Session) -> None:
-        if section := self._innermost(session):
-            section.wrote = True
+    def _prepare(self, connection: Connection, *_: object) -> None:
+        if (transaction := self._outermost(connection)) is not None:
+            self._before_commit(connection, transaction)
+            transaction.prepared = True
 
-    def _began(self, session: Session, transaction: SessionTransaction) -> None:
-        if transaction.parent is not None and not transaction.nested:
-            self._wrote(session)  # it is part of a flush, or of one of the bulk methods
+    def _before_commit(self, connection: Connection, transaction: _Watched) -> None:
+        if transaction.failed and _is_doomed(connection):
+            transaction.doomed = True
             return
-        if not transaction.nested:
-            self._close(session)  # left where a connection was lost while it was being closed
-        around, weakly = self._innermost(session), ref(session)
-        section = None
-        if around is not None or not transaction.nested:
-            section = begin(self._state, lambda: _dirty(weakly()), around=around)
-        self._sections(session).append(section)
+        for hook in self.before_commit:
+            hook(connection, transaction)
 
-    def _committing(self, session: Session) -> None:
-        if (section := self._innermost(session)) and len(self._sections(session)) == 1:
-            section.in_doubt = True
+    def _roll_back(self, connection: Connection, *_: object) -> None:
+        transaction = self._outermost(connection)
+        if transaction is not None and not transaction.of_session:
+            transaction.roll_back("the transaction was rolled back")
 
-    def _committed(self, session: Session) -> None:
-        if section := self._innermost(session):
-            section.commit()
+    def _fail(self, context: ExceptionContext) -> None:
+        transaction = self._outermost(context.connection)
+        if transaction is None:
+            return
+        if transaction.committing:
+            refused = isinstance(context.sqlalchemy_exception, DBAPIError)
+            in_doubt = context.is_disconnect or not refused
+            transaction.roll_back("the commit failed", _COMMIT_FAILED if in_doubt else None)
+            return
+        transaction.failed = True
+        if (
+            transaction.had_written
+            and context.connection is not None
+            and _was_undone(context.connection, context.original_exception)
+        ):
+            transaction.failed = False
+            transaction.start_over("the database has undone the transaction")
 
-    def _rolled_back(self, session: Session) -> None:
-        if section := self._innermost(session):
-            # What is prepared can be rolled back for sure, and changes are left where the flush
-            # that goes before a commit has failed; else it may be the commit itself that failed.
-            if session.twophase or _dirty(session):
-                section.in_doubt = False
-            section.rollback()
+    # What happens in sessions
 
-    def _ended(self, session: Session, transaction: SessionTransaction) -> None:
-        if transaction.nested or transaction.parent is None:
-            self._close(session, innermost_only=transaction.nested)
+    def _session_began(self, session: Session, begun: SessionTransaction) -> None:
+        if begun.nested:
+            if (transaction := self._transactions.get(session)) is not None:
+                transaction.begin_savepoint()
+        elif begun.parent is None:  # else it is a part of a flush
+            if (before := self._transactions.get(session)) is not None:
+                before.leave()  # a connection was lost while it was being closed
+            if session.bind is not None and self._counts(session, session.bind.engine):
+                self._begin(session)
 
-    def _close(self, session: Session, *, innermost_only: bool = False) -> None:
-        sections = self._sections(session)
-        for _ in sections[-1:] if innermost_only else sections[:]:
-            if section := sections.pop():
-                section.close()
+    def _begin(self, session: Session) -> _Watched | None:
+        if (state := self._state) is None:
+            return None
+        transaction = self._transactions[session] = _Watched(self, state, session)
+        transaction.use()
+        return transaction
+
+    def _counts(self, session: Session, engine: Engine) -> bool:
+        """Whether the engine is tied, and whether it is now, for the session is the factory's."""
+        engine = _root(engine)
+        if engine in self._engines:
+            return True
+        if self._factory is None or not _made(self._factory, session):
+            return False
+        if any(tie._bus() is self._bus() and engine in tie._engines for tie in _ties):  # noqa: SLF001
+            return False  # another tie watches it
+        self._watch(engine)
+        return True
+
+    def _session_connected(
+        self, session: Session, begun: SessionTransaction, connection: Connection
+    ) -> None:
+        root = connection.get_transaction()
+        if root is None or not self._counts(session, connection.engine):
+            return
+        transaction = self._transactions.get(session) or self._begin(session)
+        if transaction is None:
+            return
+        if begun.nested:
+            transaction.forget_savepoint()  # that on the connection, which is the session's own
+            return
+        below = self._transactions.get(root)
+        if session.bind is connection or below is not None:  # it is on its caller's connection
+            below = below or self._of(connection)
+            if below is None or below is transaction:
+                return
+            transaction.covers = below
+            if _has_savepoint_of_its_own(session, connection):
+                below.forget_savepoint()
+            else:
+                transaction.levels[0].around = below.levels[-1]
+        transaction.connect(connection, root)
+        self._transactions[root] = transaction
+
+    def _session_committed(self, session: Session) -> None:
+        if (transaction := self._transactions.get(session)) is not None:
+            transaction.commit_session()
+
+    def _session_rolled_back(self, session: Session) -> None:
+        if (transaction := self._transactions.get(session)) is not None:
+            transaction.roll_back_session()
+
+    def _session_ended(self, session: Session, ended: SessionTransaction) -> None:
+        transaction = self._transactions.get(session)
+        if transaction is None:
+            return
+        if ended.nested:
+            transaction.leave_savepoint()
+        elif ended.parent is None:
+            del self._transactions[session]
+            if transaction.covers is not None and (root := transaction.root()) is not None:
+                self._transactions[root] = transaction.covers
+            transaction.leave_session()
+
+    def _object_left(self, session: Session, _: object) -> None:
+        """An object was added and never flushed."""
+        if (transaction := self._transactions.get(session)) is not None:
+            transaction.write()
 
 
-def _dirty(session: Session | None) -> bool:
-    """Whether it has changes that are still to be flushed."""
-    return session is not None and bool(session.new or session.dirty or session.deleted)
+class _Watched(Transaction):
+    """A transaction of a session, or of a connection that no session has.
+
+    Attributes:
+        of_session: Whether a session says how it ends.
+        covers: That of the caller's connection, which a session is in.
+        autocommit: Each statement commits itself.
+        committing: COMMIT is on its way, or was answered.
+        prepared: It is in the second of two phases.
+        failed: A statement has failed, so the database may refuse all that follows.
+        doomed: The database will answer COMMIT with ROLLBACK.
+        had_written: Whether it had written before the statement that was sent last.
+    """
+
+    __slots__ = (
+        "_connection",
+        "_root",
+        "_session",
+        "_tie",
+        "autocommit",
+        "committing",
+        "covers",
+        "doomed",
+        "failed",
+        "had_written",
+        "of_session",
+        "prepared",
+    )
+
+    def __init__(self, tie: CommitTie, state: BusState, session: Session | None = None) -> None:
+        super().__init__(state)
+        self._tie = tie
+        self._session = _gone if session is None else ref(session)
+        self._root: Callable[[], RootTransaction | None] = _gone
+        self.of_session = session is not None
+        self.covers: _Watched | None = None
+        self.autocommit = False
+        self.committing = False
+        self.prepared = False
+        self.failed = False
+        self.doomed = False
+        self.had_written = False
+
+    def connect(self, connection: Connection, root: RootTransaction) -> None:
+        """Be told the transaction of the connection that it is in."""
+        self._root = ref(root)
+        level = connection.get_execution_options().get("isolation_level")
+        if level is None:  # what `create_engine` was given can be had nowhere else
+            level = connection.dialect._on_connect_isolation_level  # type: ignore[attr-defined]  # noqa: SLF001
+        self.autocommit = level == "AUTOCOMMIT"
+
+    def detach(self) -> None:
+        """Nobody watches it any more."""
+        self.of_session, self._session = False, _gone
+        if not self.levels[-1].has_written:
+            self.leave()
+
+    def root(self) -> RootTransaction | None:
+        """The transaction of the connection that it is in."""
+        return self._root()
+
+    def look(self) -> None:
+        """Find out whether it has ended, and whether its session has objects to flush."""
+        if self.of_session:
+            session = self._session()
+            if session is not None and not self.levels[-1].has_written and _has_unflushed(session):
+                self.write()
+            return
+        root = self._root()
+        if root is None or not root.is_active:
+            if not self.committing:
+                self.roll_back("the transaction was rolled back")
+            elif root is not None and root.connection.get_transaction() is root:
+                self.roll_back("the commit failed", _COMMIT_FAILED)  # it is not left, so it failed
+            else:
+                self._end_well()
+            self.leave()
+
+    def end(
+        self, how: End, reason: str | None = None, warning: str | None = None, *, at: int = 0
+    ) -> None:
+        """As in every transaction, and tell those who want to know."""
+        news = at == 0 and self.levels[0].end is None
+        super().end(how, reason, warning, at=at)
+        for hook in self._tie.ended if news else ():
+            hook(self, how)
+
+    def take_step(self, step: str, name: str) -> None:
+        """A savepoint is begun, kept or undone by a statement."""
+        if step == _BEGIN:
+            self.begin_savepoint(name)
+            return
+        depth = len(self.levels) - 1
+        while (found := self.levels[depth].name) != name:
+            if found is None:  # it is not known, or the session's own
+                return
+            depth -= 1
+        self.end(End.KEPT if step == _KEEP else End.ROLLED_BACK, _UNDONE, at=depth)
+        level = self.levels.pop()
+        if step == _UNDO:  # it is there still, and empty
+            self.begin_savepoint(level.name)
+
+    def forget_savepoint(self) -> None:
+        """The savepoint that was just begun by a statement is one that a session knows of."""
+        if self.levels[-1].name is not None:
+            self.levels.pop()
+
+    def commit_session(self) -> None:
+        """Its session has committed, or kept its innermost savepoint."""
+        depth = self._depth_of_session()
+        if depth > 0 or self.levels[0].around is not None:
+            self.end(End.KEPT, at=depth)
+            if self.covers is not None:
+                self.covers.look()
+        else:
+            self._end_well()
+
+    def roll_back_session(self) -> None:
+        """Its session has rolled back, or its innermost savepoint."""
+        self.look()
+        depth = self._depth_of_session()
+        if depth > 0:
+            self.levels[depth].wrote = True  # it was begun on purpose, and so it was rolled back
+        warning = _COMMIT_FAILED if self.committing and depth == 0 else None
+        self.end(End.ROLLED_BACK, "the transaction was rolled back", warning, at=depth)
+
+    def leave_savepoint(self) -> None:
+        """Its session has left its innermost savepoint."""
+        depth = self._depth_of_session()
+        while len(self.levels) > max(depth, 1):
+            self.keep_savepoint()
+
+    def leave_session(self) -> None:
+        """Its session has left the transaction."""
+        if self.levels[0].around is not None:
+            self.end(End.KEPT)
+        elif self.committing:
+            self.roll_back("the commit failed", _COMMIT_FAILED)
+        self.leave()
+
+    def _depth_of_session(self) -> int:
+        """The depth of the innermost savepoint that the session has begun; 0 if there is none."""
+        return max(depth for depth, level in enumerate(self.levels) if level.name is None)
+
+    def _end_well(self) -> None:
+        if self.doomed:
+            self.roll_back("the database answered COMMIT with ROLLBACK", _ANSWERED_ROLLBACK)
+        else:
+            self.commit()
 
 
-def _selects(statement: object = None, *_: object, **__: object) -> bool:
-    """Whether that is all that a call with these arguments does."""
-    if isinstance(statement, TextClause):
-        return statement.text.lstrip()[:6].upper() == "SELECT"
-    return isinstance(statement, Executable) and statement.is_select
+def _gone() -> None:
+    """Stand for a reference to nothing."""
 
 
-def _session_class(factory: _Factory) -> type[Session]:
-    if isinstance(factory, sessionmaker):
-        return factory.class_
-    configured: type[Session] | None = factory.kw.get("sync_session_class")
-    return configured or factory.class_.sync_session_class
+def _root(bind: Any) -> Engine:  # Any: all that a session can be bound to
+    """The engine that shares its events with all that were made of it by options."""
+    engine = bind.engine
+    if isinstance(engine, AsyncEngine):
+        engine = engine.sync_engine
+    while isinstance(engine, OptionEngine):
+        engine = engine._proxied  # noqa: SLF001 - no other way leads there
+    return engine
 
 
-def _use_session_class(factory: _Factory, session_class: type[Session]) -> None:
-    if isinstance(factory, sessionmaker):
-        factory.class_ = session_class
-    else:
-        factory.configure(sync_session_class=session_class)
+def _engines_of(factory: _Factory) -> list[Engine]:
+    """The engines that the factory is bound to now."""
+    binds = [factory.kw.get("bind"), *(factory.kw.get("binds") or {}).values()]
+    return [*dict.fromkeys(_root(bind) for bind in binds if bind is not None)]
+
+
+def _made(factory: _Factory, session: Session) -> bool:
+    """Whether the factory has made the session, or the one to await around it."""
+    return isinstance(session, factory.class_) or isinstance(async_session(session), factory.class_)
+
+
+def _has_unflushed(session: Session) -> bool:
+    """Whether the session has objects that are still to be written."""
+    with suppress(RuntimeError):  # another thread changes the session at this moment
+        return bool(session.new or session.deleted or any(map(session.is_modified, session.dirty)))
+    return False
+
+
+def _has_savepoint_of_its_own(session: Session, connection: Connection) -> bool:
+    """Whether a session on its caller's connection, as it begins, has begun a savepoint there."""
+    modes = ("create_savepoint", "conditional_savepoint")
+    return session.join_transaction_mode in modes and connection.in_nested_transaction()
+
+
+def _is_doomed(connection: Connection) -> bool:
+    """Whether the database refuses all in this transaction because of what has failed in it."""
+    try:
+        connection.execute(select(1))
+    except DBAPIError as error:
+        return not error.connection_invalidated
+    return False
+
+
+def _was_undone(connection: Connection, error: BaseException) -> bool:
+    """Whether the database has rolled the transaction back by itself, and begins another one."""
+    match connection.dialect.name:
+        case "sqlite":  # `sqlite3` and `aiosqlite` know it
+            driver = connection.connection.driver_connection
+            return not getattr(driver, "in_transaction", True)
+        case "mysql" | "mariadb":
+            return error.args[:1] == (_DEADLOCK,)
+        case _:
+            return False
+
+
+# What a statement does, by its text
+
+_BEGIN, _KEEP, _UNDO = "begin", "keep", "undo"
+_UNDONE = "the savepoint was rolled back"
+_DEADLOCK = 1213  # of MySQL and MariaDB
+
+_READING = re.compile(
+    "SELECT|VALUES|TABLE|SHOW|SET|RESET|EXPLAIN|PRAGMA|DESCRIBE|LOCK|DECLARE|FETCH|CLOSE|LISTEN"
+    "|BEGIN|START|COMMIT|END|PREPARE|ROLLBACK|ABORT|SAVE|SAVEPOINT|RELEASE"
+)
+# A comment, a string literal, or a quoted name.
+_OPAQUE = re.compile(
+    r"--[^\n]*|/\*(?!!).*?\*/"
+    r"|\b[eE]'(?:[^'\\]|\\.|'')*'|'(?:[^']|'')*'|\$(\w*)\$.*?\$\1\$"
+    r'|"(?:[^"]|"")*"|`[^`]*`',
+    re.DOTALL,
+)
+_WORD = re.compile(r"[\s(]*([A-Za-z]+)")
+_WRITING_PART = re.compile(r"[()]\s*(?:INSERT|UPDATE|DELETE|MERGE)\b", re.IGNORECASE)
+_SAVEPOINTS = (
+    (_BEGIN, re.compile(r"\s*SAVE(?:POINT|\s+TRAN(?:SACTION)?)\s+(\S+)", re.IGNORECASE)),
+    (_KEEP, re.compile(r"\s*RELEASE\s+(?:SAVEPOINT\s+)?(\S+)", re.IGNORECASE)),
+    (
+        _UNDO,
+        re.compile(
+            r"\s*ROLLBACK\s+(?:(?:WORK\s+|TRANSACTION\s+)?TO\s+(?:SAVEPOINT\s+)?|TRAN(?:SACTION)?\s+)"
+            r"(\S+)",
+            re.IGNORECASE,
+        ),
+    ),
+)
+
+
+class _Effect(NamedTuple):
+    """What a statement does to its transaction.
+
+    Attributes:
+        writes: Whether it may change something.
+        savepoints: Which savepoints it begins, keeps and undoes.
+    """
+
+    writes: bool
+    savepoints: tuple[tuple[str, str], ...]
+
+
+@lru_cache(1024)
+def _effect_of(statement: str) -> _Effect:
+    writes = False
+    savepoints: list[tuple[str, str]] = []
+    for part in _OPAQUE.sub(_visible, statement).split(";"):
+        word = _WORD.match(part)
+        kind = "" if word is None else word[1].upper()
+        if kind == "WITH":
+            writes |= _WRITING_PART.search(part) is not None
+        elif _READING.fullmatch(kind) is None:
+            writes |= bool(part.strip())
+        for step, pattern in _SAVEPOINTS:
+            if (found := pattern.match(part)) is not None:
+                savepoints.append((step, found[1]))
+                break
+    return _Effect(writes, tuple(savepoints))
+
+
+def _visible(opaque: re.Match[str]) -> str:
+    """A quoted name stays; it holds no end of a statement."""
+    return opaque[0].replace(";", "") if opaque[0][0] in '"`' else " "

@@ -208,6 +208,8 @@ class EventContextMiddleware:
         unit = Unit(self._state)
         scope[_SCOPE_KEY] = {**around, self.bus: unit}
         response = WatchedResponse(send)
+        if self._state.decisions is not None:
+            response.started = unit.mark_decided
         if drainer is not None:
             drainer.expect(unit)
         enclosing = next(reversed(around.values())) if around else None

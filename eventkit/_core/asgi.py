@@ -135,6 +135,7 @@ class WatchedResponse:
     status: int | None = None
     body_complete = False
     losses: tuple[OSError, ...] = ()
+    started: Callable[[], object] | None = None  # called when it is
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -143,6 +144,8 @@ class WatchedResponse:
         kind = message["type"]
         if kind == "http.response.start":
             self.status = message["status"]  # also for a client that has just left
+            if self.started is not None:
+                self.started()
         try:
             await self._send(message)
         except OSError as error:  # ASGI 2.4: what a server raises when the client has left

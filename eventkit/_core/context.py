@@ -201,6 +201,8 @@ async def dispatch(state: BusState, event: object) -> list[Failure]:
         with state.tally.lock:
             state.tally.published += 1
         return []
+    if state.decisions is not None:
+        state.decisions.dispatching(state, event)
     unit = Unit(state)
     unit.open(current(), nested=False)
     unit.publish((event,), even_on_failure=False)

@@ -30,6 +30,7 @@ class Verdict(Enum):
     OPEN = "open"  # its unit of work decides, or the transaction that it is in
     EVEN_ON_FAILURE = "even on failure"  # the publisher: it is delivered in any case
     RELEASED = "released"  # `release`, or a commit: it is delivered in any case
+    DISCARDED = "discarded"  # a transaction: it is dropped
 
 
 class Envelope:
@@ -38,12 +39,12 @@ class Envelope:
     __slots__ = (
         "announced",
         "cause",
+        "decision",
         "event",
         "number",
         "plan",
         "published_from",
         "published_ns",
-        "section",
         "variables",
         "verdict",
     )
@@ -68,12 +69,12 @@ class Envelope:
         self.verdict: Verdict = verdict
         self.published_from: str | None = published_from
         self.announced: bool = False  # observers know that it will be delivered
-        self.section: Any = None  # the open transaction that decides it; Any: see `transactions`
+        self.decision: Any = None  # which transactions may decide it; Any: see `transactions`
 
     def decide(self) -> None:
         """It will be delivered, whatever becomes of its unit of work."""
         self.verdict = Verdict.RELEASED
-        self.section = None
+        self.decision = None
 
     def deliveries(self) -> list[Delivery]:
         """All of them."""
@@ -121,16 +122,16 @@ class EventQueue:
     Attributes:
         state: Whether it takes events.
         backlog: How much waits here and around.
-        sections: The transactions that are open here and in units inside, oldest first.
-        staged: What nobody has released; changed by `transactions`, too, under the lock.
+        transactions: Those that take part here and in units inside, in the order of joining.
+        staged: What nobody has released.
     """
 
-    __slots__ = ("_released", "_tally", "backlog", "sections", "staged", "state")
+    __slots__ = ("_released", "_tally", "backlog", "staged", "state", "transactions")
 
     def __init__(self, tally: Tally) -> None:
         self.state: State = State.NEW
         self.backlog: Backlog = Backlog()
-        self.sections: list[Any] = []  # Any: see `transactions`
+        self.transactions: list[Any] = []  # Any: see `transactions`
         self.staged: list[Envelope] = []
         self._released: deque[Envelope] = deque()
         self._tally = tally
@@ -151,7 +152,7 @@ class EventQueue:
         """Take events from now on; with a queue around it, backlog and transactions are shared."""
         self.state = State.OPEN
         if around is not None:
-            self.backlog, self.sections = around.backlog, around.sections
+            self.backlog, self.transactions = around.backlog, around.transactions
 
     def stage(
         self,
@@ -159,7 +160,7 @@ class EventQueue:
         limit: int,
         *,
         watched: bool,
-        tag: Callable[[Sequence[Envelope]], None],
+        tag: Callable[[Sequence[Envelope]], None] | None,
     ) -> Refusal | None:
         """Take all of them, or none and say why.
 
@@ -167,7 +168,7 @@ class EventQueue:
             envelopes: What to take.
             limit: How many events with a handler may wait.
             watched: Whether to keep those without a handler, whose way somebody watches.
-            tag: Called with them where transactions are open.
+            tag: Called with what is taken, where transactions decide.
         """
         deliveries = waiting = 0
         for envelope in envelopes:
@@ -186,7 +187,7 @@ class EventQueue:
             tally.accepted += deliveries
             if waiting < len(envelopes) and not watched:
                 envelopes = [envelope for envelope in envelopes if envelope.plan]
-            if self.sections:
+            if tag is not None:
                 tag(envelopes)
             self.staged += envelopes
             return None
@@ -215,7 +216,7 @@ class EventQueue:
             if self._released:
                 self.backlog.events -= 1
                 return self._released.popleft()
-            if closing and not self.staged and not self.sections:
+            if closing and not self.staged and not self.transactions:
                 self.state = State.CLOSED
             return None
         finally:
@@ -275,11 +276,32 @@ class EventQueue:
             self._unload(left)
             return left
 
-    def drop_staged(self, section: object) -> None:
-        """Drop what is staged and in the transaction. Needs the lock."""
-        dropped = [each for each in self.staged if each.section is section]
-        self.staged = [each for each in self.staged if each.section is not section]
-        self._unload(dropped)
+    def settle(
+        self, verdict_on: Callable[[Envelope], Verdict]
+    ) -> tuple[list[Envelope], list[Envelope]]:
+        """Have what is staged and undecided judged.
+
+        Returns:
+            What has been released by that and stays staged, and what was dropped.
+        """
+        released: list[Envelope] = []
+        dropped: list[Envelope] = []
+        with self._tally.lock:
+            for envelope in self.staged:
+                if envelope.verdict is Verdict.OPEN:
+                    verdict = verdict_on(envelope)
+                    if verdict is Verdict.RELEASED:
+                        envelope.decide()
+                        released.append(envelope)
+                    elif verdict is Verdict.DISCARDED:
+                        envelope.verdict = verdict
+                        dropped.append(envelope)
+            if dropped:
+                self.staged = [
+                    each for each in self.staged if each.verdict is not Verdict.DISCARDED
+                ]
+                self._unload(dropped)
+        return released, dropped
 
     # All that follows needs the lock.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from eventkit._core.events import Delivery, type_name
 from eventkit._core.log import log
 from eventkit._core.loops.threads import Entrance
 from eventkit._core.observers import Observer
+from eventkit._core.queue import Envelope
 from eventkit._core.stats import Tally
 from eventkit._core.subscriptions import Plan
 
@@ -21,6 +22,28 @@ class Submit(Protocol):
 
     def __call__(self, unit: Any, /, *, success: bool) -> None:  # Any: a `units.Unit`
         """End it; never blocks."""
+
+
+class Decisions(Protocol):
+    """Lets transactions decide what becomes of events: see `transactions`."""
+
+    def look(self, unit: Any, /) -> None:  # Any: a `units.Unit`, here and below
+        """Find out how the transactions in the unit stand."""
+
+    def tag(self, unit: Any, envelopes: Sequence[Envelope], /) -> None:
+        """Say who may decide what is being published. Needs the lock."""
+
+    def settle(self, unit: Any, envelopes: Sequence[Envelope], /) -> None:
+        """Decide what was published into a transaction that has ended."""
+
+    def follow(self, unit: Any, receiver: Any, /) -> None:
+        """The one unit hands its events to the other. Needs the lock."""
+
+    def end(self, unit: Any, /) -> None:
+        """The unit ends: its transactions have had their say."""
+
+    def dispatching(self, state: BusState, event: object, /) -> None:
+        """Warn of a dispatch inside a transaction that has written."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +67,8 @@ class BusState:
     """What all units of work of one bus share.
 
     The bus makes it and changes `observers` and `report_failure`; `add_host` and `remove_host`
-    change `hosts`; drainers that close change `losses`; everything else is fixed.
+    change `hosts`; drainers that close change `losses`; who ties a database to the bus sets
+    `decisions`; everything else is fixed.
     """
 
     bus: object  # whose they are, for those above who know what it is
@@ -60,6 +84,7 @@ class BusState:
     observers: tuple[Observer, ...] = ()
     losses: tuple[Counter[str], ...] = ()  # of those who count what is undelivered, by handler
     hosts: tuple[Host, ...] = ()  # in the order in which they began
+    decisions: Decisions | None = None  # where transactions decide
 
     def report(self, delivery: Delivery, error: Exception) -> None:
         """Tell the bus's owner of a failure that nobody awaits."""

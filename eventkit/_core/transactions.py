@@ -1,178 +1,451 @@
-"""Owns which transaction decides an event. Knows nothing of databases.
+"""Owns which transaction decides an event. Knows nothing of databases, and runs no handler.
 
-A `Section` is a transaction that is open in a unit of work; it decides the envelopes that are
-tagged with it before the unit does.
+The rules
+---------
+1. *Who takes part.* A transaction takes part in each unit of work in which it is used: from its
+   begin on, or from the first statement that is sent there.
+2. *Who has a say.* A transaction that has not written has none, however it ends.
+3. *Candidates.* An event is decided by the first transaction that has written among those that were
+   open when it was published. First come those of the publisher's own task, the one used last
+   first. Then come those of other tasks; beside transactions of the own task they only release. If
+   none of them has written, one that was committed releases the event all the same.
+4. *Afterwards.* What is still undecided is released by the next transaction that writes and commits
+   in the unit of work. One that rolls back discards it only if the publisher's own task has begun
+   it, before anything in the unit was committed, and before the response was started.
+5. *The end of the unit.* A transaction that has written and is still open has lost its events. What
+   no transaction has decided, the outcome of the unit decides.
+
+A savepoint that is rolled back takes along what was published in it. One that is kept is a part of
+what is around it.
+
+| who | what they own here |
+|---|---|
+| `Level` | how a transaction or savepoint stands: whether it has written, how it ended |
+| `Decision` | the candidates of one event, and rules 3 to 5 |
+| `Transaction` | the levels of one transaction, and the units of work it takes part in: rule 1 |
+| `Decisions` | what a unit of work asks when it publishes and when it ends |
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from enum import Enum
+from functools import partial
 
 from eventkit._core.ambient import current, find
 from eventkit._core.announcements import announce_dropped, announce_released
+from eventkit._core.events import type_name
 from eventkit._core.log import log
 from eventkit._core.queue import Envelope, Verdict
 from eventkit._core.state import BusState
 from eventkit._core.stats import Outcome
 from eventkit._core.units import Unit
 
-_begun: ContextVar[Section | None] = ContextVar("eventkit_begun", default=None)
+# The transactions that the task has used in units of work, the one used last first.
+_used: ContextVar[tuple[Transaction, ...]] = ContextVar("eventkit_used", default=())
+# The number of the event that the task has published last, on a bus whose transactions decide.
+_published: ContextVar[int] = ContextVar("eventkit_published", default=-1)
+
+STILL_OPEN = "the transaction was still open when its unit of work ended"
 
 
-class Section:
-    """What is published in one open transaction or savepoint, which decides it.
+class End(Enum):
+    """How a transaction or savepoint has ended."""
 
-    Made by `begin`; whoever watches the transaction says how it ended. Its events are those that
-    were published while it was the innermost one, and those of its unit that were published when
-    none was open. It marks and drops: no handler runs in it. Thread-safe.
+    COMMITTED = "committed"
+    ROLLED_BACK = "rolled back"
+    KEPT = "kept"  # a savepoint: from now on it is a part of what is around it
+
+
+class Say(Enum):
+    """How an event came to have a transaction as a candidate."""
+
+    OWN = "open when it was published, in the publisher's task"
+    OTHERS = "open when it was published, in another task beside own ones"
+    NEXT = "used afterwards, by the publisher's task, before any commit and answer"
+    LATER = "used afterwards"
+
+
+class Level:
+    """A transaction, or a savepoint in one.
 
     Attributes:
-        unit: The unit of work that it is open in.
-        units: Where its events are staged.
-        before: The one that the same task had begun before, and that is still open.
-        wrote: Whether it has changed anything; one that has not has no say when it is closed.
-        in_doubt: Whether it may have been committed although nobody has heard of it.
+        around: The savepoint or transaction that it is in.
+        name: Of a savepoint, where the database knows it.
+        wrote: Whether something in it may have changed the database. Only ever set to True.
+        end: How it ended; None while it is open.
+        reason: Why it was rolled back, for the log.
+        warning: What to warn of where events are lost by that.
     """
 
-    __slots__ = ("_dirty", "_enclosing", "before", "in_doubt", "unit", "units", "wrote")
+    __slots__ = ("around", "end", "name", "reason", "warning", "wrote")
 
-    def __init__(self, unit: Unit, dirty: Callable[[], bool], enclosing: Section | None) -> None:
-        self.unit = unit
-        self.units = {unit}
-        self._dirty = dirty
-        self._enclosing = enclosing
-        self.before = _begun.get()
-        while self.before is not None and not self.before.open:
-            self.before = self.before.before
+    def __init__(self, around: Level | None = None, name: str | None = None) -> None:
+        self.around = around
+        self.name = name
         self.wrote = False
-        self.in_doubt = False
+        self.end: End | None = None
+        self.reason: str | None = None
+        self.warning: str | None = None
+
+    def outward(self) -> Iterator[Level]:
+        """Itself, and all that is around it."""
+        level: Level | None = self
+        while level is not None:
+            yield level
+            level = level.around
 
     @property
-    def open(self) -> bool:
-        """Whether neither it nor its unit of work has ended."""
-        return self in self.unit.queue.sections
+    def has_written(self) -> bool:
+        """Whether the transaction that it is a part of has written."""
+        return any(level.wrote for level in self.outward())
+
+    def deciding(self) -> Level:
+        """The one that decides what was published here.
+
+        Where a savepoint is kept, or was rolled back although nothing was written in it, that is
+        what is around it.
+        """
+        level = self
+        while (
+            level.around is not None
+            and level.end is not None
+            and (level.end is End.KEPT or not level.wrote)
+        ):
+            level = level.around
+        return level
+
+
+class Decision:
+    """Which transactions may decide one event.
+
+    Attributes:
+        previous: The number of the event that its task had published before.
+        by: The one that has decided, once one has.
+    """
+
+    __slots__ = ("_afterwards", "_at_hand", "by", "previous")
+
+    def __init__(self, previous: int, at_hand: Sequence[tuple[Level, Say]]) -> None:
+        self.previous = previous
+        self.by: Level | None = None
+        self._at_hand = at_hand  # open when it was published
+        self._afterwards: list[tuple[Level, Say]] = []
+
+    def add(self, transaction: Level, say: Say) -> None:
+        """Have one that is used after the publish decide, if no earlier one does."""
+        known = (level for level, _ in (*self._at_hand, *self._afterwards))
+        if all(transaction not in level.outward() for level in known):
+            self._afterwards.append((transaction, say))
+
+    def verdict(self, *, last: bool = False) -> Verdict:
+        """What has been decided; `last` says that the unit of work ends now."""
+        verdict = self._of_those_at_hand(last)
+        if verdict is None:
+            return Verdict.OPEN
+        if verdict is Verdict.OPEN:
+            return self._of_those_afterwards(last)
+        return verdict
+
+    def _of_those_at_hand(self, last: bool) -> Verdict | None:
+        """Rule 3. None: an open transaction has to end first. OPEN: they have nothing to say."""
+        waits, committed = False, None
+        for candidate, say in self._at_hand:
+            level = candidate.deciding()
+            if level.end is None:
+                if say is Say.OTHERS:
+                    waits = not last
+                elif not last:
+                    return None
+                elif level.has_written:
+                    return self._decided(Verdict.DISCARDED, level)
+            elif not level.wrote:
+                if level.end is End.COMMITTED:
+                    committed = committed or level
+            elif level.end is End.COMMITTED:
+                return self._decided(Verdict.RELEASED, level)
+            elif say is Say.OWN:
+                return self._decided(Verdict.DISCARDED, level)
+        if waits:
+            return None
+        return Verdict.OPEN if committed is None else self._decided(Verdict.RELEASED, committed)
+
+    def _of_those_afterwards(self, last: bool) -> Verdict:
+        """Rule 4."""
+        for candidate, say in self._afterwards:
+            level = candidate.deciding()
+            if level.end is End.COMMITTED and level.wrote:
+                return self._decided(Verdict.RELEASED, level)
+            lost = level.wrote if level.end is not None else last and level.has_written
+            if lost and say is Say.NEXT:
+                return self._decided(Verdict.DISCARDED, level)
+        return Verdict.OPEN
+
+    def _decided(self, verdict: Verdict, by: Level) -> Verdict:
+        self.by = by
+        return verdict
+
+
+class Transaction:
+    """One transaction of a database, as the units of work know it.
+
+    Whoever watches the database makes it, and says what happens in it. Thread-safe, as far as the
+    database's own transactions are: one thread at a time uses and ends it.
+
+    Attributes:
+        state: Of the bus whose events it decides.
+        levels: The transaction itself, and the savepoints that are open in it.
+        units: The units of work that it takes part in, and those in which its events wait.
+        gone: Whether it takes part in nothing any more.
+    """
+
+    __slots__ = ("__weakref__", "gone", "levels", "state", "units")
+
+    def __init__(self, state: BusState) -> None:
+        self.state = state
+        self.levels = [Level()]
+        self.units: set[Unit] = set()
+        self.gone = False
+
+    def look(self) -> None:
+        """Find out what nobody has said of it so far. For those who inherit from it."""
+
+    def use(self) -> None:
+        """Have it take part in the unit of work of the caller, as the one that is used last."""
+        unit: Unit | None = find(current(), self.state)
+        if unit is None or unit.closed:
+            return
+        used = _used.get()
+        if not used or used[0] is not self:
+            _used.set((self, *[each for each in used if each is not self and not each.gone]))
+        if unit not in self.units:
+            self._join(unit)
+
+    def write(self) -> None:
+        """Something in it may change the database."""
+        for level in self.levels[-1].outward():
+            if level.wrote:
+                return
+            level.wrote = True
+
+    def begin_savepoint(self, name: str | None = None) -> None:
+        """What is published from now on is published in this savepoint."""
+        self.levels.append(Level(self.levels[-1], name))
+
+    def keep_savepoint(self) -> None:
+        """Leave the innermost savepoint; not ended before, it is a part of what is around it."""
+        level = self.levels.pop()
+        level.end = level.end or End.KEPT
 
     def commit(self) -> None:
-        """End it: its events will be delivered; those of a savepoint join what is around it."""
-        decided: list[Envelope] = []
-        with self.unit.state.tally.lock:
-            if self._enclosing is None:
-                decided = self._envelopes()
-                for envelope in decided:
-                    envelope.decide()
-            else:
-                self._enclosing.wrote |= self.wrote
-            self._end()
-        announce_released(self.unit.state, decided)
+        """It has been committed, with the savepoints in it."""
+        if self.levels[0].wrote:
+            with self.state.tally.lock:
+                for unit in self.units:
+                    unit.mark_decided()
+        self.end(End.COMMITTED)
 
-    def rollback(self, reason: str = "the transaction was rolled back") -> None:
-        """Drop its events. What is published in it from now on cannot be committed either."""
-        self.wrote = True
-        state = self.unit.state
-        with state.tally.lock:
-            dropped = self._envelopes()
+    def roll_back(self, reason: str, warning: str | None = None) -> None:
+        """It has been rolled back, with the savepoints in it."""
+        self.end(End.ROLLED_BACK, reason, warning)
+
+    def end(
+        self, how: End, reason: str | None = None, warning: str | None = None, *, at: int = 0
+    ) -> None:
+        """End the transaction, or the savepoint at this depth, with those in it.
+
+        What is published in it from now on shares its fate, until it is left.
+        """
+        while len(self.levels) > at + 1:
+            self.keep_savepoint()
+        level = self.levels[-1]
+        if level.end is None:
+            level.end, level.reason, level.warning = how, reason, warning
+            self.settle()
+
+    def start_over(self, reason: str) -> None:
+        """The database has undone all so far, and goes on in a new transaction."""
+        ended, self.levels = self.levels, []
+        for level in ended:
+            around = self.levels[-1] if self.levels else None
+            self.levels.append(Level(around, level.name))
+            level.wrote, level.end, level.reason = True, End.ROLLED_BACK, reason
+        self.settle()
+
+    def settle(self) -> None:
+        """Do with the events in its units what has been decided."""
+        with self.state.tally.lock:
+            units = [*self.units]
+        _settle(self.state, units)
+
+    def leave(self, reason: str = "the transaction was closed without a commit") -> None:
+        """It takes part in nothing any more; not ended before, it was not committed."""
+        self.roll_back(reason)
+        with self.state.tally.lock:
+            self.gone = True
             for unit in self.units:
-                unit.queue.drop_staged(self)
-        if dropped and self.in_doubt:
-            log(
-                logging.WARNING,
-                "a commit failed, and may have happened all the same",
-                bus=state.name,
-                deliveries=sum(len(each.plan) for each in dropped),
-            )
-        announce_dropped(state, dropped, Outcome.DISCARDED, reason)
-        self.unit.tell_emptied()
-
-    def close(self, reason: str = "the transaction was closed without a commit") -> None:
-        """End it, if that has not happened: what it wrote is lost, and with it its events.
-
-        If it wrote nothing, they go where they would have gone without it.
-        """
-        if not self.open:
-            return
-        if self.wrote or self._dirty():
-            self.rollback(reason)
-        with self.unit.state.tally.lock:
-            self._end()
-
-    def tag(self, unit: Unit, envelopes: Sequence[Envelope]) -> None:
-        """Have the innermost one open decide what is published in the unit. Needs the lock."""
-        section = _innermost(unit, _begun.get())
-        if section is not None:
-            section.take(unit, envelopes)
-
-    def take(self, unit: Unit, envelopes: Sequence[Envelope]) -> None:
-        """Have these, staged in the unit, decided here. Needs the lock."""
-        self.units.add(unit)
-        for envelope in envelopes:
-            if envelope.section is None and envelope.verdict is Verdict.OPEN:
-                envelope.section = self
-
-    def follow(self, unit: Unit, outer: Unit) -> None:
-        """Go where the unit hands its events to. Needs the lock."""
-        if unit in self.units:
-            self.units.add(outer)
-        if unit is self.unit:
-            self.unit = outer
-
-    def _envelopes(self) -> list[Envelope]:
-        """Its events that are still to be decided, in publish order. Needs the lock."""
-        theirs = [each for unit in self.units for each in unit.queue.staged if each.section is self]
-        return sorted(theirs, key=lambda envelope: envelope.number)
-
-    def _end(self) -> None:
-        """Leave what is still undecided to the transaction around it, or to none.
-
-        Needs the lock.
-        """
-        if self.open:
-            self.unit.queue.sections.remove(self)
-            receiver = _innermost(self.unit, self._enclosing or self.before)
-            for envelope in self._envelopes():
-                envelope.section = receiver
-            if receiver is not None:
-                receiver.units |= self.units
+                if self in unit.queue.transactions:
+                    unit.queue.transactions.remove(self)
             self.units.clear()
 
+    def decides(self) -> list[Envelope]:
+        """What would be released by its commit, in the order of publish."""
+        with self.state.tally.lock:
+            ends = [level.end for level in self.levels]
+            for level in self.levels:
+                level.end = End.KEPT
+            self.levels[0].end = End.COMMITTED
+            released = [
+                envelope
+                for unit in self.units
+                for envelope in unit.queue.staged
+                if _verdict_on(envelope) is Verdict.RELEASED
+            ]
+            for level, end in zip(self.levels, ends, strict=True):
+                level.end = end
+        return sorted(released, key=_number)
 
-def _innermost(unit: Unit, begun: Section | None) -> Section | None:
-    """The innermost one open in the unit, given the last one that the caller's task has begun.
+    def _join(self, unit: Unit) -> None:
+        for other in [*unit.queue.transactions]:
+            other.look()
+        with self.state.tally.lock:
+            if unit.closed:
+                return
+            self.units.add(unit)
+            if self not in unit.queue.transactions:
+                unit.queue.transactions.append(self)
+            decided = any(each.decided for each in unit.with_those_it_hands_to())
+            own = frozenset[int]() if decided else _published_here(unit.queue.staged)
+            for envelope in unit.queue.staged:
+                if envelope.decision is not None:
+                    say = Say.NEXT if envelope.number in own else Say.LATER
+                    envelope.decision.add(self.levels[0], say)
 
-    A session that was begun in another thread or task, as FastAPI begins those of a plain `def`
-    dependency, is the caller's all the same: it is one of this unit or of one around it.
-    """
-    sections: list[Section] = unit.queue.sections
-    while begun is not None:
-        if begun in sections:
-            return begun
-        begun = begun.before
-    around = [*unit.with_those_it_hands_to()]
-    return next((each for each in reversed(sections) if each.unit in around), None)
+
+class Decisions:
+    """What a unit of work asks of the transactions that are open in it."""
+
+    __slots__ = ()
+
+    def look(self, unit: Unit) -> None:
+        """Find out how the transactions stand, before something depends on it."""
+        for transaction in [*unit.queue.transactions]:
+            transaction.look()
+
+    def tag(self, unit: Unit, envelopes: Sequence[Envelope]) -> None:
+        """Give events that are being published their candidates. Needs the lock."""
+        candidates = _open_in(unit)
+        for transaction, _ in candidates:
+            transaction.units.add(unit)
+        at_hand = [(transaction.levels[-1], say) for transaction, say in candidates]
+        for envelope in envelopes:
+            if envelope.verdict is Verdict.OPEN:
+                envelope.decision = Decision(_published.get(), at_hand)
+                _published.set(envelope.number)
+
+    def settle(self, unit: Unit, envelopes: Sequence[Envelope]) -> None:
+        """Decide what was published into a transaction that has ended."""
+        if any(_verdict_on(envelope) is not Verdict.OPEN for envelope in envelopes[:1]):
+            _settle(unit.state, [unit])
+
+    def follow(self, unit: Unit, receiver: Unit) -> None:
+        """The one unit hands its events to the other, around it. Needs the lock."""
+        for transaction in unit.queue.transactions:
+            if unit in transaction.units:
+                transaction.units.remove(unit)
+                transaction.units.add(receiver)
+
+    def end(self, unit: Unit) -> None:
+        """The unit ends: its transactions have had their say."""
+        self.look(unit)
+        _settle(unit.state, [unit], last=True)
+        with unit.state.tally.lock:
+            for transaction in unit.queue.transactions:
+                transaction.units.discard(unit)
+            unit.queue.transactions.clear()
+
+    def dispatching(self, state: BusState, event: object) -> None:
+        """Warn of a dispatch inside a transaction that has written."""
+        unit: Unit | None = find(current(), state)
+        if unit is None or not unit.queue.transactions:
+            return
+        self.look(unit)
+        with state.tally.lock:
+            levels = [each.levels[-1] for each, _ in _open_in(unit)]
+        if any(level.end is None and level.has_written for level in levels):
+            name = type_name(type(event))
+            log(
+                logging.WARNING,
+                f"dispatch of {name} inside a transaction that has written: the handlers do not "
+                "see its rows, wait for its locks, and run also if it is rolled back. Commit "
+                "first, or publish",
+                bus=state.name,
+            )
 
 
-def begin(
-    state: BusState, dirty: Callable[[], bool], *, around: Section | None = None
-) -> Section | None:
-    """A transaction begins in the active unit of work; None where none is open.
+def _open_in(unit: Unit) -> list[tuple[Transaction, Say]]:
+    """The transactions that take part in the unit, in the order of their say. Needs the lock."""
+    reach = {*unit.with_those_it_hands_to()}
+    around: list[Transaction] = [
+        each for each in reversed(unit.queue.transactions) if not reach.isdisjoint(each.units)
+    ]
+    own = [each for each in _used.get() if each in around]
+    others = [each for each in around if each not in own]
+    say = Say.OTHERS if own else Say.OWN
+    return [*((each, Say.OWN) for each in own), *((each, say) for each in others)]
 
-    It takes in what was published in that unit and is undecided; a savepoint does not.
 
-    Args:
-        state: Of the bus whose events it decides.
-        dirty: Says whether there are changes that are still to be written in it.
-        around: The transaction or savepoint that it is a savepoint in.
-    """
-    unit: Unit | None = find(current(), state)
-    if unit is None:
-        return None
-    section = Section(unit, dirty, around)
-    with state.tally.lock:
-        if unit.closed:
-            return None
-        unit.queue.sections.append(section)
-        if around is None:
-            section.take(unit, unit.queue.staged)
-    _begun.set(section)
-    return section
+def _published_here(staged: Sequence[Envelope]) -> frozenset[int]:
+    """The numbers of those that the caller's task has published."""
+    previous = {each.number: each.decision.previous for each in staged if each.decision is not None}
+    numbers: set[int] = set()
+    number = _published.get()
+    while number in previous:
+        numbers.add(number)
+        number = previous[number]
+    return frozenset(numbers)
+
+
+def _verdict_on(envelope: Envelope, *, last: bool = False) -> Verdict:
+    decision: Decision | None = envelope.decision
+    return Verdict.OPEN if decision is None else decision.verdict(last=last)
+
+
+def _number(envelope: Envelope) -> int:
+    return envelope.number
+
+
+def _settle(state: BusState, units: Sequence[Unit], *, last: bool = False) -> None:
+    """Release and drop what has been decided in these units of work."""
+    judge: Callable[[Envelope], Verdict] = partial(_verdict_on, last=last)
+    released: list[Envelope] = []
+    dropped: dict[tuple[str | None, str | None], list[Envelope]] = {}
+    for unit in units:
+        ready, lost = unit.queue.settle(judge)
+        released += ready
+        for envelope in lost:
+            dropped.setdefault(_why(envelope), []).append(envelope)
+    announce_released(state, sorted(released, key=_number))
+    for (reason, warning), envelopes in dropped.items():
+        if warning is not None and (deliveries := sum(len(each.plan) for each in envelopes)):
+            log(logging.WARNING, warning, bus=state.name, deliveries=deliveries)
+        announce_dropped(state, envelopes, Outcome.DISCARDED, reason)
+    for unit in units if dropped else ():
+        unit.tell_emptied()
+
+
+def _why(envelope: Envelope) -> tuple[str | None, str | None]:
+    """The reason for which it was dropped, and what to warn of."""
+    level: Level = envelope.decision.by
+    if level.end is None:
+        return STILL_OPEN, _OUTLIVED
+    return level.reason, level.warning
+
+
+_OUTLIVED = (
+    "a transaction that has written was still open when its unit of work ended: if it is committed "
+    "later, no handler hears of it. End it inside; a middleware that commits goes inside of "
+    "EventContextMiddleware, which is then added last"
+)

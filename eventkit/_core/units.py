@@ -79,6 +79,7 @@ class Unit:
         background: It leaves its drain to a running application, if there is one.
         waits: It delivers its events itself, and so do those inside with `background`.
         draining: A task delivers its events.
+        decided: Something was committed in it, or its response was started.
         emptied: Called when events of it were dropped or delivered, in any thread.
         context: What users have of it, if they have; weak.
     """
@@ -94,6 +95,7 @@ class Unit:
     background: bool = False
     waits: bool = False
     draining: bool = False
+    decided: bool = False
     emptied: Callable[[], None] | None = None
     context: Callable[[], Any] | None = None  # Any: an `EventContext`
     _before: Unit | None = None  # the unit that was active before this one
@@ -212,16 +214,19 @@ class Unit:
             Envelope(event, plan_for(event), variables, cause, now, next(_numbers), verdict, place)
             for event in events
         ]
+        decisions, tag = state.decisions, None
+        if decisions is not None:
+            decisions.look(self)
+            tag = partial(decisions.tag, self)
         refusal = self.queue.stage(
-            envelopes, state.max_events, watched=bool(state.observers), tag=self._tag
+            envelopes, state.max_events, watched=bool(state.observers), tag=tag
         )
         if refusal is not None:
             raise self._refused(refusal)
         if state.observers:
             announce_published(state, envelopes)
-
-    def _tag(self, envelopes: Sequence[Envelope]) -> None:
-        self.queue.sections[-1].tag(self, envelopes)
+        if decisions is not None:
+            decisions.settle(self, envelopes)
 
     def _refused(self, refusal: Refusal) -> Exception:
         if refusal is Refusal.FULL:
@@ -264,8 +269,8 @@ class Unit:
         What was released here stays decided, also if the outer unit fails. A drain that another
         task runs goes on with it.
         """
-        if self.is_delivery and self.queue.sections:
-            self._close_sections()
+        if self.is_delivery:
+            self._end_transactions()
         released: list[Envelope] = []
         with self.state.tally.lock:
             receiver = self._receiver()
@@ -274,8 +279,8 @@ class Unit:
             if self.is_delivery:
                 released, dropped = self.queue.give(receiver.queue, success=success)
             else:
-                for section in self.queue.sections:
-                    section.follow(self, receiver)
+                if self.state.decisions is not None:
+                    self.state.decisions.follow(self, receiver)
                 dropped = self.queue.hand_over(
                     receiver.queue, success=success, released=not self.draining
                 )
@@ -294,18 +299,21 @@ class Unit:
             )
         return unit
 
-    def _close_sections(self) -> None:
-        """Close the transactions that are still open here although the unit ends."""
-        with self.state.tally.lock:
-            still_open = [each for each in reversed(self.queue.sections) if each.unit is self]
-        for section in still_open:
-            section.close("the transaction was still open when its unit of work ended")
+    def _end_transactions(self) -> None:
+        """Have the transactions decide that take part here: the unit ends."""
+        decisions = self.state.decisions
+        if decisions is not None and self.queue.transactions:
+            decisions.end(self)
+
+    def mark_decided(self) -> None:
+        """From now on a transaction that is rolled back leaves what was published before it."""
+        for unit in self.with_those_it_hands_to():
+            unit.decided = True
 
     def close_if_idle(self, *, success: bool, by_drain: bool = False) -> bool:
         """Decide what is staged; close it if then nothing is left to deliver."""
         queue = self.queue
-        if queue.sections:
-            self._close_sections()
+        self._end_transactions()
         if not success and queue.staged:
             self.discard()
         idle, released = queue.close_if_empty(release=success, may_close=by_drain is self.draining)

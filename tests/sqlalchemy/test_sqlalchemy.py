@@ -190,18 +190,26 @@ async def test_an_event_from_before_the_first_statement_belongs_to_the_transacti
     assert seen == ["discarded early"]
 
 
-async def test_an_event_from_after_the_commit_belongs_to_the_next_transaction(
-    bus: EventBus, sessions: Sessions, seen: list[str]
+@pytest.mark.parametrize("success", [True, False])
+@pytest.mark.parametrize("commit", [True, False])
+async def test_an_event_from_after_the_commit_is_released_by_the_next_one_or_left_to_the_unit(
+    commit: bool, success: bool, bus: EventBus, sessions: Sessions, seen: list[str]
 ) -> None:
-    async with bus.context():
-        with sessions() as session:
-            session.add(Row(name="ada"))
-            session.commit()
-            bus.publish("late")
-            session.add(Row(name="bob"))
-            session.rollback()
+    with suppress(Wrong):
+        async with bus.context():
+            with sessions() as session:
+                session.add(Row(name="ada"))
+                session.commit()
+                bus.publish("late")
+                session.add(Row(name="bob"))
+                if commit:
+                    session.commit()
+                else:
+                    session.rollback()
+            if not success:
+                raise Wrong
 
-    assert seen == ["discarded late"]
+    assert seen == ["handled late" if commit or success else "discarded late"]
 
 
 @pytest.mark.parametrize("success", [True, False])
@@ -324,7 +332,7 @@ async def test_two_sessions_in_one_unit_decide_for_themselves(
 ) -> None:
     async with bus.context():
         with suppress(Wrong), sessions.begin() as first:
-            first.get(Row, "first")
+            first.add(Row(name="lost"))
             bus.publish("first")
             with sessions.begin() as second:
                 second.add(Row(name="second"))
@@ -405,6 +413,7 @@ async def test_a_transaction_does_not_decide_for_an_independent_context_inside_i
             bus.publish("ada")
             async with bus.context(independent=True):
                 with sessions.begin() as inner:
+                    inner.add(Row(name="cid"))
                     bus.publish("cid")
                     inner.rollback()
                 bus.publish("bob")
@@ -508,18 +517,23 @@ async def test_a_transaction_that_outlives_the_unit_has_not_been_committed(
     assert_settled(bus)
 
 
-async def test_a_transaction_from_before_the_unit_has_no_say_in_it(
+async def test_a_transaction_from_before_the_unit_takes_part_in_it_once_it_is_used_there(
     bus: EventBus, sessions: Sessions, seen: list[str]
 ) -> None:
     with sessions() as session:
         session.add(Row(name="ada"))
+        session.flush()
         async with bus.context():
-            with suppress(Wrong), session.begin_nested():
-                bus.publish("ada")
-                raise Wrong
-        session.rollback()
+            bus.publish("before its use")
+            session.get(Row, "first")
+            bus.publish("rolled back")
+            session.rollback()
+        session.get(Row, "first")
+        async with bus.context():
+            bus.publish("not used")
+            session.rollback()
 
-    assert seen == ["handled ada"]
+    assert seen == ["discarded before its use", "discarded rolled back", "handled not used"]
 
 
 async def test_a_session_outside_any_unit_is_left_alone(
@@ -549,6 +563,7 @@ async def test_observers_hear_of_the_decision_when_it_is_made_also_about_unhandl
     bus.observe(Told())
     async with bus.context():
         with sessions() as session:
+            session.add(Row(name="ada"))
             bus.publish("ada", Number(1))
             session.commit()
             session.add(Row(name="bob"))
@@ -1130,35 +1145,40 @@ async def test_a_tie_that_was_detached_leaves_a_later_one_alone(
     assert seen == ["discarded ada"]
 
 
-async def test_a_tie_has_no_hold_on_sessions_made_before_it_nor_on_what_follows_it(
+async def test_a_tie_holds_for_sessions_made_before_it_and_not_for_what_follows_it(
     bus: EventBus, engine: Engine, seen: list[str]
 ) -> None:
-    sessions = sessionmaker(engine)
-    before = sessions()
-    tie = deliver_on_commit(bus, sessions)
+    before = Session(engine)
+    tie = deliver_on_commit(bus, engine)
     async with bus.context():
-        with before, sessions() as session:
+        with before, Session(engine) as session:
             before.add(Row(name="ada"))
-            bus.publish("kept")
+            bus.publish("lost")
             before.rollback()
             session.begin()
             tie.detach()
             session.add(Row(name="bob"))
+            bus.publish("kept")
             session.rollback()
 
-    assert seen == ["handled kept"]
+    assert seen == ["discarded lost", "handled kept"]
 
 
-async def test_one_factory_is_tied_to_a_bus_once(bus: EventBus, sessions: Sessions) -> None:
-    with pytest.raises(ValueError, match=r"'default'.* is tied to sessionmaker\(.* already: call"):
+async def test_one_engine_is_tied_to_a_bus_once(bus: EventBus, sessions: Sessions) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"'default'.* is tied to Engine\(.*\) already: all sessions and connections of an "
+        r"engine count, so call deliver_on_commit\(\) once",
+    ):
         deliver_on_commit(bus, scoped_session(sessions))
 
 
-@pytest.mark.parametrize("wrong", [Session, Session(), create_engine("sqlite://"), None])
-async def test_what_is_no_session_factory_is_refused(wrong: Any, bus: EventBus) -> None:
+@pytest.mark.parametrize("wrong", [Session, Session(), "sqlite://", None])
+async def test_what_leads_to_no_engine_is_refused(wrong: Any, bus: EventBus) -> None:
     with pytest.raises(
         TypeError,
-        match=r"takes the sessionmaker or async_sessionmaker .* not .*: sessionmaker\(engine\)",
+        match=r"deliver_on_commit\(\) takes an Engine or AsyncEngine, or a sessionmaker or "
+        r"async_sessionmaker that has one, not .*: give it the engine itself",
     ):
         deliver_on_commit(bus, wrong)
 
