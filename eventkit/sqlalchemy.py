@@ -469,8 +469,10 @@ class _Watched(Transaction):
         self.end(End.ROLLED_BACK, "the transaction was rolled back", warning, at=depth)
 
     def leave_savepoint(self) -> None:
-        """Its session has left its innermost savepoint."""
+        """Its session has left its innermost savepoint; not ended before, it was not kept."""
         depth = self._depth_of_session()
+        if depth > 0:
+            self.end(End.ROLLED_BACK, _UNDONE, at=depth)
         while len(self.levels) > max(depth, 1):
             self.keep_savepoint()
 
