@@ -474,7 +474,7 @@ class _Watched(Transaction):
         """Its session has left its innermost savepoint; not ended before, it was not kept."""
         depth = self._depth_of_session()
         if depth > 0:
-            self.end(End.ROLLED_BACK, _UNDONE, at=depth)
+            self.end(End.ROLLED_BACK, "the savepoint was rolled back", at=depth)
         while len(self.levels) > max(depth, 1):
             self.keep_savepoint()
 
