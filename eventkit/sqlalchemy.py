@@ -438,7 +438,9 @@ class _Watched(Transaction):
             return
         depth = len(self.levels) - 1
         while (found := self.levels[depth].name) != name:
-            if found is None:  # it is not known, or the session's own
+            if found is None:  # the session's own, one of its caller's connection, or not known
+                if self.covers is not None:
+                    self.covers.take_step(step, name)
                 return
             depth -= 1
         how = End.KEPT if step is Step.KEEP else End.ROLLED_BACK
