@@ -7,11 +7,9 @@ connection is used in: they only mark, and no handler runs in them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 try:
@@ -35,6 +33,7 @@ from sqlalchemy.orm import Session, SessionTransaction, scoped_session, sessionm
 
 from eventkit._core.bus import EventBus, state_of
 from eventkit._core.state import BusState
+from eventkit._core.statements import Step, effect_of
 from eventkit._core.transactions import Decisions, End, Transaction
 
 __all__ = ["CommitTie", "deliver_on_commit"]
@@ -45,6 +44,8 @@ _Sessions = _Factory | scoped_session[Any] | async_scoped_session[Any]
 
 _COMMIT_FAILED = "a commit failed, and may have happened all the same"
 _ANSWERED_ROLLBACK = "a statement had failed, so the database answered COMMIT with ROLLBACK"
+
+_DEADLOCK = 1213  # of MySQL and MariaDB
 
 _ties: list[CommitTie] = []  # those that are not detached
 
@@ -119,7 +120,7 @@ class CommitTie:
         self._engine_hooks: dict[str, Callable[..., None]] = {
             "before_cursor_execute": self._execute,
             "commit": self._commit,
-            "commit_twophase": self._commit_prepared,
+            "commit_twophase": self._commit,
             "prepare_twophase": self._prepare,
             "rollback": self._roll_back,
             "rollback_twophase": self._roll_back,
@@ -183,17 +184,19 @@ class CommitTie:
     ) -> None:
         transaction = self._of(connection)
         if transaction is not None:
-            effect = _effect_of(statement)
+            effect = effect_of(statement)
             transaction.use()
             if effect.writes:
                 transaction.had_written = transaction.levels[0].wrote
                 transaction.write()
                 if transaction.autocommit:
                     transaction.commit()
-            for step, name in effect.savepoints:
-                transaction.take_step(step, name)
-                if step == _UNDO and (outermost := self._outermost(connection)) is not None:
+            for step, name in effect.steps:
+                if step is Step.UNDO and (outermost := self._outermost(connection)) is not None:
                     outermost.failed = False
+                elif step is Step.KEEP and name == transaction.savepoint:
+                    self._before_commit(connection, transaction)
+                transaction.take_step(step, name)
 
     def _of(self, connection: Connection) -> _Watched | None:
         """The innermost one that the connection is in; made where nothing is known of it."""
@@ -216,13 +219,9 @@ class CommitTie:
 
     def _commit(self, connection: Connection, *_: object) -> None:
         transaction = self._outermost(connection)
-        if transaction is not None and not transaction.prepared:
-            self._before_commit(connection, transaction)
-            transaction.committing = True
-
-    def _commit_prepared(self, connection: Connection, *_: object) -> None:
-        self._commit(connection)
-        if (transaction := self._outermost(connection)) is not None:
+        if transaction is not None:
+            if not transaction.prepared:
+                self._before_commit(connection, transaction)
             transaction.committing = True
 
     def _prepare(self, connection: Connection, *_: object) -> None:
@@ -310,7 +309,7 @@ class CommitTie:
                 return
             transaction.covers = below
             if _has_savepoint_of_its_own(session, connection):
-                below.forget_savepoint()
+                transaction.savepoint = below.forget_savepoint()
             else:
                 transaction.levels[0].around = below.levels[-1]
         transaction.connect(connection, root)
@@ -354,6 +353,7 @@ class _Watched(Transaction):
         failed: A statement has failed, so the database may refuse all that follows.
         doomed: The database will answer COMMIT with ROLLBACK.
         had_written: Whether it had written before the statement that was sent last.
+        savepoint: That on its caller's connection which it is for the database, if it is one.
     """
 
     __slots__ = (
@@ -369,12 +369,13 @@ class _Watched(Transaction):
         "had_written",
         "of_session",
         "prepared",
+        "savepoint",
     )
 
     def __init__(self, tie: CommitTie, state: BusState, session: Session | None = None) -> None:
         super().__init__(state)
         self._tie = tie
-        self._session = _gone if session is None else ref(session)
+        self._session: Callable[[], Session | None] = _gone if session is None else ref(session)
         self._root: Callable[[], RootTransaction | None] = _gone
         self.of_session = session is not None
         self.covers: _Watched | None = None
@@ -384,13 +385,14 @@ class _Watched(Transaction):
         self.failed = False
         self.doomed = False
         self.had_written = False
+        self.savepoint: str | None = None
 
     def connect(self, connection: Connection, root: RootTransaction) -> None:
         """Be told the transaction of the connection that it is in."""
         self._root = ref(root)
         level = connection.get_execution_options().get("isolation_level")
         if level is None:  # what `create_engine` was given can be had nowhere else
-            level = connection.dialect._on_connect_isolation_level  # type: ignore[attr-defined]  # noqa: SLF001
+            level = connection.dialect._on_connect_isolation_level  # noqa: SLF001
         self.autocommit = level == "AUTOCOMMIT"
 
     def detach(self) -> None:
@@ -429,9 +431,9 @@ class _Watched(Transaction):
         for hook in self._tie.ended if news else ():
             hook(self, how)
 
-    def take_step(self, step: str, name: str) -> None:
+    def take_step(self, step: Step, name: str) -> None:
         """A savepoint is begun, kept or undone by a statement."""
-        if step == _BEGIN:
+        if step is Step.BEGIN:
             self.begin_savepoint(name)
             return
         depth = len(self.levels) - 1
@@ -439,15 +441,15 @@ class _Watched(Transaction):
             if found is None:  # it is not known, or the session's own
                 return
             depth -= 1
-        self.end(End.KEPT if step == _KEEP else End.ROLLED_BACK, _UNDONE, at=depth)
-        level = self.levels.pop()
-        if step == _UNDO:  # it is there still, and empty
-            self.begin_savepoint(level.name)
+        how = End.KEPT if step is Step.KEEP else End.ROLLED_BACK
+        self.end(how, "the savepoint was rolled back", at=depth)
+        self.levels.pop()
+        if step is Step.UNDO:  # it is there still, and empty
+            self.begin_savepoint(name)
 
-    def forget_savepoint(self) -> None:
-        """The savepoint that was just begun by a statement is one that a session knows of."""
-        if self.levels[-1].name is not None:
-            self.levels.pop()
+    def forget_savepoint(self) -> str | None:
+        """The savepoint that a statement has just begun is a session's, which says how it ends."""
+        return None if self.levels[-1].name is None else self.levels.pop().name
 
     def commit_session(self) -> None:
         """Its session has committed, or kept its innermost savepoint."""
@@ -499,7 +501,7 @@ def _gone() -> None:
 
 def _root(bind: Any) -> Engine:  # Any: all that a session can be bound to
     """The engine that shares its events with all that were made of it by options."""
-    engine = bind.engine
+    engine: Engine | AsyncEngine = bind.engine
     if isinstance(engine, AsyncEngine):
         engine = engine.sync_engine
     while isinstance(engine, OptionEngine):
@@ -509,7 +511,7 @@ def _root(bind: Any) -> Engine:  # Any: all that a session can be bound to
 
 def _engines_of(factory: _Factory) -> list[Engine]:
     """The engines that the factory is bound to now."""
-    binds = [factory.kw.get("bind"), *(factory.kw.get("binds") or {}).values()]
+    binds: list[Any] = [factory.kw.get("bind"), *(factory.kw.get("binds") or {}).values()]
     return [*dict.fromkeys(_root(bind) for bind in binds if bind is not None)]
 
 
@@ -550,71 +552,3 @@ def _was_undone(connection: Connection, error: BaseException) -> bool:
             return error.args[:1] == (_DEADLOCK,)
         case _:
             return False
-
-
-# What a statement does, by its text
-
-_BEGIN, _KEEP, _UNDO = "begin", "keep", "undo"
-_UNDONE = "the savepoint was rolled back"
-_DEADLOCK = 1213  # of MySQL and MariaDB
-
-_READING = re.compile(
-    "SELECT|VALUES|TABLE|SHOW|SET|RESET|EXPLAIN|PRAGMA|DESCRIBE|LOCK|DECLARE|FETCH|CLOSE|LISTEN"
-    "|BEGIN|START|COMMIT|END|PREPARE|ROLLBACK|ABORT|SAVE|SAVEPOINT|RELEASE"
-)
-# A comment, a string literal, or a quoted name.
-_OPAQUE = re.compile(
-    r"--[^\n]*|/\*(?!!).*?\*/"
-    r"|\b[eE]'(?:[^'\\]|\\.|'')*'|'(?:[^']|'')*'|\$(\w*)\$.*?\$\1\$"
-    r'|"(?:[^"]|"")*"|`[^`]*`',
-    re.DOTALL,
-)
-_WORD = re.compile(r"[\s(]*([A-Za-z]+)")
-_WRITING_PART = re.compile(r"[()]\s*(?:INSERT|UPDATE|DELETE|MERGE)\b", re.IGNORECASE)
-_SAVEPOINTS = (
-    (_BEGIN, re.compile(r"\s*SAVE(?:POINT|\s+TRAN(?:SACTION)?)\s+(\S+)", re.IGNORECASE)),
-    (_KEEP, re.compile(r"\s*RELEASE\s+(?:SAVEPOINT\s+)?(\S+)", re.IGNORECASE)),
-    (
-        _UNDO,
-        re.compile(
-            r"\s*ROLLBACK\s+(?:(?:WORK\s+|TRANSACTION\s+)?TO\s+(?:SAVEPOINT\s+)?|TRAN(?:SACTION)?\s+)"
-            r"(\S+)",
-            re.IGNORECASE,
-        ),
-    ),
-)
-
-
-class _Effect(NamedTuple):
-    """What a statement does to its transaction.
-
-    Attributes:
-        writes: Whether it may change something.
-        savepoints: Which savepoints it begins, keeps and undoes.
-    """
-
-    writes: bool
-    savepoints: tuple[tuple[str, str], ...]
-
-
-@lru_cache(1024)
-def _effect_of(statement: str) -> _Effect:
-    writes = False
-    savepoints: list[tuple[str, str]] = []
-    for part in _OPAQUE.sub(_visible, statement).split(";"):
-        word = _WORD.match(part)
-        kind = "" if word is None else word[1].upper()
-        if kind == "WITH":
-            writes |= _WRITING_PART.search(part) is not None
-        elif _READING.fullmatch(kind) is None:
-            writes |= bool(part.strip())
-        for step, pattern in _SAVEPOINTS:
-            if (found := pattern.match(part)) is not None:
-                savepoints.append((step, found[1]))
-                break
-    return _Effect(writes, tuple(savepoints))
-
-
-def _visible(opaque: re.Match[str]) -> str:
-    """A quoted name stays; it holds no end of a statement."""
-    return opaque[0].replace(";", "") if opaque[0][0] in '"`' else " "

@@ -205,7 +205,7 @@ class Transaction:
 
     def __init__(self, state: BusState) -> None:
         self.state = state
-        self.levels = [Level()]
+        self.levels: list[Level] = [Level()]
         self.units: set[Unit] = set()
         self.gone = False
 
@@ -267,11 +267,11 @@ class Transaction:
 
     def start_over(self, reason: str) -> None:
         """The database has undone all so far, and goes on in a new transaction."""
-        ended, self.levels = self.levels, []
+        ended, self.levels = self.levels, [Level()]
         for level in ended:
-            around = self.levels[-1] if self.levels else None
-            self.levels.append(Level(around, level.name))
             level.wrote, level.end, level.reason = True, End.ROLLED_BACK, reason
+        for level in ended[1:]:
+            self.begin_savepoint(level.name)
         self.settle()
 
     def settle(self) -> None:

@@ -1,0 +1,81 @@
+"""Owns what an SQL statement does to its transaction, as far as its text tells.
+
+Knows no database: the words are those of the standard, and of what people run.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from functools import lru_cache
+from typing import NamedTuple
+
+_READING = re.compile(
+    "SELECT|VALUES|TABLE|SHOW|SET|RESET|EXPLAIN|PRAGMA|DESCRIBE|LOCK|DECLARE|FETCH|CLOSE|LISTEN"
+    # What controls transactions.
+    "|BEGIN|START|COMMIT|END|PREPARE|ROLLBACK|ABORT|SAVE|SAVEPOINT|RELEASE"
+)
+# A comment, a string literal, or a quoted name. What stands in `/*! */` MySQL executes.
+_OPAQUE = re.compile(
+    r"--[^\n]*|/\*(?!!).*?\*/"
+    r"|\b[eE]'(?:[^'\\]|\\.|'')*'|'(?:[^']|'')*'|\$(\w*)\$.*?\$\1\$"
+    r'|"(?:[^"]|"")*"|`[^`]*`',
+    re.DOTALL,
+)
+_WORD = re.compile(r"[\s(]*([A-Za-z]+)")
+_WRITING_PART = re.compile(r"[()]\s*(?:INSERT|UPDATE|DELETE|MERGE)\b", re.IGNORECASE)
+
+
+class Step(Enum):
+    """What a statement does to a savepoint."""
+
+    BEGIN = "begin"
+    KEEP = "keep"
+    UNDO = "undo"
+
+
+_SAVEPOINTS = {
+    Step.BEGIN: r"\s*SAVE(?:POINT|\s+TRAN(?:SACTION)?)\s+(\S+)",
+    Step.KEEP: r"\s*RELEASE\s+(?:SAVEPOINT\s+)?(\S+)",
+    Step.UNDO: r"\s*ROLLBACK\s+(?:(?:WORK\s+|TRANSACTION\s+)?TO\s+(?:SAVEPOINT\s+)?"
+    r"|TRAN(?:SACTION)?\s+)(\S+)",
+}
+
+
+class Effect(NamedTuple):
+    """What a text of one or more statements does to the transaction that it is sent in.
+
+    Attributes:
+        writes: Whether it may change something.
+        steps: What it does to which savepoints, in its order.
+    """
+
+    writes: bool
+    steps: tuple[tuple[Step, str], ...]
+
+
+@lru_cache(1024)
+def effect_of(text: str) -> Effect:
+    """Judge each statement between `;` by its first word; WITH by the parts it has.
+
+    Not seen: functions that write in a SELECT, EXPLAIN ANALYZE of what writes, SELECT INTO.
+    """
+    writes = False
+    steps: list[tuple[Step, str]] = []
+    for statement in _OPAQUE.sub(_visible, text).split(";"):
+        word = _WORD.match(statement)
+        kind = "" if word is None else word[1].upper()
+        if kind == "WITH":
+            writes |= _WRITING_PART.search(statement) is not None
+        elif _READING.fullmatch(kind) is None:
+            writes |= bool(statement.strip())
+        for step, pattern in _SAVEPOINTS.items():
+            if (found := re.match(pattern, statement, re.IGNORECASE)) is not None:
+                steps.append((step, found[1]))
+                break
+    return Effect(writes, tuple(steps))
+
+
+def _visible(opaque: re.Match[str]) -> str:
+    """A quoted name stays, but for what would look like the end of a statement."""
+    return opaque[0].replace(";", "") if opaque[0][0] in '"`' else " "
