@@ -1,7 +1,7 @@
 """Measures what `deliver_on_commit` adds to a small transaction on SQLite, with and without events.
 
-Each transaction runs in a unit of work of its own, through a session factory that is tied to the
-bus and through one that is not, in turns. A transaction waits for the disk, and that is a part of
+Each transaction runs in a unit of work of its own, on an engine that is tied to the bus and on one
+that is not, in turns. A transaction waits for the disk, and that is a part of
 what it takes: the clock is the wall's, not the process's.
 """
 
@@ -37,7 +37,7 @@ from eventkit.sqlalchemy import deliver_on_commit
 
 PACKAGES = ("anyio", "sqlalchemy")
 
-NOT_TIED = "sessions that are not tied"
+NOT_TIED = "an engine that is not tied"
 TIED = "eventkit, deliver_on_commit"
 GOAL = 1.05
 
@@ -95,7 +95,7 @@ async def transactions(
         engine = create_engine(f"sqlite://{file}")
         sessions = sessionmaker(engine)
         if tied:
-            deliver_on_commit(bus, sessions)
+            deliver_on_commit(bus, engine)
         Base.metadata.create_all(engine)
         with Session(engine) as session:
             session.add(Row(id=0, note="first"))

@@ -84,17 +84,20 @@ FIRST_STOCK = (
 
 
 class Database:
-    """One SQLite file with two doors: `sessions` to await, `sync_sessions` for a plain `def`."""
+    """One SQLite file with two doors: `sessions` to await, `sync_sessions` for a plain `def`.
+
+    Each has an engine of its own, and both engines are tied to the bus.
+    """
 
     def __init__(self, url: str) -> None:
-        self._sync_engine = create_engine(url)
-        self._engine = create_async_engine(make_url(url).set(drivername="sqlite+aiosqlite"))
-        self.sync_sessions = sessionmaker(self._sync_engine)
-        self.sessions = async_sessionmaker(self._engine)
+        self.sync_engine = create_engine(url)
+        self.engine = create_async_engine(make_url(url).set(drivername="sqlite+aiosqlite"))
+        self.sync_sessions = sessionmaker(self.sync_engine)
+        self.sessions = async_sessionmaker(self.engine)
 
     async def open(self) -> None:
         """Create what is missing: tables, and something to sell."""
-        async with self._engine.begin() as connection:
+        async with self.engine.begin() as connection:
             # Readers and a writer get along; SQLite remembers it in the file.
             await connection.exec_driver_sql("PRAGMA journal_mode=WAL")
             await connection.run_sync(Base.metadata.create_all)
@@ -102,5 +105,5 @@ class Database:
 
     async def close(self) -> None:
         """Give all connections back."""
-        await self._engine.dispose()
-        self._sync_engine.dispose()
+        await self.engine.dispose()
+        self.sync_engine.dispose()

@@ -26,8 +26,8 @@ class Resources:
         self.settings = settings
         self.bus = EventBus(name="shop")
         self.database = Database(settings.database_url)
-        deliver_on_commit(self.bus, self.database.sessions)
-        deliver_on_commit(self.bus, self.database.sync_sessions)
+        deliver_on_commit(self.bus, self.database.engine)
+        deliver_on_commit(self.bus, self.database.sync_engine)
         self.mailer = Mailer(settings.smtp_host, settings.smtp_port)
         self.http = httpx.AsyncClient(timeout=5.0)
         self.payments = Payments(self.http, settings.payments_url)

@@ -2,6 +2,7 @@
 
 The usual fixture: each session joins the test's connection, and commits a savepoint of the
 transaction that the test rolls back. The database is clean again, and the events were delivered.
+The engine that is tied is the one that the tests use.
 """
 
 from collections.abc import Iterator
@@ -63,9 +64,8 @@ def connection() -> Iterator[Connection]:
 
 
 @pytest.fixture
-def client(connection: Connection, event_bus: EventBus) -> TestClient:
+def client(connection: Connection, event_bus: EventBus) -> Iterator[TestClient]:
     sessions = sessionmaker(connection, join_transaction_mode="create_savepoint")
-    deliver_on_commit(event_bus, sessions)
     app = FastAPI()
     app.add_middleware(EventContextMiddleware, bus=event_bus)
 
@@ -77,7 +77,8 @@ def client(connection: Connection, event_bus: EventBus) -> TestClient:
             if not email.endswith("@example.org"):
                 raise HTTPException(403, "this is a closed club")
 
-    return TestClient(app)
+    with deliver_on_commit(event_bus, engine):  # one engine for all tests, and a bus for each
+        yield TestClient(app)
 
 
 @pytest.mark.parametrize("turn", ["first", "second"])

@@ -188,6 +188,38 @@ def test_the_rescue_of_the_shutdown_page_writes_to_a_file(
     )
 
 
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+    """A client of the program of the page about commits, with a database of its own."""
+    monkeypatch.chdir(tmp_path)
+    page = run_page(ROOT / "docs" / "commits.md")
+    with TestClient(page.app, raise_server_exceptions=False) as client:
+        yield client
+    page.test_engine.dispose()
+
+
+def test_the_program_of_the_commits_page_speaks_of_committed_orders_alone(
+    shop: TestClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        shop.post("/orders/7")
+
+    assert capsys.readouterr().out == "order 7 is placed\n"
+
+
+def test_the_savepoint_of_the_commits_page_takes_its_own_event_along(
+    shop: TestClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in (7, 8):
+        assert shop.post(f"/orders/{number}/TEN").status_code == 200
+
+    assert capsys.readouterr().out.splitlines() == [
+        "order 7 is placed",
+        "coupon TEN is used",
+        "order 8 is placed",
+    ]
+
+
 class Browser:
     """A browser that has opened the websocket of the page about streams."""
 

@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 from httpx import HTTPStatusError, TransportError
 from sqlalchemy import create_engine
 
+from eventkit.sqlalchemy import deliver_on_commit
 from eventkit.testing import EventCapture, assert_handles
 from examples.shop.app import create_app
 from examples.shop.orders.events import OrderPlaced, PaymentDeclined, StockTaken, WaitingListJoined
@@ -118,7 +119,7 @@ def test_a_commit_is_one_also_in_a_tests_transaction_that_is_rolled_back_in_the_
     engine = create_engine(f"sqlite:///{shop.database}")
     obey(engine)
 
-    with engine.connect() as connection:
+    with engine.connect() as connection, deliver_on_commit(shop.bus, engine):
         everything = connection.begin()
         shop.resources.database.sync_sessions.configure(
             bind=connection, join_transaction_mode="create_savepoint"
