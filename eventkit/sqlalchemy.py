@@ -20,7 +20,7 @@ except ModuleNotFoundError as _missing:
         "fastapi-eventkit[sqlalchemy]",
         name=_missing.name,
     ) from _missing
-from sqlalchemy.engine import ExceptionContext, RootTransaction
+from sqlalchemy.engine import ExceptionContext, RootTransaction, TwoPhaseTransaction
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import (
@@ -221,7 +221,11 @@ class CommitTie:
         transaction = self._outermost(connection)
         if transaction is not None:
             if not transaction.prepared:
-                self._before_commit(connection, transaction)
+                try:
+                    self._before_commit(connection, transaction)
+                except BaseException:
+                    _undo(connection)
+                    raise
             transaction.committing = True
 
     def _prepare(self, connection: Connection, *_: object) -> None:
@@ -544,6 +548,21 @@ def _is_doomed(connection: Connection) -> bool:
     except DBAPIError as error:
         return not error.connection_invalidated
     return False
+
+
+def _undo(connection: Connection) -> None:
+    """Roll back what SQLAlchemy leaves open where a listener of `commit` has raised.
+
+    It takes the transaction for ended, and the next one to get the connection from the pool would
+    commit it.
+    """
+    try:
+        if isinstance(connection.get_transaction(), TwoPhaseTransaction):
+            connection.invalidate()
+        elif not connection.invalidated:
+            connection.connection.rollback()
+    except Exception as error:  # noqa: BLE001 - of the driver; the one that was raised goes before
+        connection.invalidate(error)
 
 
 def _was_undone(connection: Connection, error: BaseException) -> bool:
