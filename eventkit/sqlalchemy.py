@@ -458,7 +458,9 @@ class _Watched(Transaction):
             return
         depth = len(self.levels) - 1
         while (found := self.levels[depth].name) != name:
-            if found is None:  # it is not known, or the session's own
+            if found is None:  # the session's own, one of its caller's connection, or not known
+                if self.covers is not None:
+                    self.covers.take_step(step, name)
                 return
             depth -= 1
         how = End.KEPT if step is Step.KEEP else End.ROLLED_BACK
@@ -492,8 +494,10 @@ class _Watched(Transaction):
         self.end(End.ROLLED_BACK, "the transaction was rolled back", warning, at=depth)
 
     def leave_savepoint(self) -> None:
-        """Its session has left its innermost savepoint."""
+        """Its session has left its innermost savepoint; not ended before, it was not kept."""
         depth = self._depth_of_session()
+        if depth > 0:
+            self.end(End.ROLLED_BACK, "the savepoint was rolled back", at=depth)
         while len(self.levels) > max(depth, 1):
             self.keep_savepoint()
 

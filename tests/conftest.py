@@ -25,6 +25,10 @@ SERVICES = {
         "EVENTKIT_POSTGRES_URL",
         "postgresql+asyncpg://postgres@127.0.0.1:5432/test",
     ),
+    "mariadb": (
+        "EVENTKIT_MARIADB_URL",
+        "mysql+pymysql://root@127.0.0.1:3306/test",
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Databases of tests' own, on SQLite and PostgreSQL, with one table."""
+"""Databases of tests' own, on SQLite, PostgreSQL and MariaDB, with one table."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -7,10 +7,10 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import Connection, Engine, ForeignKey, create_engine, event, make_url
+from sqlalchemy import Connection, Engine, ForeignKey, String, create_engine, event, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import NullPool, Pool
 from sqlalchemy.schema import CreateSchema, DropSchema
 
 
@@ -23,8 +23,8 @@ class Row(Base):
 
     __tablename__ = "rows"
 
-    name: Mapped[str] = mapped_column(primary_key=True)
-    note: Mapped[str] = mapped_column(default="")
+    name: Mapped[str] = mapped_column(String(100), primary_key=True)
+    note: Mapped[str] = mapped_column(String(100), default="")
     parent: Mapped[str | None] = mapped_column(
         ForeignKey("rows.name", deferrable=True, initially="DEFERRED")
     )
@@ -57,7 +57,7 @@ def obey(engine: Engine) -> None:
 
 
 @contextmanager
-def postgres(url: str) -> Generator[Engine]:
+def postgres(url: str, pool: type[Pool] = NullPool) -> Generator[Engine]:
     """A schema in a database that others use, too."""
     pytest.importorskip("psycopg")
     schema = f"eventkit_{uuid4().hex}"
@@ -65,7 +65,7 @@ def postgres(url: str) -> Generator[Engine]:
     engine = create_engine(
         make_url(url).set(drivername="postgresql+psycopg"),
         execution_options=options,
-        poolclass=NullPool,
+        poolclass=pool,
     )
     with engine.begin() as connection:
         connection.execute(CreateSchema(schema))
@@ -76,13 +76,37 @@ def postgres(url: str) -> Generator[Engine]:
     engine.dispose()
 
 
+@contextmanager
+def mariadb(url: str, pool: type[Pool] = NullPool) -> Generator[Engine]:
+    """A database of its own on a server that others use, too. It defers no constraint."""
+    pytest.importorskip("pymysql")
+    name = f"eventkit_{uuid4().hex}"
+    address = make_url(url).set(drivername="mysql+pymysql")
+    plain = {"ssl_disabled": True}  # to read the certificates takes longer than a test
+    server = create_engine(address, connect_args=plain, poolclass=NullPool)
+    with server.begin() as connection:
+        connection.execute(CreateSchema(name))
+    engine = create_engine(address.set(database=name), connect_args=plain, poolclass=pool)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE TABLE `rows` (name VARCHAR(100) PRIMARY KEY, note VARCHAR(100) NOT NULL,"
+            " parent VARCHAR(100) REFERENCES `rows` (name)) ENGINE=InnoDB"
+        )
+    yield engine
+    engine.dispose()
+    with server.begin() as connection:
+        connection.execute(DropSchema(name))
+
+
+DRIVERS_TO_AWAIT = {"sqlite": "aiosqlite", "postgresql": "asyncpg", "mysql": "aiomysql"}
+
+
 def to_await(engine: Engine) -> AsyncEngine:
     """The same database, for those who await."""
-    driver = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
-    if engine.dialect.name == "postgresql":
-        pytest.importorskip("asyncpg")
+    driver = DRIVERS_TO_AWAIT[engine.dialect.name]
+    pytest.importorskip(driver)
     awaited = create_async_engine(
-        engine.url.set(drivername=driver[engine.dialect.name]),
+        engine.url.set(drivername=f"{engine.dialect.name}+{driver}"),
         execution_options=engine.get_execution_options(),
         poolclass=NullPool,
     )

@@ -197,11 +197,12 @@ async def dispatch(state: BusState, event: object) -> list[Failure]:
 
     See `EventBus.dispatch`.
     """
-    if not state.plan_for(event) and not state.observers:
+    plan = state.plan_for(event)
+    if not plan and not state.observers:
         with state.tally.lock:
             state.tally.published += 1
         return []
-    if state.decisions is not None:
+    if plan and state.decisions is not None:
         state.decisions.dispatching(state, event)
     unit = Unit(state)
     unit.open(current(), nested=False)

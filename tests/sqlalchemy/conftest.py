@@ -1,0 +1,76 @@
+"""A bus that is tied to a database, in all the ways in which a database can be used."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+pytest.importorskip("greenlet")  # compiled: a new Python may be without it
+
+from sqlalchemy.pool import QueuePool
+
+from eventkit import EventBus
+from eventkit.sqlalchemy import CommitTie, deliver_on_commit
+from tests.databases import mariadb, postgres, sqlite, to_await
+from tests.sqlalchemy.steps import Database
+from tests.witness import witnessed
+
+KINDS = ["sqlite", "aiosqlite", "psycopg", "asyncpg", "pymysql", "aiomysql"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def used_database(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    service_url: Callable[[str], str],
+) -> Iterator[Database]:
+    """A database of each kind, used through each driver."""
+    awaits = request.param.startswith("a")
+    if request.param in ("psycopg", "asyncpg"):
+        opened = postgres(service_url("postgres"), QueuePool)
+    elif request.param in ("pymysql", "aiomysql"):
+        opened = mariadb(service_url("mariadb"), QueuePool)
+    else:
+        opened = sqlite(tmp_path_factory.mktemp("rules") / "test.db")
+    with opened as engine:
+        yield Database(engine, to_await(engine) if awaits else engine)
+
+
+@pytest.fixture
+def database(used_database: Database, anyio_backend_name: str) -> Database:
+    """A database with one row in it."""
+    if used_database.awaits and anyio_backend_name != "asyncio":
+        pytest.skip("SQLAlchemy's asynchronous sessions are made for asyncio")
+    used_database.clear()
+    return used_database
+
+
+@pytest.fixture
+def bus() -> EventBus:
+    """A bus with one handler of strings."""
+    bus = EventBus()
+
+    @bus.on(str)
+    async def handle(event: str) -> None: ...
+
+    return bus
+
+
+@pytest.fixture
+def tie(bus: EventBus, database: Database) -> Iterator[CommitTie]:
+    """The transactions of the database decide."""
+    with deliver_on_commit(bus, database.engine) as tie:
+        yield tie
+
+
+@pytest.fixture
+def seen(bus: EventBus, tie: CommitTie) -> list[str]:
+    """What became of each event, in the order of its end."""
+    return witnessed(bus)
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What eventkit has warned of so far."""
+    return lambda: [
+        record.getMessage() for record in caplog.records if record.name.startswith("eventkit")
+    ]
