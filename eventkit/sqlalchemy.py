@@ -95,6 +95,7 @@ class CommitTie:
     """What `deliver_on_commit` has tied, until `detach()`. Also a context manager.
 
     Attributes:
+        detached: Whether it has ended.
         before_commit: Called right before the driver's COMMIT, on the user's connection, with the
             connection and the transaction, whose `decides()` is what this commit releases. What
             one of them raises comes out of the user's `commit()`, and nothing is committed.
@@ -110,13 +111,16 @@ class CommitTie:
                     f"{bus!r} is tied to {shared[0]!r} already: all sessions and connections of "
                     "an engine count, so call deliver_on_commit() once"
                 )
+        self.detached = False
         self.before_commit: list[Callable[[Connection, Transaction], object]] = []
         self.ended: list[Callable[[Transaction, End], object]] = []
         self._bus: ReferenceType[EventBus] = ref(bus)
         self._factory = factory
         self._engines: WeakSet[Engine] = WeakSet()
-        # By session, and by the transaction of a connection; nothing here holds either.
-        self._transactions: WeakKeyDictionary[object, _Watched] = WeakKeyDictionary()
+        # By the transaction of a connection; those of a session are in its `info`, too.
+        self._transactions: WeakKeyDictionary[RootTransaction, _Watched] = WeakKeyDictionary()
+        # By the connection of its caller that a session is to begin a savepoint on.
+        self._expected: WeakKeyDictionary[Connection, _Watched] = WeakKeyDictionary()
         self._engine_hooks: dict[str, Callable[..., None]] = {
             "before_cursor_execute": self._execute,
             "commit": self._commit,
@@ -143,15 +147,14 @@ class CommitTie:
 
     def detach(self) -> None:
         """Watch no transaction any more. One that is open and has written counts as lost."""
-        if self in _ties:
+        if not self.detached:
+            self.detached = True
             _ties.remove(self)
             for name, hook in self._session_hooks.items():
                 event.remove(Session, name, hook)
             for engine in self._engines:
                 for name, hook in self._engine_hooks.items():
                     event.remove(engine, name, hook)
-            for transaction in [*self._transactions.values()]:
-                transaction.detach()
             self._transactions.clear()
 
     def __enter__(self) -> CommitTie:
@@ -182,9 +185,10 @@ class CommitTie:
         context: object,
         executemany: bool,
     ) -> None:
-        transaction = self._of(connection)
-        if transaction is not None:
-            effect = effect_of(statement)
+        transaction, effect = self._of(connection), effect_of(statement)
+        if effect.steps and (expected := self._expected.pop(connection, None)) is not None:
+            expected.savepoint = effect.steps[0][1]
+        elif transaction is not None:
             transaction.use()
             if effect.writes:
                 transaction.had_written = transaction.levels[0].wrote
@@ -267,19 +271,30 @@ class CommitTie:
 
     def _session_began(self, session: Session, begun: SessionTransaction) -> None:
         if begun.nested:
-            if (transaction := self._transactions.get(session)) is not None:
+            if (transaction := self._transaction_of(session)) is not None:
                 transaction.begin_savepoint()
         elif begun.parent is None:  # else it is a part of a flush
-            if (before := self._transactions.get(session)) is not None:
+            if (before := self._transaction_of(session)) is not None:
                 before.leave()  # a connection was lost while it was being closed
-            if session.bind is not None and self._counts(session, session.bind.engine):
-                self._begin(session)
+            bind = session.bind
+            if bind is not None and self._counts(session, bind.engine):
+                transaction = self._begin(session)
+                if (
+                    transaction is not None
+                    and isinstance(bind, Connection)
+                    and _begins_savepoint(session, bind)
+                ):
+                    self._expected[bind] = transaction
 
     def _begin(self, session: Session) -> _Watched | None:
         if (state := self._state) is None:
             return None
-        transaction = self._transactions[session] = _Watched(self, state, session)
+        transaction = session.info[self] = _Watched(self, state, session)
         transaction.use()
+        return transaction
+
+    def _transaction_of(self, session: Session) -> _Watched | None:
+        transaction: _Watched | None = session.info.get(self)
         return transaction
 
     def _counts(self, session: Session, engine: Engine) -> bool:
@@ -297,51 +312,46 @@ class CommitTie:
     def _session_connected(
         self, session: Session, begun: SessionTransaction, connection: Connection
     ) -> None:
-        root = connection.get_transaction()
-        if root is None or not self._counts(session, connection.engine):
-            return
-        transaction = self._transactions.get(session) or self._begin(session)
-        if transaction is None:
+        root, transaction = connection.get_transaction(), self._transaction_of(session)
+        if transaction is None and self._counts(session, connection.engine):
+            transaction = self._begin(session)
+        if root is None or transaction is None:
             return
         if begun.nested:
             transaction.forget_savepoint()  # that on the connection, which is the session's own
             return
-        below = self._transactions.get(root)
-        if session.bind is connection or below is not None:  # it is on its caller's connection
-            below = below or self._of(connection)
-            if below is None or below is transaction:
-                return
-            transaction.covers = below
-            if _has_savepoint_of_its_own(session, connection):
-                transaction.savepoint = below.forget_savepoint()
-            else:
-                transaction.levels[0].around = below.levels[-1]
+        if session.bind is connection:
+            transaction.covers = below = self._of(connection)
+            if below is not None and transaction.savepoint is None:
+                transaction.be_part_of(below)
         transaction.connect(connection, root)
         self._transactions[root] = transaction
 
     def _session_committed(self, session: Session) -> None:
-        if (transaction := self._transactions.get(session)) is not None:
+        if (transaction := self._transaction_of(session)) is not None:
             transaction.commit_session()
 
     def _session_rolled_back(self, session: Session) -> None:
-        if (transaction := self._transactions.get(session)) is not None:
+        if (transaction := self._transaction_of(session)) is not None:
             transaction.roll_back_session()
 
     def _session_ended(self, session: Session, ended: SessionTransaction) -> None:
-        transaction = self._transactions.get(session)
+        if ended.parent is not None and not ended.nested:  # a part of a flush
+            return
+        transaction = self._transaction_of(session)
         if transaction is None:
             return
         if ended.nested:
             transaction.leave_savepoint()
-        elif ended.parent is None:
-            del self._transactions[session]
-            if transaction.covers is not None and (root := transaction.root()) is not None:
-                self._transactions[root] = transaction.covers
-            transaction.leave_session()
+            return
+        del session.info[self]
+        if transaction.covers is not None and (root := transaction.root()) is not None:
+            self._transactions[root] = transaction.covers
+        transaction.leave_session()
 
     def _object_left(self, session: Session, _: object) -> None:
         """An object was added and never flushed."""
-        if (transaction := self._transactions.get(session)) is not None:
+        if (transaction := self._transaction_of(session)) is not None:
             transaction.write()
 
 
@@ -399,21 +409,18 @@ class _Watched(Transaction):
             level = connection.dialect._on_connect_isolation_level  # noqa: SLF001
         self.autocommit = level == "AUTOCOMMIT"
 
-    def detach(self) -> None:
-        """Nobody watches it any more."""
-        self.of_session, self._session = False, _gone
-        if not self.levels[-1].has_written:
-            self.leave()
-
     def root(self) -> RootTransaction | None:
         """The transaction of the connection that it is in."""
         return self._root()
 
     def look(self) -> None:
         """Find out whether it has ended, and whether its session has objects to flush."""
+        if self._tie.detached:
+            if not self.levels[-1].has_written:
+                self.leave()
+            return
         if self.of_session:
-            session = self._session()
-            if session is not None and not self.levels[-1].has_written and _has_unflushed(session):
+            if not self.levels[-1].has_written and self.has_unflushed():
                 self.write()
             return
         root = self._root()
@@ -435,6 +442,19 @@ class _Watched(Transaction):
         for hook in self._tie.ended if news else ():
             hook(self, how)
 
+    def has_unflushed(self) -> bool:
+        """Whether its session has objects that are still to be written."""
+        session = self._session()
+        return session is not None and _has_unflushed(session)
+
+    def be_part_of(self, below: _Watched) -> None:
+        """Its session has joined the transaction of its caller's connection, which decides."""
+        self.levels[0].around = below.levels[-1]
+        if self.levels[-1].wrote:
+            below.write()
+        below.use()
+        self.use()
+
     def take_step(self, step: Step, name: str) -> None:
         """A savepoint is begun, kept or undone by a statement."""
         if step is Step.BEGIN:
@@ -453,9 +473,10 @@ class _Watched(Transaction):
         if step is Step.UNDO:  # it is there still, and empty
             self.begin_savepoint(name)
 
-    def forget_savepoint(self) -> str | None:
+    def forget_savepoint(self) -> None:
         """The savepoint that a statement has just begun is a session's, which says how it ends."""
-        return None if self.levels[-1].name is None else self.levels.pop().name
+        if self.levels[-1].name is not None:
+            self.levels.pop()
 
     def commit_session(self) -> None:
         """Its session has committed, or kept its innermost savepoint."""
@@ -494,7 +515,10 @@ class _Watched(Transaction):
 
     def _depth_of_session(self) -> int:
         """The depth of the innermost savepoint that the session has begun; 0 if there is none."""
-        return max(depth for depth, level in enumerate(self.levels) if level.name is None)
+        depth = len(self.levels) - 1
+        while self.levels[depth].name is not None:
+            depth -= 1
+        return depth
 
     def _end_well(self) -> None:
         if self.doomed:
@@ -510,6 +534,8 @@ def _gone() -> None:
 def _root(bind: Any) -> Engine:  # Any: all that a session can be bound to
     """The engine that shares its events with all that were made of it by options."""
     engine: Engine | AsyncEngine = bind.engine
+    if type(engine) is Engine:  # nearly always it is
+        return engine
     if isinstance(engine, AsyncEngine):
         engine = engine.sync_engine
     while isinstance(engine, OptionEngine):
@@ -535,10 +561,15 @@ def _has_unflushed(session: Session) -> bool:
     return False
 
 
-def _has_savepoint_of_its_own(session: Session, connection: Connection) -> bool:
-    """Whether a session on its caller's connection, as it begins, has begun a savepoint there."""
-    modes = ("create_savepoint", "conditional_savepoint")
-    return session.join_transaction_mode in modes and connection.in_nested_transaction()
+def _begins_savepoint(session: Session, connection: Connection) -> bool:
+    """Whether a session on its caller's connection is to begin a savepoint of its own there."""
+    match session.join_transaction_mode:
+        case "create_savepoint":
+            return connection.in_transaction()
+        case "conditional_savepoint":
+            return connection.in_nested_transaction()
+        case _:
+            return False
 
 
 def _is_doomed(connection: Connection) -> bool:

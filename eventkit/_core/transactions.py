@@ -34,7 +34,7 @@ from contextvars import ContextVar
 from enum import Enum
 from functools import partial
 
-from eventkit._core.ambient import current, find
+from eventkit._core.ambient import active, current, find
 from eventkit._core.announcements import announce_dropped, announce_released
 from eventkit._core.events import type_name
 from eventkit._core.log import log
@@ -212,15 +212,17 @@ class Transaction:
     def look(self) -> None:
         """Find out what nobody has said of it so far. For those who inherit from it."""
 
+    def has_unflushed(self) -> bool:
+        """Whether it is still to be told what to write. For those who inherit from it."""
+        return False
+
     def use(self) -> None:
         """Have it take part in the unit of work of the caller, as the one that is used last."""
-        unit: Unit | None = find(current(), self.state)
-        if unit is None or unit.closed:
-            return
         used = _used.get()
         if not used or used[0] is not self:
             _used.set((self, *[each for each in used if each is not self and not each.gone]))
-        if unit not in self.units:
+        unit = _unit_of(self.state)
+        if unit is not None and unit not in self.units:
             self._join(unit)
 
     def write(self) -> None:
@@ -277,12 +279,14 @@ class Transaction:
     def settle(self) -> None:
         """Do with the events in its units what has been decided."""
         with self.state.tally.lock:
-            units = [*self.units]
-        _settle(self.state, units)
+            units = [unit for unit in self.units if unit.queue.staged]
+        if units:
+            _settle(self.state, units)
 
     def leave(self, reason: str = "the transaction was closed without a commit") -> None:
         """It takes part in nothing any more; not ended before, it was not committed."""
-        self.roll_back(reason)
+        if self.levels[0].end is None:
+            self.roll_back(reason)
         with self.state.tally.lock:
             self.gone = True
             for unit in self.units:
@@ -316,12 +320,17 @@ class Transaction:
             self.units.add(unit)
             if self not in unit.queue.transactions:
                 unit.queue.transactions.append(self)
-            decided = any(each.decided for each in unit.with_those_it_hands_to())
-            own = frozenset[int]() if decided else _published_here(unit.queue.staged)
-            for envelope in unit.queue.staged:
-                if envelope.decision is not None:
-                    say = Say.NEXT if envelope.number in own else Say.LATER
-                    envelope.decision.add(self.levels[0], say)
+            if unit.queue.staged:
+                self._follow_up(unit)
+
+    def _follow_up(self, unit: Unit) -> None:
+        """Have a say in what was published in the unit before. Needs the lock."""
+        decided = any(each.decided for each in unit.with_those_it_hands_to())
+        own = frozenset[int]() if decided else _published_here(unit.queue.staged)
+        for envelope in unit.queue.staged:
+            if envelope.decision is not None:
+                say = Say.NEXT if envelope.number in own else Say.LATER
+                envelope.decision.add(self.levels[0], say)
 
 
 class Decisions:
@@ -330,7 +339,13 @@ class Decisions:
     __slots__ = ()
 
     def look(self, unit: Unit) -> None:
-        """Find out how the transactions stand, before something depends on it."""
+        """Find out how the transactions stand, before something depends on it.
+
+        One that began outside of all units takes part from now on, if it is to write something.
+        """
+        for transaction in () if unit.is_delivery else _used.get():
+            if not (transaction.units or transaction.gone) and transaction.has_unflushed():
+                transaction.use()
         for transaction in [*unit.queue.transactions]:
             transaction.look()
 
@@ -368,7 +383,7 @@ class Decisions:
 
     def dispatching(self, state: BusState, event: object) -> None:
         """Warn of a dispatch inside a transaction that has written."""
-        unit: Unit | None = find(current(), state)
+        unit = _unit_of(state)
         if unit is None or not unit.queue.transactions:
             return
         self.look(unit)
@@ -385,12 +400,21 @@ class Decisions:
             )
 
 
+def _unit_of(state: BusState) -> Unit | None:
+    """The open unit of work of the bus that surrounds the caller."""
+    unit = active.get()
+    if type(unit) is not Unit or unit.state is not state:  # nearly always it is
+        unit = find(current(), state)
+    return None if unit is None or unit.closed else unit
+
+
 def _open_in(unit: Unit) -> list[tuple[Transaction, Say]]:
     """The transactions that take part in the unit, in the order of their say. Needs the lock."""
+    transactions: list[Transaction] = unit.queue.transactions
+    if not transactions:
+        return []
     reach = {*unit.with_those_it_hands_to()}
-    around: list[Transaction] = [
-        each for each in reversed(unit.queue.transactions) if not reach.isdisjoint(each.units)
-    ]
+    around = [each for each in reversed(transactions) if not reach.isdisjoint(each.units)]
     own = [each for each in _used.get() if each in around]
     others = [each for each in around if each not in own]
     say = Say.OTHERS if own else Say.OWN

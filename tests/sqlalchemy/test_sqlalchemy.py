@@ -536,6 +536,57 @@ async def test_a_transaction_from_before_the_unit_takes_part_in_it_once_it_is_us
     assert seen == ["discarded before its use", "discarded rolled back", "handled not used"]
 
 
+@pytest.mark.parametrize("flush", [True, False])
+async def test_a_session_from_before_the_unit_that_has_something_to_write_takes_part(
+    flush: bool,
+    bus: EventBus,
+    sessions: Sessions,
+    seen: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with sessions.begin() as session:  # as a middleware does that was added too late
+        async with bus.context():
+            session.add(Row(name="ada"))
+            if flush:
+                session.flush()
+            bus.publish("ada")
+
+    assert seen == ["discarded ada"]
+    (warning,) = caplog.records
+    assert warning.getMessage() == (
+        "a transaction that has written was still open when its unit of work ended: if it is "
+        "committed later, no handler hears of it. End it inside; a middleware that commits goes "
+        "inside of EventContextMiddleware, which is then added last: bus=default deliveries=1"
+    )
+
+
+@pytest.mark.parametrize("commit", [True, False])
+@pytest.mark.parametrize("mode", ["conditional_savepoint", "rollback_only", "control_fully"])
+async def test_a_session_on_its_callers_connection_leaves_the_decision_to_that(
+    mode: Any, commit: bool, bus: EventBus, engine: Engine, seen: list[str]
+) -> None:
+    deliver_on_commit(bus, engine)
+    with suppress(Wrong):
+        async with bus.context():
+            with engine.connect() as connection:
+                connection.begin()
+                with Session(connection, join_transaction_mode=mode) as session:
+                    session.add(Row(name="ada"))
+                    bus.publish("ada")
+                    session.flush()
+                    if mode != "control_fully":
+                        session.commit()
+                        assert seen == []
+                    elif commit:
+                        session.commit()
+                if mode != "control_fully":
+                    (connection.commit if commit else connection.rollback)()
+            if commit:
+                raise Wrong
+
+    assert seen == ["handled ada" if commit else "discarded ada"]
+
+
 async def test_a_session_outside_any_unit_is_left_alone(
     bus: EventBus, sessions: Sessions, engine: Engine
 ) -> None:
@@ -1109,6 +1160,21 @@ async def test_a_tie_that_is_detached_leaves_no_trace(
     assert seen == ["handled ada"]
     assert type(session) is made_by
     assert type(async_sessions().sync_session) is Session
+
+
+async def test_what_was_written_before_the_tie_was_detached_is_lost_with_the_unit(
+    bus: EventBus, engine: Engine, seen: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    tie = deliver_on_commit(bus, engine)
+    async with bus.context():
+        with Session(engine) as session:
+            session.add(Row(name="ada"))
+            bus.publish("ada")
+            tie.detach()
+            session.commit()
+
+    assert seen == ["discarded ada"]
+    assert "was still open when its unit of work ended" in caplog.text
 
 
 async def test_ties_may_be_detached_in_any_order(
