@@ -102,6 +102,12 @@ class Level:
         """Whether the transaction that it is a part of has written."""
         return any(level.wrote for level in self.outward())
 
+    @property
+    def has_no_say(self) -> bool:
+        """Whether it has ended and has not written: rule 2."""
+        level = self.deciding()
+        return level.end is not None and not level.wrote
+
     def deciding(self) -> Level:
         """The one that decides what was published here.
 
@@ -136,6 +142,7 @@ class Decision:
 
     def add(self, transaction: Level, say: Say) -> None:
         """Have one that is used after the publish decide, if no earlier one does."""
+        self._afterwards = [each for each in self._afterwards if not each[0].has_no_say]
         known = (level for level, _ in (*self._at_hand, *self._afterwards))
         if all(transaction not in level.outward() for level in known):
             self._afterwards.append((transaction, say))
