@@ -194,7 +194,8 @@ class CommitTie:
                 transaction.had_written = transaction.levels[0].wrote
                 transaction.write()
                 if transaction.autocommit:
-                    transaction.commit()
+                    transaction.confirm()
+                    transaction.sent = True
             for step, name in effect.steps:
                 if step is Step.UNDO and (outermost := self._outermost(connection)) is not None:
                     outermost.failed = False
@@ -247,6 +248,7 @@ class CommitTie:
     def _roll_back(self, connection: Connection, *_: object) -> None:
         transaction = self._outermost(connection)
         if transaction is not None and not transaction.of_session:
+            transaction.confirm()
             transaction.roll_back("the transaction was rolled back")
 
     def _fail(self, context: ExceptionContext) -> None:
@@ -258,7 +260,7 @@ class CommitTie:
             in_doubt = context.is_disconnect or not refused
             transaction.roll_back("the commit failed", _COMMIT_FAILED if in_doubt else None)
             return
-        transaction.failed = True
+        transaction.failed, transaction.sent = True, False
         if (
             transaction.had_written
             and context.connection is not None
@@ -362,6 +364,7 @@ class _Watched(Transaction):
         of_session: Whether a session says how it ends.
         covers: That of the caller's connection, which a session is in.
         autocommit: Each statement commits itself.
+        sent: Such a statement was sent that writes.
         committing: COMMIT is on its way, or was answered.
         prepared: It is in the second of two phases.
         failed: A statement has failed, so the database may refuse all that follows.
@@ -384,6 +387,7 @@ class _Watched(Transaction):
         "of_session",
         "prepared",
         "savepoint",
+        "sent",
     )
 
     def __init__(self, tie: CommitTie, state: BusState, session: Session | None = None) -> None:
@@ -394,6 +398,7 @@ class _Watched(Transaction):
         self.of_session = session is not None
         self.covers: _Watched | None = None
         self.autocommit = False
+        self.sent = False
         self.committing = False
         self.prepared = False
         self.failed = False
@@ -415,6 +420,7 @@ class _Watched(Transaction):
 
     def look(self) -> None:
         """Find out whether it has ended, and whether its session has objects to flush."""
+        self.confirm()
         if self._tie.detached:
             if not self.levels[-1].has_written:
                 self.leave()
@@ -478,6 +484,12 @@ class _Watched(Transaction):
         if self.levels[-1].name is not None:
             self.levels.pop()
 
+    def confirm(self) -> None:
+        """What was sent and has committed itself has not failed, for it would be known by now."""
+        if self.sent:
+            self.sent = False
+            self.commit()
+
     def commit_session(self) -> None:
         """Its session has committed, or kept its innermost savepoint."""
         depth = self._depth_of_session()
@@ -507,6 +519,7 @@ class _Watched(Transaction):
 
     def leave_session(self) -> None:
         """Its session has left the transaction."""
+        self.confirm()
         if self.levels[0].around is not None:
             self.end(End.KEPT)
         elif self.committing:
