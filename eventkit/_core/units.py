@@ -83,27 +83,48 @@ class Unit:
         context: What users have of it, if they have; weak.
     """
 
-    # Here and not in `__init__`, for this is made once for every request.
-    parent: Unit | None = None
-    hands_over: bool = False
-    delivery: Delivery | None = None
-    is_delivery: bool = False
-    origin: object = None
-    loop: object = None
-    independent: bool = False
-    background: bool = False
-    waits: bool = False
-    draining: bool = False
-    emptied: Callable[[], None] | None = None
-    context: Callable[[], Any] | None = None  # Any: an `EventContext`
-    _before: Unit | None = None  # the unit that was active before this one
-    _turn: EventTurn | None = None  # the event at hand, while it is drained
-    _freed: Event | None = None  # there while somebody waits for the drain's end
-    _enter: Callable[[tuple[Turn, int]], object]  # its handlers' variables, while it is drained
+    __slots__ = (
+        "__weakref__",
+        "_before",
+        "_enter",
+        "_freed",
+        "_turn",
+        "background",
+        "context",
+        "delivery",
+        "draining",
+        "emptied",
+        "hands_over",
+        "independent",
+        "is_delivery",
+        "loop",
+        "origin",
+        "parent",
+        "queue",
+        "state",
+        "waits",
+    )
 
     def __init__(self, state: BusState) -> None:
         self.state: BusState = state
         self.queue: EventQueue = EventQueue(state.tally)
+        self.parent: Unit | None = None
+        self.hands_over: bool = False
+        self.delivery: Delivery | None = None
+        self.is_delivery: bool = False
+        self.origin: object = None
+        self.loop: object = None
+        self.independent: bool = False
+        self.background: bool = False
+        self.waits: bool = False
+        self.draining: bool = False
+        self.emptied: Callable[[], None] | None = None
+        self.context: Callable[[], Any] | None = None  # Any: an `EventContext`
+        self._before: Unit | None = None  # the unit that was active before this one
+        self._turn: EventTurn | None = None  # the event at hand, while it is drained
+        self._freed: Event | None = None  # there while somebody waits for the drain's end
+        # What enters its handlers' variables, while it is drained.
+        self._enter: Callable[[tuple[Turn, int]], object] = active.set
 
     @property
     def closed(self) -> bool:
@@ -148,11 +169,12 @@ class Unit:
         over: `parent` is of another bus. Threads in it deliver on this event loop. With `waits`,
         units inside it deliver their events themselves.
         """
-        self.open(parent, nested=False)
-        self.origin, self.loop = where, loop
-        if waits:
-            self.waits = True
-        if active.get() is None:  # so it is in nearly all requests
+        if parent is None:  # so it is in nearly all requests
+            self.queue.open(None)
+        else:
+            self.open(parent, nested=False)
+        self.origin, self.loop, self.waits = where, loop, waits
+        if active.get() is None:  # so it is here, too
             active.set(self)
         else:
             self.activate()
@@ -339,12 +361,11 @@ class Unit:
 
     async def finish(self, report: Report, timeout: float | None, *, success: bool) -> None:
         """Deliver what is to be delivered, then close; what a cancellation left is undelivered."""
-        ending = Ending(self, success, current_loop())
-        if ending.settle():
+        if self.close_if_idle(success=success):
             return
+        ending = Ending(self, success, current_loop())
         try:
-            if not ending.begin():
-                await ending.until_free()
+            await ending.begin()
             await run_all(ending.next_turn, self._terms(report, timeout))
         finally:
             ending.end()
@@ -392,7 +413,8 @@ class Unit:
 
         With `closing` it closes where nothing is left that has to be decided.
         """
-        self._end_turn()
+        if self._turn is not None:
+            self._end_turn()
         while (envelope := self.queue.take(closing=closing)) is not None:
             plan = envelope.plan
             if not plan.valid:
@@ -482,22 +504,12 @@ class Ending:
         self.unit = unit
         self.deliveries = 0
 
-    def settle(self) -> bool:
-        """Decide what is staged, and say whether that was all: then the unit has closed."""
-        return self.unit.close_if_idle(success=self._success)
-
-    def begin(self) -> bool:
-        """Drain it from now on; False while another task does."""
+    async def begin(self) -> None:
+        """Drain it from now on: what another task leaves, that drains it now."""
         if self.unit.draining:
-            return False
+            await self.unit.until_free()
         self._begun = True
         self.unit.occupy(self._loop)
-        return True
-
-    async def until_free(self) -> None:
-        """Wait while another task drains it, and go on with what that leaves."""
-        while not self.begin():
-            await self.unit.until_free()
 
     def next_turn(self) -> Turn | None:
         """End the event at hand and give the next one; None where the unit has closed."""
