@@ -364,6 +364,11 @@ class BackgroundRun(Run):
         (worker,) = self.workers
         self._tasks.start(self, worker)
 
+    def miss(self, worker: Worker, error: Exception) -> None:
+        """End, because a worker's task could not be started. See `Workplace`."""
+        super().miss(worker, error)
+        self._leave(worker)
+
     @property
     def late(self) -> bool:
         return self._expired and not self._stopped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Generator
+from contextlib import suppress
 from contextvars import Context, copy_context
 from types import coroutine
 from typing import Any
@@ -75,7 +76,11 @@ class NativeTasks:
         steps.send(None)
         # Not `create_task`: a task factory of the application may make eager tasks, which recurse.
         variables = self._variables.copy()  # or no task could take a step within another's
-        worker.task = asyncio.Task(steps, loop=self._loop, name=self._name, context=variables)
+        try:
+            worker.task = asyncio.Task(steps, loop=self._loop, name=self._name, context=variables)
+        except Exception as error:  # noqa: BLE001 - the run's
+            with suppress(StopIteration):
+                steps.throw(error)  # it ends as if its task had failed at once
 
     start = spawn
 
