@@ -57,6 +57,13 @@ class InvalidHandlerError(EventKitError, TypeError):
     """A handler cannot be subscribed: not callable, a wrong signature, or impossible options."""
 
 
+_HAS_RUN_TWICE = (
+    "A line runs twice in a function that is called twice: where it makes an application, make "
+    "the bus in it, too. And it runs twice in a script that is also imported: subscribe and "
+    "include in a module that is only imported"
+)
+
+
 class DuplicateSubscriptionError(EventKitError, ValueError):
     """The same handler was subscribed twice to one event type.
 
@@ -76,19 +83,16 @@ class DuplicateSubscriptionError(EventKitError, ValueError):
         included_twice: bool = False,
         named_twice: bool = False,
     ) -> None:
-        factory = "where a function makes an application and is called twice, make the bus in it"
         if included_twice:
             reason = (
                 f"its router was included twice. The handler is declared at {first}, and the "
                 f"router was included again at {second}. Include a router once, directly or "
-                f"through another one; {factory}, too"
+                f"through another one. {_HAS_RUN_TWICE}"
             )
         elif named_twice:
             reason = f"the decorator at {first} names the same event type twice. Name it once"
         elif first == second:
-            reason = (
-                f"the line at {first} has run twice. Subscribe where code runs once; {factory}, too"
-            )
+            reason = f"the line at {first} has run twice. {_HAS_RUN_TWICE}"
         else:
             reason = f"first at {first}, again at {second}. Remove one of the two"
         super().__init__(

@@ -109,7 +109,8 @@ class EventContextMiddleware:
         app: The ASGI app inside.
         bus: The bus whose events belong to requests. For several, add the middleware for each.
         deliver_if: Judges the outcome of a request whose events nobody has released or discarded
-            before. One that raises, or returns an awaitable, counts as False and is logged.
+            before. One that raises, or returns an awaitable or a generator, counts as False and is
+            logged.
         concurrency: How many requests' events are delivered at once in the background. Handlers
             that each hold a database connection need `concurrency` x handlers per event of them,
             beside those of the requests themselves.
@@ -124,7 +125,7 @@ class EventContextMiddleware:
             servers by a scope without `asgi.spec_version`.
 
     Raises:
-        TypeError: `bus` is not an `EventBus`, or `deliver_if` is not a plain function.
+        TypeError: `bus` is not an `EventBus`, or `deliver_if` is a class or no plain function.
         ValueError: A number is out of range; at start-up: the application has another one for the
             same bus with other options.
     """
@@ -360,11 +361,12 @@ class EventContextMiddleware:
         try:
             outcome = Outcome(scope, response.status, response.body_complete, error)
             answer = self._deliver_if(outcome)
-            if inspect.isawaitable(answer):
+            if left_undone := _left_undone(answer):
                 if inspect.iscoroutine(answer):
                     answer.close()  # or Python warns that nobody has awaited it
                 raise TypeError(
-                    f"deliver_if returned {answer!r}, which nobody awaits: have it return a bool"
+                    f"deliver_if returned {answer!r}, which nobody {left_undone}: have it return "
+                    "a bool"
                 )
             return answer
         except Exception as failure:  # noqa: BLE001 - a predicate is user code
@@ -437,12 +439,20 @@ class _Overload:
 
 
 def _gives_no_bool(function: Callable[..., object]) -> bool:
-    """Whether a call gives something to be awaited or iterated, which is true in any case."""
+    """Whether a call gives an object that is true in any case: one to be awaited, for example."""
     return (
-        inspect.iscoroutinefunction(function)
+        inspect.isclass(function)
+        or inspect.iscoroutinefunction(function)
         or inspect.isasyncgenfunction(function)
         or inspect.isgeneratorfunction(function)
     )
+
+
+def _left_undone(answer: object) -> str | None:
+    """What nobody does with an answer that is true in any case; None for other answers."""
+    if inspect.isawaitable(answer):
+        return "awaits"
+    return "iterates" if inspect.isgenerator(answer) or inspect.isasyncgen(answer) else None
 
 
 def _still_open(marks: Mapping[EventBus, Unit]) -> dict[EventBus, Unit]:

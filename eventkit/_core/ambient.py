@@ -16,6 +16,7 @@ from eventkit._core.events import Delivery, type_name
 from eventkit._core.log import bind, binds
 from eventkit._core.loops.running import library, on_event_loop
 from eventkit._core.loops.threads import in_worker_thread
+from eventkit._core.queue import State
 from eventkit._core.state import BusState
 from eventkit._core.threads import thread_level
 from eventkit.exceptions import NoDeliveryError
@@ -192,4 +193,23 @@ def why_none() -> str:
     return (
         "this is start-up code, a script or a synchronous test. Open a unit of work: "
         "`with bus.context():`"
+    )
+
+
+def why_not_open(unit: Any) -> str:  # Any: as above
+    """Why a unit of work takes no events, and what to do."""
+    bus = unit.state.name
+    if unit.queue.state is State.NEW:
+        return f"this event context of bus {bus!r} is not open yet: use `async with`"
+    if unit.is_delivery:
+        return (
+            f"the handler that this event context of bus {bus!r} belongs to has ended "
+            f"({unit.delivery}). A task that outlives its handler needs a unit that is "
+            "independent of it: `async with bus.context(independent=True):`, in a thread `with`"
+        )
+    return (
+        f"this event context of bus {bus!r} has ended: the request or job it belongs to is "
+        "over, and its events were delivered or discarded. A task or thread that outlives it "
+        "needs a unit that is independent of it: `async with bus.context(independent=True):`, "
+        "in a thread `with`"
     )

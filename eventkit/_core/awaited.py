@@ -106,7 +106,10 @@ class _AwaitedRun(Run):
 
     def spawn(self, worker: Worker) -> None:
         assert self._tasks is not None
-        self._tasks.start_soon(self._help, worker, name="eventkit handlers")
+        try:
+            self._tasks.start_soon(self._help, worker, name="eventkit handlers")
+        except Exception as error:  # noqa: BLE001 - the caller's, once the handlers have ended
+            self.miss(worker, error)
 
     async def work(self) -> int:
         """Have the handlers run. See `run_all`."""

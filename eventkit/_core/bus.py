@@ -407,11 +407,10 @@ class EventBus(Subscribing, Aliased):
     def _log_unhandled(self, event_type: type) -> None:
         """Say once that nobody handles events of this type, and which other buses would."""
         others = (other() for other in _buses.valuerefs())
-        handled_by = ", ".join(
-            f"another bus {other.name!r}"
-            for other in others
-            if other is not None and _handles(other, event_type)
+        names = dict.fromkeys(  # buses may have one name
+            other.name for other in others if other is not None and _handles(other, event_type)
         )
+        handled_by = ", ".join(f"another bus {name!r}" for name in names)
         log(
             logging.WARNING if self._state.debug else logging.INFO,
             "nobody handles these events",

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 from weakref import ref
 
-from eventkit._core.ambient import current
+from eventkit._core.ambient import current, why_not_open
 from eventkit._core.dependencies import Aliased
 from eventkit._core.events import Delivery
 from eventkit._core.loops.running import current_loop, on_event_loop
@@ -107,7 +107,7 @@ class EventContext(Aliased):
     def _refuse_drain(self) -> None:
         unit = self._unit
         if unit.queue.state is State.NEW:
-            raise EventContextClosedError(unit.why_not_open())
+            raise EventContextClosedError(why_not_open(unit))
         if unit.inside_handler():
             raise DrainInProgressError(
                 f"a handler of bus {unit.state.name!r} cannot drain its own unit of work: what it "

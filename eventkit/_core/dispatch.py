@@ -294,6 +294,12 @@ class Run(ABC):
         """One that was called is there."""
         self._coming -= 1
 
+    def miss(self, worker: Worker, error: Exception) -> None:
+        """One that was called will not come, because no task can be started: all has to end."""
+        self._coming -= 1
+        self.workers.discard(worker)
+        self.end(error)
+
     def start_clock(self) -> None:
         """Set the event's deadline, once a handler waits and no handler is left to begin.
 

@@ -27,14 +27,12 @@ from anyio.abc import TaskGroup
 
 from eventkit._core.dispatch import NO_TURN, Run, Terms, Worker
 from eventkit._core.log import log
+from eventkit._core.loops.changes import GRACE_SECONDS, Change
 from eventkit._core.loops.running import current_loop
 from eventkit._core.loops.tasks import Tasks, tasks_here
 from eventkit._core.policy import cancel_requests
 from eventkit._core.state import BusState
 from eventkit._core.units import Ending, Unit, abandon
-
-# How long the clean-up of handlers that were cancelled at the end may hold up the shutdown.
-_GRACE_SECONDS = 0.5
 
 
 class Drainer:
@@ -60,6 +58,10 @@ class Drainer:
             What is submitted is always taken: holding back new work is for the submitter.
         watch: Called with how many deliveries wait when that changes, and when somebody begins to
             wait for room, which its second argument says. It must not raise.
+
+    Attributes:
+        full: Whether as many deliveries wait as may.
+        closed: Whether it takes no more units.
     """
 
     def __init__(
@@ -77,28 +79,25 @@ class Drainer:
         self._thread = get_ident()
         self._tasks = tasks_here(f"eventkit drains {state.name!r}")
         self._concurrency = concurrency
-        self._max_pending = max_pending
+        self._max_pending = math.inf if max_pending is None else max_pending
         self._watch = watch
         self._open: set[Unit] = set()
         self._waiting: deque[BackgroundRun] = deque()
         self._waiting_deliveries = 0
+        self.full = False
         self._draining: set[BackgroundRun] = set()
+        self._starting = False  # what waits: see `_start_waiting`
         self._closing = False
         self.closed = False
         self._lost = Counter[str]()  # what was undelivered at the end, by handler
         self._over = Event()  # no more tasks are started
-        self._room: Event | None = None  # there while somebody waits for room
-        self._change: Event | None = None  # there while somebody waits for a unit to end
+        self._room = Change()  # it is not full
+        self._change = Change()  # a unit has ended, or may have nothing pending any more
         self._cancel_timer: Callable[[], object] | None = None
         state.tally.drainers.add(self)
         # In a copy, because older releases of AnyIO let eager tasks begin in here.
         copy_context().run(tasks.start_soon, self._guard)
         self._tasks.open(tasks, self._over)
-
-    @property
-    def full(self) -> bool:
-        """Whether as many deliveries wait as may."""
-        return self._max_pending is not None and self._waiting_deliveries >= self._max_pending
 
     @property
     def units_waiting(self) -> int:
@@ -123,8 +122,7 @@ class Drainer:
     def forget(self, unit: Unit) -> None:
         """Count on it no longer."""
         self._open.discard(unit)
-        if self._change is not None:
-            self._changed()
+        self._change.announce()
 
     def submit(self, unit: Unit, *, success: bool) -> None:
         """End a unit: release or discard what nobody has decided, deliver when its turn comes.
@@ -132,17 +130,12 @@ class Drainer:
         Never blocks, no checkpoint, so whatever becomes of the caller's task does not matter.
         After `close` what is left to deliver is undelivered.
         """
-        queue = unit.queue
-        if not queue.staged and not queue.backlog.events and unit.close_if_idle(success=success):
-            self.forget(unit)  # so it is with most requests: nothing was published
-            return
-        ending = Ending(unit, success, self._loop)
-        if ending.settle():
-            pass
+        if unit.close_if_idle(success=success):
+            pass  # so it is with most requests: nothing was published
         elif self.closed:
             self._abandon(unit)
         else:
-            self._take(ending)
+            self._take(Ending(unit, success, self._loop))
         self.forget(unit)
 
     async def wait_for_room(self, timeout: float) -> bool:
@@ -153,8 +146,6 @@ class Drainer:
         try:
             with move_on_after(timeout):
                 while self.full:
-                    if self._room is None:
-                        self._room = Event()
                     await self._room.wait()
         finally:
             tally.shift("held", -1)
@@ -177,13 +168,13 @@ class Drainer:
         try:
             with move_on_after(timeout):
                 while self._busy():
-                    await self._next_change()
+                    await self._change.wait()
         finally:
             self._stop()
             try:
-                with move_on_after(_GRACE_SECONDS, shield=True):
+                with move_on_after(GRACE_SECONDS, shield=True):
                     while self._draining:
-                        await self._next_change()
+                        await self._change.wait()
             finally:  # `Task.cancel()` knows no shields
                 self._say_what_is_left()
 
@@ -196,7 +187,7 @@ class Drainer:
             try:
                 with CancelScope(shield=True):
                     while self._draining:
-                        await self._next_change()
+                        await self._change.wait()
             finally:  # as above
                 self._state.tally.drainers.discard(self)
 
@@ -216,10 +207,10 @@ class Drainer:
             run.cancel()
         self._abandon(*(run.ending.unit for run in self._waiting), *self._open)
         self._waiting.clear()
-        self._waiting_deliveries = 0
+        self._waiting_deliveries, self.full = 0, False
+        self._room.announce()
         if self._cancel_timer is not None:
             self._cancel_timer()
-        self._make_room()
 
     def _abandon(self, *units: Unit) -> None:
         try:
@@ -234,27 +225,42 @@ class Drainer:
             self._start(run)
         else:
             ending.deliveries = ending.unit.queue.waiting
-            self._waiting_deliveries += ending.deliveries
             self._waiting.append(run)
-            self._watch(self._waiting_deliveries, False)
+            self._count_waiting(ending.deliveries)
+
+    def _count_waiting(self, more: int) -> None:
+        self._waiting_deliveries += more
+        self.full = self._waiting_deliveries >= self._max_pending
+        self._watch(self._waiting_deliveries, False)
 
     def _start(self, run: BackgroundRun) -> None:
         self._draining.add(run)
         run.start()
+
+    def _start_waiting(self) -> None:
+        """Start what waits, as far as it may begin.
+
+        A run that cannot start ends in here, and `ended` comes back to this loop.
+        """
+        self._starting = True
+        try:
+            while self._waiting and len(self._draining) < self._concurrency:
+                following = self._waiting.popleft()
+                self._count_waiting(-following.ending.deliveries)
+                self._start(following)
+        finally:
+            self._starting = False
+        if not self.full:
+            self._room.announce()
 
     def ended(self, run: BackgroundRun) -> None:
         """A unit is done with: let the next one begin."""
         if run.fatal:
             log(logging.CRITICAL, "a drain was ended", error=run.fatal.pop(), bus=self._state.name)
         self._draining.remove(run)
-        if self._waiting:
-            following = self._waiting.popleft()
-            self._waiting_deliveries -= following.ending.deliveries
-            self._watch(self._waiting_deliveries, False)
-            self._start(following)
-            self._make_room()
-        if self._change is not None:
-            self._changed()
+        if self._waiting and not self._starting:
+            self._start_waiting()
+        self._change.announce()
 
     def expire_at(self, deadline: float) -> None:
         """Have runs expire whose deadline this is.
@@ -280,25 +286,10 @@ class Drainer:
         if not self._closing or self.closed:  # once closed, it waits only for what it drains
             return
         if get_ident() == self._thread:
-            self._changed()
+            self._change.announce()
         else:
             with suppress(RuntimeError):  # the event loop has ended meanwhile
-                self._tasks.call_soon(self._changed)
-
-    def _make_room(self) -> None:
-        if self._room is not None and not self.full:
-            self._room.set()
-            self._room = None
-
-    def _changed(self) -> None:
-        change, self._change = self._change, None
-        if change is not None:
-            change.set()
-
-    async def _next_change(self) -> None:
-        if self._change is None:
-            self._change = Event()
-        await self._change.wait()
+                self._tasks.call_soon(self._change.announce)
 
     def _by_handler(self) -> Counter[str]:
         """How many deliveries each handler has waiting here, or running anywhere.
@@ -354,7 +345,7 @@ class BackgroundRun(Run):
         nursery: Where its tasks are, on trio.
     """
 
-    __slots__ = ("_drainer", "_expired", "_over", "_tasks", "deadline", "ending", "nursery")
+    __slots__ = ("_drainer", "_expired", "_stopped", "_tasks", "deadline", "ending", "nursery")
 
     def __init__(self, ending: Ending, terms: Terms, tasks: Tasks, drainer: Drainer) -> None:
         super().__init__(ending.next_turn, terms, tasks.drive)
@@ -363,7 +354,7 @@ class BackgroundRun(Run):
         self.nursery: Any = None  # Any: trio's
         self._tasks = tasks
         self._drainer = drainer
-        self._over = False  # nothing begins any more
+        self._stopped = False  # nothing begins any more
         self._expired = False  # nothing of this event begins any more
         self._coming = 1
 
@@ -373,9 +364,14 @@ class BackgroundRun(Run):
         (worker,) = self.workers
         self._tasks.start(self, worker)
 
+    def miss(self, worker: Worker, error: Exception) -> None:
+        """End, because a worker's task could not be started. See `Workplace`."""
+        super().miss(worker, error)
+        self._leave(worker)
+
     @property
     def late(self) -> bool:
-        return self._expired and not self._over
+        return self._expired and not self._stopped
 
     def spawn(self, worker: Worker) -> None:
         self._tasks.spawn(self, worker)
@@ -393,7 +389,7 @@ class BackgroundRun(Run):
 
     def cancel(self) -> None:
         """End it: what runs is cancelled, and what has not begun is undelivered."""
-        self._over = self.cancelled = True
+        self._stopped = self.cancelled = True
         self._cancel_scopes()
 
     def _cancel_scopes(self) -> None:
@@ -419,15 +415,15 @@ class BackgroundRun(Run):
                     await _bare_yield()
             finally:
                 self._coming -= 1  # also where its task was cancelled before
-            while not self._over:
+            while not self._stopped:
                 with self._tasks.scope() as worker.scope:
-                    if self.turn is NO_TURN and not self.ending.begin():
-                        await self.ending.until_free()
+                    if self.turn is NO_TURN:
+                        await self.ending.begin()
                     await worker.serve()
                 if not self._expired or self.is_shared:
                     break
                 self._expired = self._timed = False
-                self.cancelled = self._over
+                self.cancelled = self._stopped
                 worker.requests = cancel_requests()
         except BaseException as error:  # noqa: BLE001 - asyncio would end the loop for some
             worker.received |= not self.end(error)

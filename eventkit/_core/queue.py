@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextvars import Context
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -94,11 +93,10 @@ class Envelope:
         )
 
 
-@dataclass(slots=True, eq=False)
 class Backlog:
     """How many events wait in an outermost unit and all inside it, which share this object."""
 
-    events: int = 0
+    events: int = 0  # here and not in `__init__`, for this is made once for every request
 
 
 class State(Enum):

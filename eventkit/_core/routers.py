@@ -194,6 +194,8 @@ class EventRouter(Subscribing):
         self._routers.append(router)
 
     def _add(self, declarations: Sequence[Declaration]) -> None:
+        for declaration in declarations:
+            declaration.refuse_twin(self._declared(declaration))
         if self._included:
             raise RouterClosedError(
                 f"{', '.join(d.declared.name for d in declarations)}: declared on a router that "
@@ -204,13 +206,16 @@ class EventRouter(Subscribing):
         self._names.refuse_clashes(declarations)
         for declaration in declarations:
             key = (declaration.event_type, declaration.declared.identity)
-            declaration.refuse_twin(self._declarations.get(key))
             declaration.refuse_twin(added.get(key), named_twice=True)
             added[key] = declaration
         for declaration in declarations:
             self._drop_earlier(declaration)
         self._declarations.update(added)
         self._names.add(declarations)
+
+    def _declared(self, twin: Declaration) -> Declaration | None:
+        """The declaration of the same handler for the same event type, if there is one."""
+        return self._declarations.get((twin.event_type, twin.declared.identity))
 
     def _drop_earlier(self, declaration: Declaration) -> None:
         """Forget the handler that this one replaces, because its file has run again."""

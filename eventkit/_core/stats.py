@@ -143,18 +143,6 @@ class Tally:
         with self.lock:
             self.background[count] += by
 
-    def rewind(self, then: Stats) -> None:
-        """Count on from a moment before, as if only what is in flight now had come since."""
-        with self.lock:
-            counted = sum(run.handled for run in [*self.runs])  # they go on from there
-            in_flight = self.accepted - counted - self.handled - sum(self.ended.values())
-            self.published = then.published
-            for outcome in Outcome:
-                self.ended[outcome] = getattr(then, outcome.value)
-            self.handled = -counted
-            self.accepted = sum(self.ended.values()) + in_flight
-            self.background["refused"] = then.refused
-
     def running(self) -> list[Delivery]:
         """The deliveries that are running now."""
         with self.lock:

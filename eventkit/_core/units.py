@@ -29,6 +29,7 @@ from eventkit._core.ambient import (
     waiting,
     way_in,
     why_none,
+    why_not_open,
 )
 from eventkit._core.announcements import (
     announce_dropped,
@@ -84,28 +85,50 @@ class Unit:
         context: What users have of it, if they have; weak.
     """
 
-    # Here and not in `__init__`, for this is made once for every request.
-    parent: Unit | None = None
-    hands_over: bool = False
-    delivery: Delivery | None = None
-    is_delivery: bool = False
-    origin: object = None
-    loop: object = None
-    independent: bool = False
-    background: bool = False
-    waits: bool = False
-    draining: bool = False
-    decided: bool = False
-    emptied: Callable[[], None] | None = None
-    context: Callable[[], Any] | None = None  # Any: an `EventContext`
-    _before: Unit | None = None  # the unit that was active before this one
-    _turn: EventTurn | None = None  # the event at hand, while it is drained
-    _freed: Event | None = None  # there while somebody waits for the drain's end
-    _enter: Callable[[tuple[Turn, int]], object]  # its handlers' variables, while it is drained
+    __slots__ = (
+        "__weakref__",
+        "_before",
+        "_enter",
+        "_freed",
+        "_turn",
+        "background",
+        "context",
+        "decided",
+        "delivery",
+        "draining",
+        "emptied",
+        "hands_over",
+        "independent",
+        "is_delivery",
+        "loop",
+        "origin",
+        "parent",
+        "queue",
+        "state",
+        "waits",
+    )
 
     def __init__(self, state: BusState) -> None:
         self.state: BusState = state
         self.queue: EventQueue = EventQueue(state.tally)
+        self.parent: Unit | None = None
+        self.hands_over: bool = False
+        self.delivery: Delivery | None = None
+        self.is_delivery: bool = False
+        self.origin: object = None
+        self.loop: object = None
+        self.independent: bool = False
+        self.background: bool = False
+        self.waits: bool = False
+        self.draining: bool = False
+        self.decided: bool = False
+        self.emptied: Callable[[], None] | None = None
+        self.context: Callable[[], Any] | None = None  # Any: an `EventContext`
+        self._before: Unit | None = None  # the unit that was active before this one
+        self._turn: EventTurn | None = None  # the event at hand, while it is drained
+        self._freed: Event | None = None  # there while somebody waits for the drain's end
+        # What enters its handlers' variables, while it is drained.
+        self._enter: Callable[[tuple[Turn, int]], object] = active.set
 
     @property
     def closed(self) -> bool:
@@ -150,11 +173,12 @@ class Unit:
         over: `parent` is of another bus. Threads in it deliver on this event loop. With `waits`,
         units inside it deliver their events themselves.
         """
-        self.open(parent, nested=False)
-        self.origin, self.loop = where, loop
-        if waits:
-            self.waits = True
-        if active.get() is None:  # so it is in nearly all requests
+        if parent is None:  # so it is in nearly all requests
+            self.queue.open(None)
+        else:
+            self.open(parent, nested=False)
+        self.origin, self.loop, self.waits = where, loop, waits
+        if active.get() is None:  # so it is here, too
             active.set(self)
         else:
             self.activate()
@@ -231,25 +255,7 @@ class Unit:
     def _refused(self, refusal: Refusal) -> Exception:
         if refusal is Refusal.FULL:
             return EventContextFullError(self.state.name, self.state.max_events)
-        return EventContextClosedError(self.why_not_open())
-
-    def why_not_open(self) -> str:
-        """Why it takes no events, and what to do."""
-        bus = self.state.name
-        if self.queue.state is State.NEW:
-            return f"this event context of bus {bus!r} is not open yet: use `async with`"
-        if self.is_delivery:
-            return (
-                f"the handler that this event context of bus {bus!r} belongs to has ended "
-                f"({self.delivery}). A task that outlives its handler needs a unit that is "
-                "independent of it: `async with bus.context(independent=True):`, in a thread `with`"
-            )
-        return (
-            f"this event context of bus {bus!r} has ended: the request or job it belongs to is "
-            "over, and its events were delivered or discarded. A task or thread that outlives it "
-            "needs a unit that is independent of it: `async with bus.context(independent=True):`, "
-            "in a thread `with`"
-        )
+        return EventContextClosedError(why_not_open(self))
 
     # Deciding
 
@@ -347,12 +353,11 @@ class Unit:
 
     async def finish(self, report: Report, timeout: float | None, *, success: bool) -> None:
         """Deliver what is to be delivered, then close; what a cancellation left is undelivered."""
-        ending = Ending(self, success, current_loop())
-        if ending.settle():
+        if self.close_if_idle(success=success):
             return
+        ending = Ending(self, success, current_loop())
         try:
-            if not ending.begin():
-                await ending.until_free()
+            await ending.begin()
             await run_all(ending.next_turn, self._terms(report, timeout))
         finally:
             ending.end()
@@ -400,7 +405,8 @@ class Unit:
 
         With `closing` it closes where nothing is left that has to be decided.
         """
-        self._end_turn()
+        if self._turn is not None:
+            self._end_turn()
         while (envelope := self.queue.take(closing=closing)) is not None:
             plan = envelope.plan
             if not plan.valid:
@@ -490,22 +496,12 @@ class Ending:
         self.unit = unit
         self.deliveries = 0
 
-    def settle(self) -> bool:
-        """Decide what is staged, and say whether that was all: then the unit has closed."""
-        return self.unit.close_if_idle(success=self._success)
-
-    def begin(self) -> bool:
-        """Drain it from now on; False while another task does."""
+    async def begin(self) -> None:
+        """Drain it from now on: what another task leaves, that drains it now."""
         if self.unit.draining:
-            return False
+            await self.unit.until_free()
         self._begun = True
         self.unit.occupy(self._loop)
-        return True
-
-    async def until_free(self) -> None:
-        """Wait while another task drains it, and go on with what that leaves."""
-        while not self.begin():
-            await self.unit.until_free()
 
     def next_turn(self) -> Turn | None:
         """End the event at hand and give the next one; None where the unit has closed."""

@@ -13,6 +13,7 @@ from anyio.lowlevel import checkpoint
 from eventkit._core.bus import EventBus, registry_of, state_of
 from eventkit._core.events import Delivery
 from eventkit._core.loops.running import on_event_loop
+from eventkit._core.stats import Outcome, Stats, Tally
 from eventkit._core.turns import Failure
 from eventkit.exceptions import EventContextUsageError, NoEventContextError
 from eventkit.testing._fakes import Fake, Fakes, Named, subscriptions_of
@@ -320,7 +321,7 @@ class EventCapture(Recording):
             partial(setattr, bus, "report_failure", report),
             self._fakes.end_all,
             registry_of(bus).keep(),
-            partial(core.tally.rewind, stats),
+            partial(_rewind, core.tally, stats),
         ]
 
         def note(delivery: Delivery, error: Exception) -> None:
@@ -428,3 +429,16 @@ class EventCapture(Recording):
 
     def _names_of(self, handler: Named) -> set[str]:
         return {each.name for each in subscriptions_of(self.bus, handler)}
+
+
+def _rewind(tally: Tally, then: Stats) -> None:
+    """Count on from a moment before, as if only what is in flight now had come since."""
+    with tally.lock:
+        counted = sum(run.handled for run in [*tally.runs])  # they go on from there
+        in_flight = tally.accepted - counted - tally.handled - sum(tally.ended.values())
+        tally.published = then.published
+        for outcome in Outcome:
+            tally.ended[outcome] = getattr(then, outcome.value)
+        tally.handled = -counted
+        tally.accepted = sum(tally.ended.values()) + in_flight
+        tally.background["refused"] = then.refused

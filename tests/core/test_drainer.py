@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -33,6 +34,7 @@ from eventkit import Delivery, EventBus, Observer, Stats
 from eventkit._core.bus import state_of
 from eventkit._core.context import context_of
 from eventkit._core.drainer import Drainer
+from eventkit._core.loops import native_asyncio
 from eventkit._core.units import Unit
 from tests.contract.bus import ignore
 from tests.witness import assert_settled, entered, unit_of, witnessed
@@ -1149,4 +1151,87 @@ async def test_two_drainers_that_close_at_once_both_say_what_was_undelivered_mea
     assert not lines(caplog, "eventkit has stopped: bus=default left=0")
     assert bus.stats.undelivered == 2
     assert not state_of(bus).losses
+    assert_settled(bus)
+
+
+# What an event loop that starts no tasks leaves.
+
+
+@pytest.fixture
+def startable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A task of a drainer starts for each item that it takes from here; without one it fails."""
+    left: list[str] = []
+
+    class Task(asyncio.Task[None]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            if not left:
+                raise RuntimeError("no more tasks")
+            left.pop()
+            super().__init__(*args, **options)
+
+    def start_soon(nursery: trio.Nursery, function: Any, *args: Any, name: object = None) -> None:
+        if str(name).startswith("eventkit drains"):
+            if not left:
+                raise RuntimeError("no more tasks")
+            left.pop()
+        starts(nursery, function, *args, name=name)
+
+    starts = trio.Nursery.start_soon
+    monkeypatch.setattr(trio.Nursery, "start_soon", start_soon)
+    monkeypatch.setattr(
+        native_asyncio,
+        "asyncio",
+        SimpleNamespace(Task=Task, get_running_loop=asyncio.get_running_loop),
+    )
+    return left
+
+
+@pytest.mark.parametrize("units", [1, 3, 500])
+async def test_a_unit_whose_task_cannot_be_started_is_undelivered_and_holds_nothing_up(
+    bus: EventBus, startable: list[str], caplog: pytest.LogCaptureFixture, units: int
+) -> None:
+    seen = witnessed(bus)
+    bus.subscribe(str, pause)
+
+    with fail_after(5):
+        async with create_task_group() as tasks:
+            drainer = Drainer(state_of(bus), tasks, concurrency=1, max_pending=None)
+            startable.append("the first")
+            for number in range(units):
+                drainer.submit(unit(bus, str(number)), success=True)
+            await wait_all_tasks_blocked()
+
+            assert (bus.stats.units_draining, bus.stats.units_waiting) == (0, 0)
+            startable.append("the last")
+            drainer.submit(unit(bus, "last"), success=True)
+            await drainer.close(math.inf)
+
+    assert [each for each in seen if each.startswith("handled")] == ["handled 0", "handled last"]
+    assert len(lines(caplog, "a drain was ended")) == units - 1
+    assert bus.stats.undelivered == units - 1
+    assert_settled(bus)
+
+
+async def test_a_handler_that_waits_is_ended_where_no_task_begins_its_siblings(
+    bus: EventBus, startable: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    ends: list[str] = []
+
+    async def wait(_: str) -> None:
+        try:
+            await sleep_forever()
+        finally:
+            ends.append("ended")
+
+    for number in range(3):
+        bus.subscribe(str, partial(wait), name=str(number))
+
+    with fail_after(5):
+        async with draining(bus) as drainer:
+            startable.append("the first worker")
+            drainer.submit(unit(bus, "event"), success=True)
+
+    assert ends == ["ended"]
+    assert bus.stats.undelivered == 3
+    assert len(lines(caplog, "a drain was ended")) == 1
     assert_settled(bus)

@@ -35,6 +35,11 @@ pytestmark = pytest.mark.anyio
 
 T = TypeVar("T")
 HERE = str(Path(__file__))
+TWICE = (
+    "in a function that is called twice: where it makes an application, make the bus in it, too. "
+    "And it runs twice in a script that is also imported: subscribe and include in a module that "
+    "is only imported"
+)
 
 
 class Base:
@@ -568,9 +573,8 @@ def test_a_router_included_twice_names_the_declaration_and_the_second_include(
     assert str(error.value) == (
         f"{__name__}:a is already subscribed to {__name__}.Base: its router was included twice. "
         f"The handler is declared at {HERE}:{declared}, and the router was included again at "
-        f"{HERE}:{included}. Include a router once, directly or through another one; where a "
-        "function makes an application and is called twice, make the bus in it, too; a handler "
-        "runs once per event in any case"
+        f"{HERE}:{included}. Include a router once, directly or through another one. A line "
+        f"runs twice {TWICE}; a handler runs once per event in any case"
     )
     assert error.value.first == f"{HERE}:{declared}"
     assert error.value.second == f"{HERE}:{included}"
@@ -592,6 +596,18 @@ def test_a_router_included_through_two_others_is_said_to_be_included_twice(
         outer.include(inner)
 
 
+def test_a_router_included_twice_in_a_router_is_told_so_also_where_that_one_is_included(
+    bus: EventBus, noted: Noted
+) -> None:
+    router, outer = EventRouter(), EventRouter()
+    router.on(Base)(noted.handler("a"))
+
+    outer.include(router)
+    bus.include(outer)
+    with pytest.raises(DuplicateSubscriptionError, match="in a script that is also imported"):
+        outer.include(router)
+
+
 def test_a_line_that_subscribes_twice_is_told_so(bus: EventBus, noted: Noted) -> None:
     handler = noted.handler("twice")
 
@@ -605,8 +621,7 @@ def test_a_line_that_subscribes_twice_is_told_so(bus: EventBus, noted: Noted) ->
     place = f"{HERE}:{line() - 6}"
     assert str(error.value) == (
         f"{__name__}:twice is already subscribed to {__name__}.Base: the line at {place} has run "
-        "twice. Subscribe where code runs once; where a function makes an application and is "
-        "called twice, make the bus in it, too; a handler runs once per event in any case"
+        f"twice. A line runs twice {TWICE}; a handler runs once per event in any case"
     )
     assert error.value.first == error.value.second == place
 

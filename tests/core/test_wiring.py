@@ -433,7 +433,8 @@ async def test_that_nobody_handles_an_event_names_the_other_buses_that_have_a_ha
 
     caplog.set_level(logging.INFO, "eventkit")
     here = EventBus(name="shop")
-    others = [EventBus(name=name) for name in ("mail", "shop", "audit", "billing")]
+    others = [EventBus(name=name) for name in ("mail", "shop", "audit", "billing", "mail")]
+    others[4].subscribe(Sent, nothing)
     others[0].subscribe(Sent, nothing)
     others[1].subscribe(Base, nothing)
     others[2].subscribe(object, nothing)

@@ -215,6 +215,32 @@ async def test_a_deliver_if_that_raises_is_logged_and_counts_as_no(
     assert error.exc_info[0] is LookupError
 
 
+def yields(_: Outcome) -> Generator[bool]:
+    yield False
+
+
+async def yields_later(_: Outcome) -> AsyncGenerator[bool]:
+    yield False
+
+
+@pytest.mark.parametrize("asked", [yields, yields_later])
+async def test_a_deliver_if_that_returns_a_generator_is_logged_and_counts_as_no(
+    bus: EventBus,
+    trace: list[str],
+    caplog: pytest.LogCaptureFixture,
+    asked: Callable[[Outcome], Any],
+) -> None:
+    def deliver_if(outcome: Outcome) -> Any:
+        return asked(outcome)
+
+    await Exchange().run(EventContextMiddleware(publishing(bus), bus, deliver_if=deliver_if))
+
+    assert trace == DISCARDED
+    (line,) = (record for record in caplog.records if record.levelno == logging.ERROR)
+    assert line.exc_info is not None
+    assert str(line.exc_info[1]).endswith(", which nobody iterates: have it return a bool")
+
+
 @pytest.mark.parametrize("status", [200, 500])
 async def test_a_deliver_if_that_returns_a_coroutine_is_logged_and_counts_as_no(
     bus: EventBus, trace: list[str], caplog: pytest.LogCaptureFixture, status: int
@@ -622,14 +648,6 @@ class AsksADatabase:
         return await ask_a_database(outcome)
 
 
-def yields(_: Outcome) -> Generator[bool]:
-    yield False
-
-
-async def yields_later(_: Outcome) -> AsyncGenerator[bool]:
-    yield False
-
-
 NO_PLAIN_FUNCTIONS = {
     "None": None,
     "bool": True,
@@ -640,6 +658,8 @@ NO_PLAIN_FUNCTIONS = {
     "partial of an object": partial(AsksADatabase()),
     "generator": yields,
     "async generator": yields_later,
+    "class": AsksADatabase,
+    "partial of a class": partial(AsksADatabase),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Generator
+from contextlib import suppress
 from contextvars import Context, copy_context
 from types import coroutine
 from typing import Any
@@ -68,17 +69,20 @@ class NativeTasks:
     def open(self, group: TaskGroup, over: Event) -> None:
         """Nothing has to own native tasks."""
 
-    def start(self, run: Any, worker: Any) -> None:  # Any: `tasks.Workplace`, and its worker
-        self.spawn(run, worker)
-
-    def spawn(self, run: Any, worker: Any) -> None:  # Any: as above
+    def spawn(self, run: Any, worker: Any) -> None:  # Any: `tasks.Workplace`, and its worker
         steps = run.work(worker)
         # A task that is cancelled before its first step runs nothing of it, not even `finally`. So
         # the coroutine is brought to a first bare `yield` before there is a task.
         steps.send(None)
         # Not `create_task`: a task factory of the application may make eager tasks, which recurse.
         variables = self._variables.copy()  # or no task could take a step within another's
-        worker.task = asyncio.Task(steps, loop=self._loop, name=self._name, context=variables)
+        try:
+            worker.task = asyncio.Task(steps, loop=self._loop, name=self._name, context=variables)
+        except Exception as error:  # noqa: BLE001 - the run's
+            with suppress(StopIteration):
+                steps.throw(error)  # it ends as if its task had failed at once
+
+    start = spawn
 
     def call_soon(self, function: Callable[[], object]) -> None:
         self._loop.call_soon_threadsafe(function)

@@ -96,7 +96,10 @@ class NativeTasks:
             await over.wait()
 
     def start(self, run: Any, worker: Any) -> None:  # Any: `tasks.Workplace`, and its worker
-        self._start(self._surround, run, worker)
+        try:
+            self._start(self._surround, run, worker)
+        except Exception as error:  # noqa: BLE001 - the run's
+            run.miss(worker, error)
 
     @trio.lowlevel.enable_ki_protection  # or Ctrl-C could come in here, where it would be lost
     async def _surround(self, run: Any, worker: Any) -> None:
@@ -109,7 +112,10 @@ class NativeTasks:
             run.nursery = None  # or the two keep each other alive
 
     def spawn(self, run: Any, worker: Any) -> None:
-        run.nursery.start_soon(run.work, worker, name=self._name)
+        try:
+            run.nursery.start_soon(run.work, worker, name=self._name)
+        except Exception as error:  # noqa: BLE001 - as above
+            run.miss(worker, error)
 
     def call_soon(self, function: Callable[[], object]) -> None:
         self._token.run_sync_soon(function)

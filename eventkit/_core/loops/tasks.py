@@ -50,11 +50,11 @@ class Tasks(Protocol):
         ...
 
     def start(self, run: Workplace, worker: Any) -> None:
-        """Start the first task of a run."""
+        """Start the first task of a run. Where that fails, the run ends."""
         ...
 
     def spawn(self, run: Workplace, worker: Any) -> None:
-        """Start another task of a run."""
+        """Start another task of a run. Where that fails, the run ends."""
         ...
 
     def call_soon(self, function: Callable[[], object]) -> None:
@@ -77,6 +77,10 @@ class Workplace(Protocol):
 
     async def work(self, worker: Any) -> None:
         """What a task does, to its end; no exception leaves it."""
+        ...
+
+    def miss(self, worker: Any, error: Exception) -> None:
+        """The worker's task could not be started, and nothing of `work` has run."""
         ...
 
 

@@ -18,8 +18,9 @@ from contextvars import Context, copy_context
 from typing import Any
 
 import anyio
-from anyio import CancelScope, Event, from_thread, get_cancelled_exc_class, move_on_after
+from anyio import CancelScope, from_thread, get_cancelled_exc_class, move_on_after
 
+from eventkit._core.loops.changes import GRACE_SECONDS, Change
 from eventkit._core.loops.running import current_loop, library, on_trio
 
 # What a thread has an event loop run for it.
@@ -27,9 +28,6 @@ Function = Callable[[], Coroutine[object, object, None]]
 
 # How often a thread that waits for an event loop looks whether somebody has closed the loop.
 _LOOK_SECONDS = 1.0
-
-# How long the clean-up of calls that were cancelled may hold up the closing of an entrance.
-_GRACE_SECONDS = 0.5
 
 
 def in_worker_thread() -> bool:
@@ -252,7 +250,7 @@ class Entrance:
         self.loop: object = current_loop()
         self._closed = False
         self._calls: set[CancelScope] = set()
-        self._change: Event | None = None  # there while `close` waits for a call to end
+        self._call_ended = Change()
 
     def run(self, function: Function) -> bool:
         """As `reach`; False also where it is closed."""
@@ -269,9 +267,7 @@ class Entrance:
                     await function()
                 finally:
                     self._calls.discard(call)
-                    if self._change is not None:
-                        self._change.set()
-                        self._change = None
+                    self._call_ended.announce()
 
         return reach(self.loop, enter) and entered
 
@@ -284,13 +280,12 @@ class Entrance:
         finally:
             for call in self._calls:
                 call.cancel()
-            with move_on_after(_GRACE_SECONDS, shield=True):
+            with move_on_after(GRACE_SECONDS, shield=True):
                 await self._all_left()
 
     async def _all_left(self) -> None:
         while self._calls:
-            self._change = self._change or Event()
-            await self._change.wait()
+            await self._call_ended.wait()
 
 
 class _OwnLoop:

@@ -6,14 +6,17 @@ import functools
 import gc
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 
 import anyio
 import pytest
 from anyio import sleep_forever, to_thread
+from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
 from eventkit import DispatchError, EventBus, HandlerCancelledError
+from eventkit._core import awaited
 from tests.contract.bus import ignore
 from tests.dispatching import (
     Boom,
@@ -277,3 +280,35 @@ async def test_a_made_up_cancellation_inside_a_dispatch_does_not_end_its_caller(
     task = asyncio.current_task()
     assert task is not None
     assert task.cancelling() == 0
+
+
+@pytest.mark.parametrize("implementation", ["continuation-stealing"], indirect=True)
+async def test_deliveries_end_where_the_event_loop_starts_no_tasks(
+    bus: EventBus, deliver: Deliver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[str] = []
+
+    @asynccontextmanager
+    async def create_task_group() -> AsyncGenerator[TaskGroup]:
+        async with anyio.create_task_group() as tasks:
+            monkeypatch.setattr(tasks, "start_soon", refuse)
+            yield tasks
+
+    def refuse(*_: object, **__: object) -> None:
+        raise Boom
+
+    async def wait(_: Ping) -> None:
+        try:
+            await sleep_forever()
+        finally:
+            ends.append("ended")
+
+    monkeypatch.setattr(awaited, "create_task_group", create_task_group)
+    for number in range(3):
+        bus.subscribe(Ping, functools.partial(wait), name=str(number))
+
+    with anyio.fail_after(5), pytest.raises(Boom):
+        await deliver(bus, Ping())
+
+    assert ends == ["ended"]
+    assert bus.stats.undelivered == 3
