@@ -49,7 +49,7 @@ class Database:
     def sessions(self, **options: Any) -> Any:
         """A factory of sessions."""
         options = {"bind": self.engine, **options}
-        make = async_sessionmaker if isinstance(self.engine, AsyncEngine) else sessionmaker
+        make: Any = async_sessionmaker if self.awaits else sessionmaker
         return make(**options)
 
     def session(self, **options: Any) -> Any:

@@ -401,6 +401,35 @@ async def test_an_engine_in_autocommit(
     assert sorted(seen) == ["discarded never flushed", "handled before", "handled behind"]
 
 
+@pytest.mark.parametrize("by", ["session", "connection"])
+async def test_what_fails_in_autocommit_has_committed_nothing(
+    by: str, bus: EventBus, database: Database, seen: list[str]
+) -> None:
+    if database.kind == "sqlite":
+        pytest.skip("here the BEGIN of the tests' listener goes before")
+    options = {"isolation_level": "AUTOCOMMIT"}
+    async with bus.context():
+        bus.publish("before")
+        opened = inside(database.session()) if by == "session" else database.connection()
+        async with opened as used:
+            if by == "session":
+                await done(used.connection(execution_options=options))
+            else:
+                await done(used.execution_options(**options))
+            with pytest.raises(IntegrityError):
+                await put(used, "first")
+            bus.publish("failed")
+        assert seen == ["discarded before", "discarded failed"]
+        async with database.connection() as used:
+            await done(used.execution_options(**options))
+            await put(used)
+            with pytest.raises(IntegrityError):
+                await put(used, "first")
+            bus.publish("one has worked")
+
+    assert seen == ["discarded before", "discarded failed", "handled one has worked"]
+
+
 # Two phases, two engines
 
 

@@ -591,8 +591,8 @@ async def test_a_savepoint_takes_its_events_along_or_leaves_them_to_what_is_arou
         await done(getattr(session, outer)())
 
     kept = inner == "commit" or (inner == "close" and writes == "without")
-    expected = dict.fromkeys(("before", "after"), outer == "commit")
-    expected["inside"] = kept and outer == "commit"
+    committed_all = outer == "commit"
+    expected = {"before": committed_all, "after": committed_all, "inside": kept and committed_all}
     assert {line.split()[1]: line.startswith("handled") for line in seen} == expected
     committed = ["outer"] if outer == "commit" else []
     if outer == "commit" and inner == "commit" and writes == "with a row":
