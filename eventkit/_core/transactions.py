@@ -11,7 +11,8 @@ The rules
    none of them has written, one that was committed releases the event all the same.
 4. *Afterwards.* What is still undecided is released by the next transaction that writes and commits
    in the unit of work. One that rolls back discards it only if the publisher's own task has begun
-   it, before anything in the unit was committed, and before the response was started.
+   it, before anything in the unit was committed, and before the response was started. A task or
+   thread that it has started since the publish counts as the publisher's own.
 5. *The end of the unit.* A transaction that has written and is still open has lost its events. What
    no transaction has decided, the outcome of the unit decides.
 
