@@ -300,11 +300,9 @@ class Drainer:
 
         One that is taken from its queue and comes to its first step next, is neither.
         """
-        endings = [
-            *(run.ending for run in self._draining),
-            *(ending for ending, _ in self._waiting),
-        ]
-        units = [*(ending.unit for ending in endings), *self._open]
+        draining = [run.ending.unit for run in self._draining]
+        ended = [ending.unit for ending, _ in self._waiting]
+        units = [*draining, *ended, *self._open]
         waiting = (each for unit in units for each in unit.queue.pending)
         handlers = (delivery.handler for each in waiting for delivery in each.deliveries())
         return self._state.tally.running_by_handler() + Counter(handlers)
