@@ -164,7 +164,7 @@ class _AwaitedRun(Run):
         try:
             if in_cancelled_scope():  # a task begins in it all the same
                 await checkpoint()
-            self.arrive()
+            self._coming -= 1
             await worker.serve()
             await _take_cancellation(worker)  # or AnyIO takes it for the whole group's
         except get_cancelled_exc_class():

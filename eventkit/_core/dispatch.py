@@ -192,8 +192,6 @@ class Run(ABC):
         self._timed = False  # the deadline is that of the event at hand
         self._quiet_events = 0  # in a row, of which no handler has waited
 
-    # What the two kinds of run say
-
     @property
     @abstractmethod
     def late(self) -> bool:
@@ -214,8 +212,6 @@ class Run(ABC):
     @abstractmethod
     async def may_go_on(self, worker: Worker) -> bool:
         """Whether a worker whose handler has waited, or was cancelled, may begin the next one."""
-
-    # What they have in common
 
     @property
     def running(self) -> dict[Delivery, Steps | None]:
@@ -289,10 +285,6 @@ class Run(ABC):
         self.workers.add(worker)
         self._coming += 1
         self.spawn(worker)
-
-    def arrive(self) -> None:
-        """One that was called is there."""
-        self._coming -= 1
 
     def miss(self, worker: Worker, error: Exception) -> None:
         """One that was called will not come, because no task can be started: all has to end."""

@@ -82,7 +82,7 @@ class Drainer:
         self._max_pending = math.inf if max_pending is None else max_pending
         self._watch = watch
         self._open: set[Unit] = set()
-        self._waiting: deque[BackgroundRun] = deque()
+        self._waiting: deque[tuple[Ending, int]] = deque()  # each with how many deliveries it has
         self._waiting_deliveries = 0
         self.full = False
         self._draining: set[BackgroundRun] = set()
@@ -122,7 +122,8 @@ class Drainer:
     def forget(self, unit: Unit) -> None:
         """Count on it no longer."""
         self._open.discard(unit)
-        self._change.announce()
+        if self._closing or self.closed:  # else nobody waits for it
+            self._change.announce()
 
     def submit(self, unit: Unit, *, success: bool) -> None:
         """End a unit: release or discard what nobody has decided, deliver when its turn comes.
@@ -205,7 +206,7 @@ class Drainer:
         self._over.set()
         for run in [*self._draining]:
             run.cancel()
-        self._abandon(*(run.ending.unit for run in self._waiting), *self._open)
+        self._abandon(*(ending.unit for ending, _ in self._waiting), *self._open)
         self._waiting.clear()
         self._waiting_deliveries, self.full = 0, False
         self._room.announce()
@@ -220,22 +221,24 @@ class Drainer:
 
     def _take(self, ending: Ending) -> None:
         """Start a unit, or have it wait for its turn."""
-        run = BackgroundRun(ending, self._terms, self._tasks, self)
         if len(self._draining) < self._concurrency:
-            self._start(run)
+            self._start(ending)
         else:
-            ending.deliveries = ending.unit.queue.waiting
-            self._waiting.append(run)
-            self._count_waiting(ending.deliveries)
+            deliveries = ending.unit.queue.waiting
+            self._waiting.append((ending, deliveries))
+            self._count_waiting(deliveries)
 
     def _count_waiting(self, more: int) -> None:
         self._waiting_deliveries += more
         self.full = self._waiting_deliveries >= self._max_pending
         self._watch(self._waiting_deliveries, False)
 
-    def _start(self, run: BackgroundRun) -> None:
+    def _start(self, ending: Ending) -> None:
+        run = BackgroundRun(ending, self._terms, self._tasks, self)
         self._draining.add(run)
-        run.start()
+        self._terms.tally.runs.add(run)
+        (worker,) = run.workers
+        self._tasks.start(run, worker)
 
     def _start_waiting(self) -> None:
         """Start what waits, as far as it may begin.
@@ -245,9 +248,9 @@ class Drainer:
         self._starting = True
         try:
             while self._waiting and len(self._draining) < self._concurrency:
-                following = self._waiting.popleft()
-                self._count_waiting(-following.ending.deliveries)
-                self._start(following)
+                ending, deliveries = self._waiting.popleft()
+                self._count_waiting(-deliveries)
+                self._start(ending)
         finally:
             self._starting = False
         if not self.full:
@@ -260,7 +263,8 @@ class Drainer:
         self._draining.remove(run)
         if self._waiting and not self._starting:
             self._start_waiting()
-        self._change.announce()
+        if self._closing or self.closed:  # as in `forget`
+            self._change.announce()
 
     def expire_at(self, deadline: float) -> None:
         """Have runs expire whose deadline this is.
@@ -296,8 +300,10 @@ class Drainer:
 
         One that is taken from its queue and comes to its first step next, is neither.
         """
-        ended = (run.ending.unit for run in [*self._draining, *self._waiting])
-        waiting = (each for unit in [*ended, *self._open] for each in unit.queue.pending)
+        draining = [run.ending.unit for run in self._draining]
+        ended = [ending.unit for ending, _ in self._waiting]
+        units = [*draining, *ended, *self._open]
+        waiting = (each for unit in units for each in unit.queue.pending)
         handlers = (delivery.handler for each in waiting for delivery in each.deliveries())
         return self._state.tally.running_by_handler() + Counter(handlers)
 
@@ -356,13 +362,7 @@ class BackgroundRun(Run):
         self._drainer = drainer
         self._stopped = False  # nothing begins any more
         self._expired = False  # nothing of this event begins any more
-        self._coming = 1
-
-    def start(self) -> None:
-        """Have the first worker come."""
-        self.terms.tally.runs.add(self)
-        (worker,) = self.workers
-        self._tasks.start(self, worker)
+        self._coming = 1  # the first worker, which the drainer calls
 
     def miss(self, worker: Worker, error: Exception) -> None:
         """End, because a worker's task could not be started. See `Workplace`."""

@@ -127,8 +127,7 @@ class Unit:
         self._before: Unit | None = None  # the unit that was active before this one
         self._turn: EventTurn | None = None  # the event at hand, while it is drained
         self._freed: Event | None = None  # there while somebody waits for the drain's end
-        # What enters its handlers' variables, while it is drained.
-        self._enter: Callable[[tuple[Turn, int]], object] = active.set
+        self._enter: Callable[[tuple[Turn, int]], object] = active.set  # see `occupy`
 
     @property
     def closed(self) -> bool:
@@ -178,10 +177,9 @@ class Unit:
         else:
             self.open(parent, nested=False)
         self.origin, self.loop, self.waits = where, loop, waits
-        if active.get() is None:  # so it is here, too
-            active.set(self)
-        else:
-            self.activate()
+        if active.get() is not None:
+            self._before = current()
+        active.set(self)
 
     def activate(self) -> None:
         """Make it the active one."""
@@ -388,10 +386,9 @@ class Unit:
             self.emptied()
 
     async def until_free(self) -> None:
-        """Wait while another task drains it."""
-        while self.draining:
-            self._freed = self._freed or Event()
-            await self._freed.wait()
+        """Wait until the task that drains it has ended its drain."""
+        self._freed = self._freed or Event()
+        await self._freed.wait()
 
     def end_drain(self) -> None:
         """End the event at hand, and leave the rest to whoever is responsible for it now."""
@@ -484,21 +481,19 @@ class Ending:
 
     Attributes:
         unit: Which one.
-        deliveries: How many wait with it, while it waits for its drain.
     """
 
-    __slots__ = ("_begun", "_loop", "_success", "deliveries", "unit")
+    __slots__ = ("_begun", "_loop", "_success", "unit")
 
     def __init__(self, unit: Unit, success: bool, loop: object) -> None:
         self._begun = False
         self._loop = loop  # on which it is drained
         self._success = success
         self.unit = unit
-        self.deliveries = 0
 
     async def begin(self) -> None:
         """Drain it from now on: what another task leaves, that drains it now."""
-        if self.unit.draining:
+        while self.unit.draining:
             await self.unit.until_free()
         self._begun = True
         self.unit.occupy(self._loop)

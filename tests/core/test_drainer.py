@@ -499,7 +499,7 @@ async def test_a_handler_that_swallows_its_cancellation_does_not_hold_the_close(
 async def test_a_plain_def_that_hangs_is_named_in_the_log_and_left_to_itself(
     bus: EventBus, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eventkit._core.drainer._GRACE_SECONDS", 0.01)
+    monkeypatch.setattr("eventkit._core.drainer.GRACE_SECONDS", 0.01)
     release = threading.Event()
     begun = Event()
 
