@@ -448,6 +448,12 @@ class _Watched(Transaction):
         for hook in self._tie.ended if news else ():
             hook(self, how)
 
+    def is_over(self) -> bool:
+        """Whether it has ended, or was forgotten."""
+        if self.gone or self.of_session:
+            return self.gone or self._session() is None
+        return (root := self._root()) is None or not root.is_active
+
     def has_unflushed(self) -> bool:
         """Whether its session has objects that are still to be written."""
         session = self._session()

@@ -101,7 +101,10 @@ class Level:
     @property
     def has_written(self) -> bool:
         """Whether the transaction that it is a part of has written."""
-        return any(level.wrote for level in self.outward())
+        level: Level | None = self
+        while level is not None and not level.wrote:
+            level = level.around
+        return level is not None
 
     @property
     def has_no_say(self) -> bool:
@@ -220,6 +223,10 @@ class Transaction:
     def look(self) -> None:
         """Find out what nobody has said of it so far. For those who inherit from it."""
 
+    def is_over(self) -> bool:
+        """Whether nothing happens in it any more. For those who inherit from it, who know more."""
+        return self.gone
+
     def has_unflushed(self) -> bool:
         """Whether it is still to be told what to write. For those who inherit from it."""
         return False
@@ -228,17 +235,16 @@ class Transaction:
         """Have it take part in the unit of work of the caller, as the one that is used last."""
         used = _used.get()
         if not used or used[0] is not self:
-            _used.set((self, *[each for each in used if each is not self and not each.gone]))
+            _used.set((self, *[each for each in used if each is not self and not each.is_over()]))
         unit = _unit_of(self.state)
         if unit is not None and unit not in self.units:
             self._join(unit)
 
     def write(self) -> None:
         """Something in it may change the database."""
-        for level in self.levels[-1].outward():
-            if level.wrote:
-                return
-            level.wrote = True
+        level: Level | None = self.levels[-1]
+        while level is not None and not level.wrote:
+            level.wrote, level = True, level.around
 
     def begin_savepoint(self, name: str | None = None) -> None:
         """What is published from now on is published in this savepoint."""
@@ -352,7 +358,7 @@ class Decisions:
         One that began outside of all units takes part from now on, if it is to write something.
         """
         for transaction in () if unit.is_delivery else _used.get():
-            if not (transaction.units or transaction.gone) and transaction.has_unflushed():
+            if not (transaction.units or transaction.is_over()) and transaction.has_unflushed():
                 transaction.use()
         for transaction in [*unit.queue.transactions]:
             transaction.look()
@@ -421,8 +427,11 @@ def _open_in(unit: Unit) -> list[tuple[Transaction, Say]]:
     transactions: list[Transaction] = unit.queue.transactions
     if not transactions:
         return []
-    reach = {*unit.with_those_it_hands_to()}
-    around = [each for each in reversed(transactions) if not reach.isdisjoint(each.units)]
+    around = [
+        each
+        for each in reversed(transactions)
+        if unit in each.units or not each.units.isdisjoint(unit.with_those_it_hands_to())
+    ]
     own = [each for each in _used.get() if each in around]
     others = [each for each in around if each not in own]
     say = Say.OTHERS if own else Say.OWN
