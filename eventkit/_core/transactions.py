@@ -236,6 +236,8 @@ class Transaction:
         used = _used.get()
         if not used or used[0] is not self:
             _used.set((self, *[each for each in used if each is not self and not each.is_over()]))
+        if active.get() in self.units:  # so it is nearly always; they leave it as they end
+            return
         unit = _unit_of(self.state)
         if unit is not None and unit not in self.units:
             self._join(unit)
