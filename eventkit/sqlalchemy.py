@@ -248,6 +248,7 @@ class CommitTie:
     def _roll_back(self, connection: Connection, *_: object) -> None:
         transaction = self._outermost(connection)
         if transaction is not None and not transaction.of_session:
+            transaction.look_around()
             transaction.confirm()
             transaction.roll_back("the transaction was rolled back")
 
@@ -256,6 +257,7 @@ class CommitTie:
         if transaction is None:
             return
         if transaction.committing:
+            transaction.look_around()
             refused = isinstance(context.sqlalchemy_exception, DBAPIError)
             in_doubt = context.is_disconnect or not refused
             transaction.roll_back("the commit failed", _COMMIT_FAILED if in_doubt else None)
@@ -439,6 +441,13 @@ class _Watched(Transaction):
                 self._end_well()
             self.leave()
 
+    def look_around(self) -> None:
+        """Find out whether connections have ended before this, of which nobody is told."""
+        for unit in [*self.units]:
+            for other in [*unit.queue.transactions]:
+                if other is not self and not other.of_session:
+                    other.look()
+
     def end(
         self, how: End, reason: str | None = None, warning: str | None = None, *, at: int = 0
     ) -> None:
@@ -449,9 +458,11 @@ class _Watched(Transaction):
             hook(self, how)
 
     def is_over(self) -> bool:
-        """Whether it has ended, or was forgotten."""
-        if self.gone or self.of_session:
-            return self.gone or self._session() is None
+        """Whether it has ended, or was forgotten, or is no longer watched."""
+        if self.gone or self._tie.detached:
+            return True
+        if self.of_session:
+            return self._session() is None
         return (root := self._root()) is None or not root.is_active
 
     def has_unflushed(self) -> bool:
@@ -498,6 +509,7 @@ class _Watched(Transaction):
 
     def commit_session(self) -> None:
         """Its session has committed, or kept its innermost savepoint."""
+        self.look_around()
         depth = self._depth_of_session()
         if depth > 0 or self.levels[0].around is not None:
             self.end(End.KEPT, at=depth)
@@ -508,6 +520,7 @@ class _Watched(Transaction):
 
     def roll_back_session(self) -> None:
         """Its session has rolled back, or its innermost savepoint."""
+        self.look_around()
         self.look()
         depth = self._depth_of_session()
         if depth > 0:
@@ -525,6 +538,7 @@ class _Watched(Transaction):
 
     def leave_session(self) -> None:
         """Its session has left the transaction."""
+        self.look_around()
         self.confirm()
         if self.levels[0].around is not None:
             self.end(End.KEPT)

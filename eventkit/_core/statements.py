@@ -11,10 +11,12 @@ from functools import lru_cache
 from typing import NamedTuple
 
 _READING = re.compile(
-    "SELECT|VALUES|TABLE|SHOW|SET|RESET|EXPLAIN|PRAGMA|DESCRIBE|LOCK|DECLARE|FETCH|CLOSE|LISTEN"
+    r"[\s(]*(?:SELECT|VALUES|TABLE|SHOW|SET|RESET|EXPLAIN|PRAGMA|DESCRIBE|LOCK|DECLARE|FETCH|CLOSE"
     # What controls transactions.
-    "|BEGIN|START|COMMIT|END|PREPARE|ROLLBACK|ABORT|SAVE|SAVEPOINT|RELEASE"
+    r"|LISTEN|BEGIN|START|COMMIT|END|PREPARE\s+TRANSACTION|ROLLBACK|ABORT|SAVE|SAVEPOINT|RELEASE)\b",
+    re.IGNORECASE,
 )
+_WITH = re.compile(r"[\s(]*WITH\b", re.IGNORECASE)
 # A comment, a string literal, or a quoted name. What stands in `/*! */` MySQL executes.
 _OPAQUE = re.compile(
     r"--[^\n]*|/\*(?!!).*?\*/"
@@ -22,8 +24,7 @@ _OPAQUE = re.compile(
     r'|"(?:[^"]|"")*"|`[^`]*`',
     re.DOTALL,
 )
-_WORD = re.compile(r"[\s(]*([A-Za-z]+)")
-_WRITING_PART = re.compile(r"[()]\s*(?:INSERT|UPDATE|DELETE|MERGE)\b", re.IGNORECASE)
+_WRITING_PART = re.compile(r"[()]\s*(?:INSERT|REPLACE|UPDATE|DELETE|MERGE)\b", re.IGNORECASE)
 
 
 class Step(Enum):
@@ -63,11 +64,9 @@ def effect_of(text: str) -> Effect:
     writes = False
     steps: list[tuple[Step, str]] = []
     for statement in _OPAQUE.sub(_visible, text).split(";"):
-        word = _WORD.match(statement)
-        kind = "" if word is None else word[1].upper()
-        if kind == "WITH":
+        if _WITH.match(statement) is not None:
             writes |= _WRITING_PART.search(statement) is not None
-        elif _READING.fullmatch(kind) is None:
+        elif _READING.match(statement) is None:
             writes |= bool(statement.strip())
         for step, pattern in _SAVEPOINTS.items():
             if (found := re.match(pattern, statement, re.IGNORECASE)) is not None:

@@ -240,7 +240,7 @@ class Transaction:
             return
         unit = _unit_of(self.state)
         if unit is not None and unit not in self.units:
-            self._join(unit)
+            self.join(unit)
 
     def write(self) -> None:
         """Something in it may change the database."""
@@ -259,7 +259,7 @@ class Transaction:
 
     def commit(self) -> None:
         """It has been committed, with the savepoints in it."""
-        if self.levels[0].wrote:
+        if self.levels[0].end is None and self.levels[0].wrote:
             with self.state.tally.lock:
                 for unit in self.units:
                     unit.mark_decided()
@@ -327,7 +327,8 @@ class Transaction:
                 level.end = end
         return sorted(released, key=_number)
 
-    def _join(self, unit: Unit) -> None:
+    def join(self, unit: Unit) -> None:
+        """Take part in this unit from now on."""
         for other in [*unit.queue.transactions]:
             other.look()
         with self.state.tally.lock:
@@ -361,7 +362,7 @@ class Decisions:
         """
         for transaction in () if unit.is_delivery else _used.get():
             if not (transaction.units or transaction.is_over()) and transaction.has_unflushed():
-                transaction.use()
+                transaction.join(unit)
         for transaction in [*unit.queue.transactions]:
             transaction.look()
 
@@ -432,7 +433,8 @@ def _open_in(unit: Unit) -> list[tuple[Transaction, Say]]:
     around = [
         each
         for each in reversed(transactions)
-        if unit in each.units or not each.units.isdisjoint(unit.with_those_it_hands_to())
+        if not each.is_over()
+        and (unit in each.units or not each.units.isdisjoint(unit.with_those_it_hands_to()))
     ]
     own = [each for each in _used.get() if each in around]
     others = [each for each in around if each not in own]

@@ -952,30 +952,6 @@ async def test_nothing_is_kept_of_a_transaction_that_has_ended(
         gc.enable()
 
 
-def test_a_task_keeps_nothing_of_what_it_does_outside_of_units(
-    bus: EventBus, engine: Engine
-) -> None:
-    deliver_on_commit(bus, engine)
-    kept: list[weakref.ref[object]] = []
-
-    def use_both() -> None:
-        with engine.connect() as connection:
-            connection.execute(select(Row))
-            kept.append(weakref.ref(connection.get_transaction()))
-        session = Session(engine)
-        session.add(Row(name="forgotten"))
-        kept.append(weakref.ref(session))
-
-    for _ in range(3):
-        use_both()
-    gc.collect()
-    with engine.connect() as connection:
-        connection.execute(select(Row))
-        held = [each for each in gc.get_objects() if type(each).__name__ == "_Watched"]
-    assert [each() for each in kept] == [None] * 6
-    assert len(held) <= 2
-
-
 def test_a_job_without_a_loop_is_decided_by_its_commits(
     bus: EventBus, sessions: Sessions, seen: list[str]
 ) -> None:
