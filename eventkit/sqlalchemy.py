@@ -8,7 +8,7 @@ connection is used in: they only mark, and no handler runs in them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from threading import Lock, get_ident
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
@@ -45,8 +45,10 @@ _Sessions = _Factory | scoped_session[Any] | async_scoped_session[Any]
 _COMMIT_FAILED = "a commit failed, and may have happened all the same"
 _ANSWERED_ROLLBACK = "a statement had failed, so the database answered COMMIT with ROLLBACK"
 
+_OF_THE_DRIVER = "?"  # stands for a statement that is no text; it may write
 _DEADLOCK = 1213  # of MySQL and MariaDB
 
+_watching = Lock()
 _ties: list[CommitTie] = []  # those that are not detached
 
 
@@ -85,9 +87,10 @@ def deliver_on_commit(bus: EventBus, engine: Engine | AsyncEngine | _Sessions) -
         return CommitTie(bus, [_root(factory)], None)
     if isinstance(factory, sessionmaker | async_sessionmaker):  # pyright: ignore[reportUnnecessaryIsInstance]
         return CommitTie(bus, _engines_of(factory), factory)
+    shown = "a str" if isinstance(engine, str) else repr(engine)  # a URL may have a password
     raise TypeError(
         "deliver_on_commit() takes an Engine or AsyncEngine, or a sessionmaker or "
-        f"async_sessionmaker that has one, not {engine!r}: give it the engine itself"
+        f"async_sessionmaker that has one, not {shown}: give it the engine itself"
     )
 
 
@@ -109,7 +112,8 @@ class CommitTie:
             elif other is bus and (shared := [each for each in engines if each in tie._engines]):  # noqa: SLF001
                 raise ValueError(
                     f"{bus!r} is tied to {shared[0]!r} already: all sessions and connections of "
-                    "an engine count, so call deliver_on_commit() once"
+                    "an engine count, so call deliver_on_commit() once, where the application is "
+                    "wired"
                 )
         self.detached = False
         self.before_commit: list[Callable[[Connection, Transaction], object]] = []
@@ -117,7 +121,8 @@ class CommitTie:
         self._bus: ReferenceType[EventBus] = ref(bus)
         self._factory = factory
         self._engines: WeakSet[Engine] = WeakSet()
-        # By the transaction of a connection; those of a session are in its `info`, too.
+        self._sessions: WeakKeyDictionary[Session, _Watched] = WeakKeyDictionary()
+        # By the transaction of a connection: that of a session, or its own.
         self._transactions: WeakKeyDictionary[RootTransaction, _Watched] = WeakKeyDictionary()
         # By the connection of its caller that a session is to begin a savepoint on.
         self._expected: WeakKeyDictionary[Connection, _Watched] = WeakKeyDictionary()
@@ -164,10 +169,11 @@ class CommitTie:
         self.detach()
 
     def _watch(self, engine: Engine) -> None:
-        if engine not in self._engines:
-            self._engines.add(engine)
-            for name, hook in self._engine_hooks.items():
-                event.listen(engine, name, hook)
+        with _watching:
+            if engine not in self._engines:
+                for name, hook in self._engine_hooks.items():
+                    event.listen(engine, name, hook)
+                self._engines.add(engine)  # from now on other threads rely on it
 
     @property
     def _state(self) -> BusState | None:
@@ -180,20 +186,21 @@ class CommitTie:
         self,
         connection: Connection,
         cursor: object,
-        statement: str,
+        statement: object,  # a text, unless a driver takes other things
         parameters: object,
         context: object,
         executemany: bool,
     ) -> None:
-        transaction, effect = self._of(connection), effect_of(statement)
+        transaction = self._of(connection)
+        effect = effect_of(statement if isinstance(statement, str) else _OF_THE_DRIVER)
         if effect.steps and (expected := self._expected.pop(connection, None)) is not None:
             expected.savepoint = effect.steps[0][1]
         elif transaction is not None:
             transaction.use()
+            transaction.had_written = transaction.levels[0].wrote
             if effect.writes:
-                transaction.had_written = transaction.levels[0].wrote
                 transaction.write()
-                if transaction.autocommit:
+                if _commits_itself(connection):
                     transaction.confirm()
                     transaction.sent = True
             for step, name in effect.steps:
@@ -230,8 +237,11 @@ class CommitTie:
                     self._before_commit(connection, transaction)
                 except BaseException:
                     _undo(connection)
+                    for tie in [*_ties]:  # of other buses, which are not asked any more
+                        if (other := tie._outermost(connection)) is not None:  # noqa: SLF001
+                            other.roll_back("the commit was refused")
                     raise
-            transaction.committing = True
+            transaction.committing, transaction.committed_by = True, get_ident()
 
     def _prepare(self, connection: Connection, *_: object) -> None:
         if (transaction := self._outermost(connection)) is not None:
@@ -275,10 +285,10 @@ class CommitTie:
 
     def _session_began(self, session: Session, begun: SessionTransaction) -> None:
         if begun.nested:
-            if (transaction := self._transaction_of(session)) is not None:
+            if (transaction := self._sessions.get(session)) is not None:
                 transaction.begin_savepoint()
         elif begun.parent is None:  # else it is a part of a flush
-            if (before := self._transaction_of(session)) is not None:
+            if (before := self._sessions.get(session)) is not None:
                 before.leave()  # a connection was lost while it was being closed
             bind = session.bind
             if bind is not None and self._counts(session, bind.engine):
@@ -293,12 +303,8 @@ class CommitTie:
     def _begin(self, session: Session) -> _Watched | None:
         if (state := self._state) is None:
             return None
-        transaction = session.info[self] = _Watched(self, state, session)
+        transaction = self._sessions[session] = _Watched(self, state, session)
         transaction.use()
-        return transaction
-
-    def _transaction_of(self, session: Session) -> _Watched | None:
-        transaction: _Watched | None = session.info.get(self)
         return transaction
 
     def _counts(self, session: Session, engine: Engine) -> bool:
@@ -316,7 +322,7 @@ class CommitTie:
     def _session_connected(
         self, session: Session, begun: SessionTransaction, connection: Connection
     ) -> None:
-        root, transaction = connection.get_transaction(), self._transaction_of(session)
+        root, transaction = connection.get_transaction(), self._sessions.get(session)
         if transaction is None and self._counts(session, connection.engine):
             transaction = self._begin(session)
         if root is None or transaction is None:
@@ -332,30 +338,30 @@ class CommitTie:
         self._transactions[root] = transaction
 
     def _session_committed(self, session: Session) -> None:
-        if (transaction := self._transaction_of(session)) is not None:
+        if (transaction := self._sessions.get(session)) is not None:
             transaction.commit_session()
 
     def _session_rolled_back(self, session: Session) -> None:
-        if (transaction := self._transaction_of(session)) is not None:
+        if (transaction := self._sessions.get(session)) is not None:
             transaction.roll_back_session()
 
     def _session_ended(self, session: Session, ended: SessionTransaction) -> None:
         if ended.parent is not None and not ended.nested:  # a part of a flush
             return
-        transaction = self._transaction_of(session)
+        transaction = self._sessions.get(session)
         if transaction is None:
             return
         if ended.nested:
             transaction.leave_savepoint()
             return
-        del session.info[self]
+        del self._sessions[session]
         if transaction.covers is not None and (root := transaction.root()) is not None:
             self._transactions[root] = transaction.covers
         transaction.leave_session()
 
     def _object_left(self, session: Session, _: object) -> None:
         """An object was added and never flushed."""
-        if (transaction := self._transaction_of(session)) is not None:
+        if (transaction := self._sessions.get(session)) is not None:
             transaction.write()
 
 
@@ -365,9 +371,9 @@ class _Watched(Transaction):
     Attributes:
         of_session: Whether a session says how it ends.
         covers: That of the caller's connection, which a session is in.
-        autocommit: Each statement commits itself.
-        sent: Such a statement was sent that writes.
+        sent: A statement was sent that writes, and commits itself.
         committing: COMMIT is on its way, or was answered.
+        committed_by: The thread that has sent it.
         prepared: It is in the second of two phases.
         failed: A statement has failed, so the database may refuse all that follows.
         doomed: The database will answer COMMIT with ROLLBACK.
@@ -380,7 +386,7 @@ class _Watched(Transaction):
         "_root",
         "_session",
         "_tie",
-        "autocommit",
+        "committed_by",
         "committing",
         "covers",
         "doomed",
@@ -399,9 +405,9 @@ class _Watched(Transaction):
         self._root: Callable[[], RootTransaction | None] = _gone
         self.of_session = session is not None
         self.covers: _Watched | None = None
-        self.autocommit = False
         self.sent = False
         self.committing = False
+        self.committed_by = 0
         self.prepared = False
         self.failed = False
         self.doomed = False
@@ -411,10 +417,6 @@ class _Watched(Transaction):
     def connect(self, connection: Connection, root: RootTransaction) -> None:
         """Be told the transaction of the connection that it is in."""
         self._root = ref(root)
-        level = connection.get_execution_options().get("isolation_level")
-        if level is None:  # what `create_engine` was given can be had nowhere else
-            level = connection.dialect._on_connect_isolation_level  # noqa: SLF001
-        self.autocommit = level == "AUTOCOMMIT"
 
     def root(self) -> RootTransaction | None:
         """The transaction of the connection that it is in."""
@@ -423,19 +425,22 @@ class _Watched(Transaction):
     def look(self) -> None:
         """Find out whether it has ended, and whether its session has objects to flush."""
         self.confirm()
-        if self._tie.detached:
-            if not self.levels[-1].has_written:
-                self.leave()
-            return
         if self.of_session:
-            if not self.levels[-1].has_written and self.has_unflushed():
-                self.write()
+            if not self.levels[-1].has_written:
+                if self.is_over():
+                    self.leave()
+                elif self.has_unflushed():
+                    self.write()
             return
         root = self._root()
         if root is None or not root.is_active:
             if not self.committing:
+                if self._tie.detached and self.levels[0].wrote:
+                    return  # who knows what became of it
                 self.roll_back("the transaction was rolled back")
             elif root is not None and root.connection.get_transaction() is root:
+                if self.committed_by != get_ident():
+                    return  # the thread that commits it is in the middle of that
                 self.roll_back("the commit failed", _COMMIT_FAILED)  # it is not left, so it failed
             else:
                 self._end_well()
@@ -589,9 +594,18 @@ def _made(factory: _Factory, session: Session) -> bool:
 
 def _has_unflushed(session: Session) -> bool:
     """Whether the session has objects that are still to be written."""
-    with suppress(RuntimeError):  # another thread changes the session at this moment
+    try:
         return bool(session.new or session.deleted or any(map(session.is_modified, session.dirty)))
-    return False
+    except Exception:  # noqa: BLE001 - a type of the user's that cannot be compared, or a change
+        return True  # by another thread at this moment
+
+
+def _commits_itself(connection: Connection) -> bool:
+    """Whether each statement on the connection does, by SQLAlchemy's own option."""
+    level = connection.get_execution_options().get("isolation_level")
+    if level is None:  # what `create_engine` was given can be had nowhere else
+        level = connection.dialect._on_connect_isolation_level  # noqa: SLF001
+    return level == "AUTOCOMMIT"
 
 
 def _begins_savepoint(session: Session, connection: Connection) -> bool:

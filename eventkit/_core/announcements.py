@@ -65,16 +65,21 @@ def announce_lost(
         with state.tally.lock:
             for lost in state.losses:
                 lost.update(delivery.handler for delivery in deliveries)
-    kinds = Counter(type_name(type(delivery.event)) for delivery in deliveries)
     log(
         logging.ERROR if undelivered else logging.INFO,
         f"deliveries {outcome.value}",
         bus=state.name,
         deliveries=len(deliveries),
-        event_types=", ".join(f"{kind} x{times}" for kind, times in kinds.items()),
+        event_types=event_types(deliveries),
         error=None,
         **({} if reason is None else {"reason": reason}),
     )
     for observer in state.observers:
         with contained(observer):
             (observer.undelivered if undelivered else observer.discarded)(deliveries)
+
+
+def event_types(deliveries: Sequence[Delivery]) -> str:
+    """Of which events they are, and how many of each: never the payload."""
+    kinds = Counter(type_name(type(delivery.event)) for delivery in deliveries)
+    return ", ".join(f"{kind} x{times}" for kind, times in kinds.items())

@@ -24,7 +24,10 @@ _OPAQUE = re.compile(
     r'|"(?:[^"]|"")*"|`[^`]*`',
     re.DOTALL,
 )
-_WRITING_PART = re.compile(r"[()]\s*(?:INSERT|REPLACE|UPDATE|DELETE|MERGE)\b", re.IGNORECASE)
+_WRITING_PART = re.compile(r"[()]\s*(?:INSERT|REPLACE\s+INTO|UPDATE|DELETE|MERGE)\b", re.IGNORECASE)
+
+
+_CACHED = 10_000  # characters: longer texts are bulk, and do not come again
 
 
 class Step(Enum):
@@ -55,12 +58,16 @@ class Effect(NamedTuple):
     steps: tuple[tuple[Step, str], ...]
 
 
-@lru_cache(1024)
 def effect_of(text: str) -> Effect:
     """Judge each statement between `;` by its first word; WITH by the parts it has.
 
     Not seen: functions that write in a SELECT, EXPLAIN ANALYZE of what writes, SELECT INTO.
     """
+    return _judge.__wrapped__(text) if len(text) > _CACHED else _judge(text)
+
+
+@lru_cache(1024)
+def _judge(text: str) -> Effect:
     writes = False
     steps: list[tuple[Step, str]] = []
     for statement in _OPAQUE.sub(_visible, text).split(";"):

@@ -34,9 +34,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from enum import Enum
 from functools import partial
+from weakref import ref
 
 from eventkit._core.ambient import active, current, find
-from eventkit._core.announcements import announce_dropped, announce_released
+from eventkit._core.announcements import announce_dropped, announce_released, event_types
 from eventkit._core.events import type_name
 from eventkit._core.log import log
 from eventkit._core.queue import Envelope, Verdict
@@ -46,8 +47,8 @@ from eventkit._core.units import Unit
 
 # The transactions that the task has used in units of work, the one used last first.
 _used: ContextVar[tuple[Transaction, ...]] = ContextVar("eventkit_used", default=())
-# The number of the event that the task has published last, on a bus whose transactions decide.
-_published: ContextVar[int] = ContextVar("eventkit_published", default=-1)
+# The decisions about the events that the task has published, as long as these are undecided.
+_published: ContextVar[tuple[ref[Decision], ...]] = ContextVar("eventkit_published", default=())
 
 STILL_OPEN = "the transaction was still open when its unit of work ended"
 
@@ -132,21 +133,23 @@ class Decision:
     """Which transactions may decide one event.
 
     Attributes:
-        previous: The number of the event that its task had published before.
         by: The one that has decided, once one has.
     """
 
-    __slots__ = ("_afterwards", "_at_hand", "by", "previous")
+    __slots__ = ("__weakref__", "_afterwards", "_at_hand", "by")
 
-    def __init__(self, previous: int, at_hand: Sequence[tuple[Level, Say]]) -> None:
-        self.previous = previous
+    def __init__(self, at_hand: Sequence[tuple[Level, Say]]) -> None:
         self.by: Level | None = None
         self._at_hand = at_hand  # open when it was published
         self._afterwards: list[tuple[Level, Say]] = []
 
     def add(self, transaction: Level, say: Say) -> None:
         """Have one that is used after the publish decide, if no earlier one does."""
-        self._afterwards = [each for each in self._afterwards if not each[0].has_no_say]
+        self._afterwards = [
+            (level, how)
+            for level, how in self._afterwards
+            if not (level.has_no_say or (how is Say.LATER and level.end is End.ROLLED_BACK))
+        ]
         known = (level for level, _ in (*self._at_hand, *self._afterwards))
         if all(transaction not in level.outward() for level in known):
             self._afterwards.append((transaction, say))
@@ -309,6 +312,9 @@ class Transaction:
                 if self in unit.queue.transactions:
                     unit.queue.transactions.remove(self)
             self.units.clear()
+        used = _used.get()
+        if self in used:
+            _used.set(tuple([each for each in used if each is not self]))
 
     def decides(self) -> list[Envelope]:
         """What would be released by its commit, in the order of publish."""
@@ -343,10 +349,10 @@ class Transaction:
     def _follow_up(self, unit: Unit) -> None:
         """Have a say in what was published in the unit before. Needs the lock."""
         decided = any(each.decided for each in unit.with_those_it_hands_to())
-        own = frozenset[int]() if decided else _published_here(unit.queue.staged)
+        own = set[Decision | None]() if decided else {each() for each in _published.get()}
         for envelope in unit.queue.staged:
             if envelope.decision is not None:
-                say = Say.NEXT if envelope.number in own else Say.LATER
+                say = Say.NEXT if envelope.decision in own else Say.LATER
                 envelope.decision.add(self.levels[0], say)
 
 
@@ -361,7 +367,11 @@ class Decisions:
         One that began outside of all units takes part from now on, if it is to write something.
         """
         for transaction in () if unit.is_delivery else _used.get():
-            if not (transaction.units or transaction.is_over()) and transaction.has_unflushed():
+            if (
+                transaction.state is unit.state
+                and not (transaction.units or transaction.is_over())
+                and transaction.has_unflushed()
+            ):
                 transaction.join(unit)
         for transaction in [*unit.queue.transactions]:
             transaction.look()
@@ -372,10 +382,14 @@ class Decisions:
         for transaction, _ in candidates:
             transaction.units.add(unit)
         at_hand = [(transaction.levels[-1], say) for transaction, say in candidates]
+        published = _published.get()
+        if not len(published) & (len(published) - 1):  # now and then, as there are twice as many
+            published = tuple([each for each in published if each() is not None])
         for envelope in envelopes:
             if envelope.verdict is Verdict.OPEN:
-                envelope.decision = Decision(_published.get(), at_hand)
-                _published.set(envelope.number)
+                envelope.decision = decision = Decision(at_hand)
+                published = (*published, ref(decision))
+        _published.set(published)
 
     def settle(self, unit: Unit, envelopes: Sequence[Envelope]) -> None:
         """Decide what was published into a transaction that has ended."""
@@ -396,7 +410,8 @@ class Decisions:
         with unit.state.tally.lock:
             for transaction in unit.queue.transactions:
                 transaction.units.discard(unit)
-            unit.queue.transactions.clear()
+            left = [each for each in unit.queue.transactions if each.units]  # in units inside
+            unit.queue.transactions[:] = left
 
     def dispatching(self, state: BusState, event: object) -> None:
         """Warn of a dispatch inside a transaction that has written."""
@@ -442,17 +457,6 @@ def _open_in(unit: Unit) -> list[tuple[Transaction, Say]]:
     return [*((each, Say.OWN) for each in own), *((each, say) for each in others)]
 
 
-def _published_here(staged: Sequence[Envelope]) -> frozenset[int]:
-    """The numbers of those that the caller's task has published."""
-    previous = {each.number: each.decision.previous for each in staged if each.decision is not None}
-    numbers: set[int] = set()
-    number = _published.get()
-    while number in previous:
-        numbers.add(number)
-        number = previous[number]
-    return frozenset(numbers)
-
-
 def _verdict_on(envelope: Envelope, *, last: bool = False) -> Verdict:
     decision: Decision | None = envelope.decision
     return Verdict.OPEN if decision is None else decision.verdict(last=last)
@@ -474,8 +478,15 @@ def _settle(state: BusState, units: Sequence[Unit], *, last: bool = False) -> No
             dropped.setdefault(_why(envelope), []).append(envelope)
     announce_released(state, sorted(released, key=_number))
     for (reason, warning), envelopes in dropped.items():
-        if warning is not None and (deliveries := sum(len(each.plan) for each in envelopes)):
-            log(logging.WARNING, warning, bus=state.name, deliveries=deliveries)
+        deliveries = [delivery for each in envelopes for delivery in each.deliveries()]
+        if warning is not None and deliveries:
+            log(
+                logging.WARNING,
+                warning,
+                bus=state.name,
+                deliveries=len(deliveries),
+                event_types=event_types(deliveries),
+            )
         announce_dropped(state, envelopes, Outcome.DISCARDED, reason)
     for unit in units if dropped else ():
         unit.tell_emptied()

@@ -176,7 +176,8 @@ async def test_a_statement_that_fails_on_a_connection_before_its_commit(
         assert (seen, database.names()) == (["discarded ada"], [])
         assert warnings() == [
             "a statement had failed, so the database answered COMMIT with ROLLBACK: "
-            "bus=default deliveries=1"
+            "bus=default deliveries=1 "
+            "event_types=builtins.str x1"
         ]
     else:
         assert (seen, database.names(), warnings()) == (["handled ada"], ["ada"], [])

@@ -33,13 +33,18 @@ Warnings = Callable[[], list[str]]
 
 ANSWERED = (
     "a statement had failed, so the database answered COMMIT with ROLLBACK: "
-    "bus=default deliveries=1"
+    "bus=default deliveries=1 "
+    "event_types=builtins.str x1"
 )
-IN_DOUBT = "a commit failed, and may have happened all the same: bus=default deliveries=1"
+IN_DOUBT = (
+    "a commit failed, and may have happened all the same: bus=default deliveries=1 "
+    "event_types=builtins.str x1"
+)
 LEFT_OPEN = (
     "a transaction that has written was still open when its unit of work ended: if it is committed "
     "later, no handler hears of it. End it inside; a middleware that commits goes inside of "
-    "EventContextMiddleware, which is then added last: bus=default deliveries=1"
+    "EventContextMiddleware, which is then added last: bus=default deliveries=1 "
+    "event_types=builtins.str x1"
 )
 DISPATCHED = (
     "dispatch of builtins.str inside a transaction that has written: the handlers do not see its "

@@ -556,8 +556,24 @@ async def test_a_session_from_before_the_unit_that_has_something_to_write_takes_
     assert warning.getMessage() == (
         "a transaction that has written was still open when its unit of work ended: if it is "
         "committed later, no handler hears of it. End it inside; a middleware that commits goes "
-        "inside of EventContextMiddleware, which is then added last: bus=default deliveries=1"
+        "inside of EventContextMiddleware, which is then added last: bus=default deliveries=1 "
+        "event_types=builtins.str x1"
     )
+
+
+async def test_a_session_from_before_the_unit_takes_part_in_units_of_its_own_bus_alone(
+    bus: EventBus, sessions: Sessions, engine: Engine, seen: list[str]
+) -> None:
+    other = EventBus(name="other")
+    other.subscribe(str, nothing)
+    with create_engine("sqlite://").connect() as untouched:
+        deliver_on_commit(other, untouched.engine)
+        with sessions() as session:
+            session.add(Row(name="ada"))
+            async with other.context():
+                other.publish("of the other bus")
+
+    assert (seen, other.stats.handled) == ([], 1)
 
 
 @pytest.mark.parametrize("commit", [True, False])
@@ -795,7 +811,8 @@ async def test_a_commit_that_raises_may_have_happened_and_is_reported_as_such(
     assert seen == ["discarded ada"]
     (warning,) = caplog.records
     assert warning.getMessage() == (
-        "a commit failed, and may have happened all the same: bus=default deliveries=1"
+        "a commit failed, and may have happened all the same: bus=default deliveries=1 "
+        "event_types=builtins.str x1"
     )
 
 
