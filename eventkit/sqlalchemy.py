@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import Lock, get_ident
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 try:
@@ -218,7 +218,7 @@ class CommitTie:
         transaction = self._transactions.get(root)
         if transaction is None and (state := self._state) is not None:
             transaction = self._transactions[root] = _Watched(self, state)
-            transaction.connect(connection, root)
+            transaction.root = ref(root)
         return transaction
 
     def _outermost(self, connection: Connection | None) -> _Watched | None:
@@ -266,9 +266,11 @@ class CommitTie:
         transaction = self._outermost(context.connection)
         if transaction is None:
             return
-        if transaction.committing:
+        if transaction.committing and context.statement is None:  # else another hook has asked
             transaction.look_around()
-            refused = isinstance(context.sqlalchemy_exception, DBAPIError)
+            refused = isinstance(
+                context.sqlalchemy_exception or context.original_exception, DBAPIError
+            )
             in_doubt = context.is_disconnect or not refused
             transaction.roll_back("the commit failed", _COMMIT_FAILED if in_doubt else None)
             return
@@ -293,11 +295,7 @@ class CommitTie:
             bind = session.bind
             if bind is not None and self._counts(session, bind.engine):
                 transaction = self._begin(session)
-                if (
-                    transaction is not None
-                    and isinstance(bind, Connection)
-                    and _begins_savepoint(session, bind)
-                ):
+                if transaction is not None and _begins_savepoint(session, bind):
                     self._expected[bind] = transaction
 
     def _begin(self, session: Session) -> _Watched | None:
@@ -334,7 +332,7 @@ class CommitTie:
             transaction.covers = below = self._of(connection)
             if below is not None and transaction.savepoint is None:
                 transaction.be_part_of(below)
-        transaction.connect(connection, root)
+        transaction.root = ref(root)
         self._transactions[root] = transaction
 
     def _session_committed(self, session: Session) -> None:
@@ -370,6 +368,7 @@ class _Watched(Transaction):
 
     Attributes:
         of_session: Whether a session says how it ends.
+        root: Gives the transaction of its connection, as SQLAlchemy has it.
         covers: That of the caller's connection, which a session is in.
         sent: A statement was sent that writes, and commits itself.
         committing: COMMIT is on its way, or was answered.
@@ -383,7 +382,6 @@ class _Watched(Transaction):
 
     __slots__ = (
         "_connection",
-        "_root",
         "_session",
         "_tie",
         "committed_by",
@@ -394,6 +392,7 @@ class _Watched(Transaction):
         "had_written",
         "of_session",
         "prepared",
+        "root",
         "savepoint",
         "sent",
     )
@@ -402,7 +401,7 @@ class _Watched(Transaction):
         super().__init__(state)
         self._tie = tie
         self._session: Callable[[], Session | None] = _gone if session is None else ref(session)
-        self._root: Callable[[], RootTransaction | None] = _gone
+        self.root: Callable[[], RootTransaction | None] = _gone
         self.of_session = session is not None
         self.covers: _Watched | None = None
         self.sent = False
@@ -414,14 +413,6 @@ class _Watched(Transaction):
         self.had_written = False
         self.savepoint: str | None = None
 
-    def connect(self, connection: Connection, root: RootTransaction) -> None:
-        """Be told the transaction of the connection that it is in."""
-        self._root = ref(root)
-
-    def root(self) -> RootTransaction | None:
-        """The transaction of the connection that it is in."""
-        return self._root()
-
     def look(self) -> None:
         """Find out whether it has ended, and whether its session has objects to flush."""
         self.confirm()
@@ -432,7 +423,7 @@ class _Watched(Transaction):
                 elif self.has_unflushed():
                     self.write()
             return
-        root = self._root()
+        root = self.root()
         if root is None or not root.is_active:
             if not self.committing:
                 if self._tie.detached and self.levels[0].wrote:
@@ -468,7 +459,7 @@ class _Watched(Transaction):
             return True
         if self.of_session:
             return self._session() is None
-        return (root := self._root()) is None or not root.is_active
+        return (root := self.root()) is None or not root.is_active
 
     def has_unflushed(self) -> bool:
         """Whether its session has objects that are still to be written."""
@@ -608,8 +599,10 @@ def _commits_itself(connection: Connection) -> bool:
     return level == "AUTOCOMMIT"
 
 
-def _begins_savepoint(session: Session, connection: Connection) -> bool:
+def _begins_savepoint(session: Session, connection: Engine | Connection) -> TypeGuard[Connection]:
     """Whether a session on its caller's connection is to begin a savepoint of its own there."""
+    if isinstance(connection, Engine):
+        return False
     match session.join_transaction_mode:
         case "create_savepoint":
             return connection.in_transaction()

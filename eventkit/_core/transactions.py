@@ -351,9 +351,9 @@ class Transaction:
         decided = any(each.decided for each in unit.with_those_it_hands_to())
         own = set[Decision | None]() if decided else {each() for each in _published.get()}
         for envelope in unit.queue.staged:
-            if envelope.decision is not None:
-                say = Say.NEXT if envelope.decision in own else Say.LATER
-                envelope.decision.add(self.levels[0], say)
+            decision: Decision | None = envelope.decision
+            if decision is not None:
+                decision.add(self.levels[0], Say.NEXT if decision in own else Say.LATER)
 
 
 class Decisions:

@@ -93,6 +93,25 @@ async def test_a_statement_that_fails_and_is_caught_before_the_commit(
         assert (seen, database.names(), warnings()) == (["handled ada"], rows, [])
 
 
+async def test_a_doomed_commit_is_known_to_all_buses(
+    bus: EventBus, database: Database, tie: CommitTie, seen: list[str], warnings: Warnings
+) -> None:
+    if database.kind != "postgresql":
+        pytest.skip("only PostgreSQL answers COMMIT with ROLLBACK")
+    other = EventBus(name="other")
+    other.subscribe(str, lambda event: None, name="nothing", thread=False)
+    with deliver_on_commit(other, database.engine):
+        async with other.context(), bus.context(), inside(database.session()) as session:
+            await put(session)
+            bus.publish("ada")
+            other.publish("ada")
+            await put_twice(session)
+            await done(session.commit())
+
+    of_other = ANSWERED.replace("bus=default", "bus=other")
+    assert sorted(warnings()) == [ANSWERED, of_other]
+
+
 async def test_a_statement_that_fails_in_a_savepoint(
     bus: EventBus, database: Database, seen: list[str], warnings: Warnings
 ) -> None:

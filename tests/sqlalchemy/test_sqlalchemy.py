@@ -566,12 +566,11 @@ async def test_a_session_from_before_the_unit_takes_part_in_units_of_its_own_bus
 ) -> None:
     other = EventBus(name="other")
     other.subscribe(str, nothing)
-    with create_engine("sqlite://").connect() as untouched:
-        deliver_on_commit(other, untouched.engine)
-        with sessions() as session:
-            session.add(Row(name="ada"))
-            async with other.context():
-                other.publish("of the other bus")
+    deliver_on_commit(other, create_engine("sqlite://"))
+    with sessions() as session:
+        session.add(Row(name="ada"))
+        async with other.context():
+            other.publish("of the other bus")
 
     assert (seen, other.stats.handled) == ([], 1)
 
