@@ -295,7 +295,7 @@ class CommitTie:
             bind = session.bind
             if bind is not None and self._counts(session, bind.engine):
                 transaction = self._begin(session)
-                if transaction is not None and _begins_savepoint(session, bind):
+                if transaction is not None and _begins_savepoint(bind, session):
                     self._expected[bind] = transaction
 
     def _begin(self, session: Session) -> _Watched | None:
@@ -599,7 +599,7 @@ def _commits_itself(connection: Connection) -> bool:
     return level == "AUTOCOMMIT"
 
 
-def _begins_savepoint(session: Session, connection: Engine | Connection) -> TypeGuard[Connection]:
+def _begins_savepoint(connection: Engine | Connection, session: Session) -> TypeGuard[Connection]:
     """Whether a session on its caller's connection is to begin a savepoint of its own there."""
     if isinstance(connection, Engine):
         return False
