@@ -67,7 +67,7 @@ def coverage(session: nox.Session) -> None:
     """Run the suite, and fail where a branch of the package was not taken."""
     install(session, "coverage")
     session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest", "-n", "auto")
+    session.run("coverage", "run", "-m", "pytest", "-n", "auto", env={"EVENTKIT_DRIVERS": "all"})
     session.run("coverage", "combine", "--quiet")
     session.run("coverage", "report")
 

@@ -1,5 +1,6 @@
 """A bus that is tied to a database, in all the ways in which a database can be used."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,10 +15,12 @@ from tests.databases import mariadb, postgres, sqlite, to_await
 from tests.sqlalchemy.steps import Database
 from tests.witness import witnessed
 
-KINDS = ["sqlite", "aiosqlite", "psycopg", "asyncpg", "pymysql", "aiomysql"]
-# Drivers that are awaited know asyncio alone. Of those that block, which know no event loop, these
-# two are enough on the others.
-ON_OTHER_LOOPS = ["sqlite", "psycopg"]
+# Thousands of scenarios: `nox -s coverage` runs them with all drivers, by EVENTKIT_DRIVERS=all.
+KINDS = ["sqlite", "aiosqlite", "psycopg"]
+if os.environ.get("EVENTKIT_DRIVERS") == "all":
+    KINDS += ["asyncpg", "pymysql", "aiomysql"]
+# Drivers that are awaited know asyncio alone, and those that block know no event loop.
+ON_OTHER_LOOPS = ["sqlite"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
