@@ -92,7 +92,7 @@ class _Event:
 
 async def _outcome(turn: Turn, index: int, terms: Terms) -> Outcome:
     try:
-        await attempt(turn, index, terms.timeout)
+        await attempt(turn, index, terms.timeout, cancel_requests())
     except Exception as error:
         add_note(error, turn.delivery(index), turn.handlers[index])
         terms.report(turn.delivery(index), error)

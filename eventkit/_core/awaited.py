@@ -95,13 +95,10 @@ class _AwaitedRun(Run):
             return True
         # A scope cancels again at each checkpoint; asyncio's `Task.cancel()` cancels only once.
         await checkpoint_if_cancelled()
-        requests = cancel_requests()
-        if requests > worker.requests and worker.received_task_cancel:
+        if worker.received_task_cancel and cancel_requests() > worker.requests:
             await checkpoint()  # if the handler did not receive it, it is raised here
             raise asyncio.CancelledError
-        # Older releases of AnyIO do not take back all their cancel requests, and a handler may have
-        # answered others with `uncancel()`.
-        worker.requests = requests
+        await worker.take_cancellation()
         return True
 
     def spawn(self, worker: Worker) -> None:
@@ -122,7 +119,7 @@ class _AwaitedRun(Run):
                 # cancelled before. AnyIO on asyncio does not tell this task, and
                 # `checkpoint_if_cancelled` would wait for ever.
                 raise asyncio.CancelledError
-            await _take_cancellation(first)
+            await first.take_cancellation()
             while not self.fatal and (self.not_begun or self.advance(first)):
                 self.workers.add(first)
                 if self._needs_group():
@@ -135,7 +132,7 @@ class _AwaitedRun(Run):
                 self._scope, self._deadline, self._timed = None, math.inf, False
                 self._quiet_events = 0
                 if self.not_begun or not self.exhausted:
-                    await _take_cancellation(first)
+                    await first.take_cancellation()
         finally:
             self._disband()
             self.terms.tally.leave(self)
@@ -166,7 +163,7 @@ class _AwaitedRun(Run):
                 await checkpoint()
             self._coming -= 1
             await worker.serve()
-            await _take_cancellation(worker)  # or AnyIO takes it for the whole group's
+            await worker.take_cancellation()  # or AnyIO takes it for the whole group's
         except get_cancelled_exc_class():
             if not cancel_requests() and in_cancelled_scope():
                 raise  # a trio nursery learns from its children that it was cancelled
@@ -184,14 +181,3 @@ class _AwaitedRun(Run):
         """Forget workers and scopes: a reference cycle would keep exceptions and events alive."""
         self.workers.clear()
         self._tasks = self._scope = self._first = None
-
-
-async def _take_cancellation(worker: Worker) -> None:
-    """Be cancelled now, if this task was cancelled natively and does not know it yet.
-
-    What comes out of a handler then, can be told from what came before.
-    """
-    requests = cancel_requests()
-    if requests > worker.requests:
-        await checkpoint()
-        worker.requests = cancel_requests()

@@ -42,19 +42,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from operator import length_hint
 from types import SimpleNamespace
 from typing import Protocol, cast
 
-from anyio import CancelScope, current_time
+from anyio import CancelScope
 from anyio.lowlevel import checkpoint
 
 from eventkit._core.events import Delivery
 from eventkit._core.handlers import Handler
+from eventkit._core.limits import run_in_time
 from eventkit._core.loops.tasks import Drive
 from eventkit._core.observers import Observer, watched
 from eventkit._core.policy import (
@@ -421,7 +421,7 @@ class Worker:
                 self.index = index
                 variables = turn.variables.copy()
                 try:
-                    waiting = variables.run(_begin, run, turn, index)
+                    waiting = variables.run(_begin, self, turn, index)
                 except BaseException as error:
                     if not self._settle(variables, error):
                         raise
@@ -467,18 +467,33 @@ class Worker:
         index, self.index = cast("int", self.index), None
         self.run.lose(index, outcome)
 
+    async def take_cancellation(self) -> None:
+        """Be cancelled now, if this task was cancelled natively and does not know it yet.
+
+        What comes out of a handler then, can be told from what came before.
+        """
+        requests = cancel_requests()
+        if requests > self.requests:
+            await checkpoint()
+            requests = cancel_requests()
+        # Older releases of AnyIO do not take back all their cancel requests, and a handler may have
+        # answered others with `uncancel()`.
+        self.requests = requests
+
     def note_thrown(self, error: BaseException) -> None:
         """Remember what the event loop throws into the handler: the handler may swallow it."""
         self.received |= not isinstance(error, Exception)
         self.received_task_cancel |= is_native(error)
 
 
-def _begin(run: Run, turn: Turn, index: int) -> tuple[Steps, object] | None:
+def _begin(worker: Worker, turn: Turn, index: int) -> tuple[Steps, object] | None:
     """Call a handler and take its first step; None if that was all, else with what it gave."""
     turn.enter((turn, index))
     handler = turn.handlers[index]
     if not turn.alike or turn.observers:
-        steps = attempt(turn, index, run.terms.timeout, run if turn.alike else None)
+        run = worker.run
+        timed_by = run if turn.alike else None
+        steps = attempt(turn, index, run.terms.timeout, worker.requests, timed_by)
     elif handler.solver is None:
         steps = handler.function(turn.event)
     else:
@@ -487,22 +502,24 @@ def _begin(run: Run, turn: Turn, index: int) -> tuple[Steps, object] | None:
     return None if trap is _ENDED else (steps, trap)
 
 
-async def attempt(turn: Turn, index: int, limit: float | None, timed_by: Run | None = None) -> None:
+async def attempt(
+    turn: Turn, index: int, limit: float | None, requests: int, timed_by: Run | None = None
+) -> None:
     """Run one handler of any kind, in time, under the eyes of the observers.
 
     Args:
         turn: The event.
         index: Which of its handlers.
         limit: Seconds that it may take, if it does not say so itself.
+        requests: How often the task was asked to cancel, as far as it knows.
         timed_by: Who sees to the limit, which all handlers of the event have together then.
     """
     handler = turn.handlers[index]
-    requests = cancel_requests()
     if handler.timeout is not ...:
         limit = handler.timeout
     with watched(turn.observers, turn.delivery(index)):
         try:
-            await _run_in_time(handler, turn, limit if timed_by is None else None)
+            await run_in_time(handler, turn.event, turn.origin, limit if timed_by is None else None)
         except Exception:
             raise
         except BaseException as error:  # noqa: BLE001 - the policy
@@ -513,36 +530,3 @@ async def attempt(turn: Turn, index: int, limit: float | None, timed_by: Run | N
                 raise verdict from verdict.__cause__
             finally:
                 del verdict  # or this frame and its traceback keep each other alive
-
-
-async def _run_in_time(handler: Handler, turn: Turn, limit: float | None) -> None:
-    """Run it, for at most so many seconds; a call in a thread takes as long as it takes."""
-    scope = CancelScope()
-
-    @contextmanager
-    def untimed() -> Generator[None]:
-        scope.deadline = math.inf
-        try:
-            yield
-        finally:
-            scope.deadline = current_time() + (math.inf if limit is None else limit)
-
-    awaitable = await handler.start(turn.event, turn.origin, untimed)
-    if awaitable is None:
-        return
-    if limit is None:
-        await awaitable
-        return
-    stopped: BaseException | None = None
-    try:
-        scope.deadline = current_time() + limit
-        with scope:
-            try:
-                await awaitable
-            except BaseException as error:
-                stopped = error
-                raise
-        if scope.cancelled_caught:
-            raise timeout_of(handler, limit, stopped)
-    finally:
-        del stopped  # or this frame and its traceback keep each other alive

@@ -398,14 +398,11 @@ class BackgroundRun(Run):
                 worker.scope.cancel()
 
     async def may_go_on(self, worker: Worker) -> bool:
-        if self.cancelled:
-            return False
-        if worker.received:
-            requests = cancel_requests()
-            if requests > worker.requests and worker.received_task_cancel:
+        if worker.received and not self.cancelled:
+            if worker.received_task_cancel and cancel_requests() > worker.requests:
                 return False
-            worker.requests = requests  # a handler may have dealt with others
-        return True
+            await worker.take_cancellation()
+        return not self.cancelled
 
     async def work(self, worker: Worker) -> None:
         """Do one worker's part. See `Workplace`."""
@@ -424,7 +421,7 @@ class BackgroundRun(Run):
                     break
                 self._expired = self._timed = False
                 self.cancelled = self._stopped
-                worker.requests = cancel_requests()
+                await worker.take_cancellation()
         except BaseException as error:  # noqa: BLE001 - asyncio would end the loop for some
             worker.received |= not self.end(error)
         finally:

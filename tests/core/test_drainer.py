@@ -6,7 +6,7 @@ import math
 import re
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
 from itertools import product
@@ -755,6 +755,40 @@ async def test_a_handler_that_cancels_its_own_task_ends_nobody_elses_deliveries(
 
     assert handled == ["a", "b"]
     assert bus.stats.undelivered == 2
+    assert_settled(bus)
+
+
+@pytest.mark.usefixtures("on_asyncio")
+@pytest.mark.parametrize("late", [False, True])
+async def test_no_handler_is_blamed_for_a_cancellation_that_the_one_before_asked_for(
+    late: bool,
+) -> None:
+    bus = EventBus(handler_timeout=0.01)
+    failed: list[Exception] = []
+
+    def note(delivery: Delivery, error: Exception) -> None:
+        failed.append(error)
+
+    bus.report_failure = note
+
+    @bus.on(str)
+    async def handle(event: str) -> None:
+        with CancelScope() as scope:
+            scope.cancel()
+            await checkpoint()
+        if event == "bad":
+            if late:
+                with suppress(asyncio.CancelledError):
+                    await sleep_forever()
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()  # no `await` follows in which it would receive it
+
+    async with draining(bus, concurrency=1) as drainer:
+        drainer.submit(unit(bus, "bad", "a", "bad"), success=True)
+
+    assert bus.stats.handled == 3
+    assert failed == []
     assert_settled(bus)
 
 

@@ -13,7 +13,7 @@ import trio
 from anyio import CancelScope, sleep_forever
 from anyio.lowlevel import checkpoint
 
-from eventkit import EventBus, HandlerCancelledError
+from eventkit import EventBus, HandlerCancelledError, Observer
 from eventkit._core import threads
 from tests.contract.timeouts import TINY
 from tests.dispatching import (
@@ -383,6 +383,61 @@ async def test_a_handler_that_cancels_the_dispatching_task_and_ends_so_is_told_o
     await asyncio.create_task(outlives_it())
 
     assert outcomes(bus) == (0, 0, 1)
+
+
+async def cancels_its_task(event: Ping) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()  # no `await` follows in which the handler would receive it
+
+
+async def cancels_a_scope_and_its_task(event: Ping) -> None:
+    with CancelScope() as scope:
+        scope.cancel()
+        await sleep_forever()
+    await cancels_its_task(event)
+
+
+@pytest.mark.usefixtures("on_asyncio")
+@pytest.mark.parametrize("implementation", ["continuation-stealing"], indirect=True)
+@pytest.mark.parametrize("cancels", [cancels_its_task, cancels_a_scope_and_its_task])
+@pytest.mark.parametrize("observed", [True, False])
+async def test_a_handler_is_not_blamed_for_a_cancellation_that_the_one_before_asked_for(
+    new_bus: NewBus,
+    deliver: Deliver,
+    cancels: Callable[[Ping], Awaitable[None]],
+    observed: bool,
+) -> None:
+    bus = new_bus(sequential=True)
+    if observed:
+        bus.observe(Observer())
+    bus.subscribe(Ping, cancels)
+
+    @bus.on(Ping)
+    async def later(event: Ping) -> None:
+        await checkpoint()
+
+    dispatch = asyncio.create_task(deliver(bus, Ping()))
+    await asyncio.wait([dispatch])
+
+    assert dispatch.cancelled()
+    assert outcomes(bus) == (1, 0, 1)
+
+
+@pytest.mark.usefixtures("on_asyncio")
+@pytest.mark.parametrize("implementation", ["continuation-stealing"], indirect=True)
+@pytest.mark.parametrize("cancels", [cancels_its_task, cancels_a_scope_and_its_task])
+async def test_a_helping_task_that_is_cancelled_when_its_handler_ends_spares_the_others(
+    bus: EventBus, deliver: Deliver, cancels: Callable[[Ping], Awaitable[None]]
+) -> None:
+    @bus.on(Ping)
+    async def first(event: Ping) -> None:
+        await all_tasks_blocked()
+
+    bus.subscribe(Ping, cancels)
+
+    assert await deliver(bus, Ping()) == []
+    assert outcomes(bus) == (2, 0, 0)
 
 
 # Cancellation that nobody asked for

@@ -1,0 +1,45 @@
+"""Owns the time limit of one handler that is run by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from anyio import CancelScope, current_time
+
+from eventkit._core.handlers import Handler
+from eventkit._core.policy import timeout_of
+
+
+async def run_in_time(handler: Handler, event: object, origin: object, limit: float | None) -> None:
+    """Run it, for at most so many seconds; a call in a thread takes as long as it takes."""
+    scope = CancelScope()
+
+    @contextmanager
+    def untimed() -> Generator[None]:
+        scope.deadline = math.inf
+        try:
+            yield
+        finally:
+            scope.deadline = current_time() + (math.inf if limit is None else limit)
+
+    awaitable = await handler.start(event, origin, untimed)
+    if awaitable is None:
+        return
+    if limit is None:
+        await awaitable
+        return
+    stopped: BaseException | None = None
+    try:
+        scope.deadline = current_time() + limit
+        with scope:
+            try:
+                await awaitable
+            except BaseException as error:
+                stopped = error
+                raise
+        if scope.cancelled_caught:
+            raise timeout_of(handler, limit, stopped)
+    finally:
+        del stopped  # or this frame and its traceback keep each other alive
