@@ -16,9 +16,8 @@ from tests.sqlalchemy.steps import Database
 from tests.witness import witnessed
 
 # Thousands of scenarios: `nox -s coverage` runs them with all drivers, by EVENTKIT_DRIVERS=all.
-KINDS = ["sqlite", "aiosqlite", "psycopg"]
-if os.environ.get("EVENTKIT_DRIVERS") == "all":
-    KINDS += ["asyncpg", "pymysql", "aiomysql"]
+MORE = ("asyncpg", "pymysql", "aiomysql") if os.environ.get("EVENTKIT_DRIVERS") == "all" else ()
+KINDS = ["sqlite", "aiosqlite", "psycopg", *MORE]
 # Drivers that are awaited know asyncio alone, and those that block know no event loop.
 ON_OTHER_LOOPS = ["sqlite"]
 
