@@ -115,7 +115,7 @@ class CommitTie:
                     "an engine count, so call deliver_on_commit() once, where the application is "
                     "wired"
                 )
-        self.detached = False
+        self.detached: bool = False
         self.before_commit: list[Callable[[Connection, Transaction], object]] = []
         self.ended: list[Callable[[Transaction, End], object]] = []
         self._bus: ReferenceType[EventBus] = ref(bus)
