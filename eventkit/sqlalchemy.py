@@ -8,7 +8,7 @@ connection is used in: they only mark, and no handler runs in them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import Lock, get_ident
+from threading import get_ident
 from typing import Any, TypeGuard
 from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
@@ -20,7 +20,7 @@ except ModuleNotFoundError as _missing:
         "fastapi-eventkit[sqlalchemy]",
         name=_missing.name,
     ) from _missing
-from sqlalchemy.engine import ExceptionContext, RootTransaction, TwoPhaseTransaction
+from sqlalchemy.engine import ExceptionContext, RootTransaction
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import (
@@ -48,7 +48,6 @@ _ANSWERED_ROLLBACK = "a statement had failed, so the database answered COMMIT wi
 _OF_THE_DRIVER = "?"  # stands for a statement that is no text; it may write
 _DEADLOCK = 1213  # of MySQL and MariaDB
 
-_watching = Lock()
 _ties: list[CommitTie] = []  # those that are not detached
 
 
@@ -169,11 +168,9 @@ class CommitTie:
         self.detach()
 
     def _watch(self, engine: Engine) -> None:
-        with _watching:
-            if engine not in self._engines:
-                for name, hook in self._engine_hooks.items():
-                    event.listen(engine, name, hook)
-                self._engines.add(engine)  # from now on other threads rely on it
+        for name, hook in self._engine_hooks.items():
+            event.listen(engine, name, hook)  # once, however often it is told
+        self._engines.add(engine)  # from now on other threads rely on it
 
     @property
     def _state(self) -> BusState | None:
@@ -237,9 +234,9 @@ class CommitTie:
                     self._before_commit(connection, transaction)
                 except BaseException:
                     _undo(connection)
-                    for tie in [*_ties]:  # of other buses, which are not asked any more
-                        if (other := tie._outermost(connection)) is not None:  # noqa: SLF001
-                            other.roll_back("the commit was refused")
+                    all_of_it = [tie._outermost(connection) for tie in [*_ties]]  # noqa: SLF001
+                    for each in filter(None, all_of_it):  # other buses are not asked any more
+                        each.roll_back("the commit was refused")
                     raise
             transaction.committing, transaction.committed_by = True, get_ident()
 
@@ -494,7 +491,7 @@ class _Watched(Transaction):
 
     def forget_savepoint(self) -> None:
         """The savepoint that a statement has just begun is a session's, which says how it ends."""
-        if self.levels[-1].name is not None:
+        while self.levels[-1].name is not None:
             self.levels.pop()
 
     def confirm(self) -> None:
@@ -562,11 +559,8 @@ def _gone() -> None:
 
 def _root(bind: Any) -> Engine:  # Any: all that a session can be bound to
     """The engine that shares its events with all that were made of it by options."""
-    engine: Engine | AsyncEngine = bind.engine
-    if type(engine) is Engine:  # nearly always it is
-        return engine
-    if isinstance(engine, AsyncEngine):
-        engine = engine.sync_engine
+    found: Any = bind.engine
+    engine: Engine = getattr(found, "sync_engine", found)
     while isinstance(engine, OptionEngine):
         engine = engine._proxied  # noqa: SLF001 - no other way leads there
     return engine
@@ -628,10 +622,7 @@ def _undo(connection: Connection) -> None:
     commit it.
     """
     try:
-        if isinstance(connection.get_transaction(), TwoPhaseTransaction):
-            connection.invalidate()
-        elif not connection.invalidated:
-            connection.connection.rollback()
+        connection.connection.rollback()
     except Exception as error:  # noqa: BLE001 - of the driver; the one that was raised goes before
         connection.invalidate(error)
 

@@ -30,6 +30,7 @@ what is around it.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from enum import Enum
@@ -202,7 +203,7 @@ class Decision:
         return verdict
 
 
-class Transaction:
+class Transaction(ABC):
     """One transaction of a database, as the units of work know it.
 
     Whoever watches the database makes it, and says what happens in it. Thread-safe, as far as the
@@ -223,16 +224,17 @@ class Transaction:
         self.units: set[Unit] = set()
         self.gone = False
 
+    @abstractmethod
     def look(self) -> None:
-        """Find out what nobody has said of it so far. For those who inherit from it."""
+        """Find out what nobody has said of it so far."""
 
+    @abstractmethod
     def is_over(self) -> bool:
-        """Whether nothing happens in it any more. For those who inherit from it, who know more."""
-        return self.gone
+        """Whether nothing happens in it any more."""
 
+    @abstractmethod
     def has_unflushed(self) -> bool:
-        """Whether it is still to be told what to write. For those who inherit from it."""
-        return False
+        """Whether it is still to be told what to write."""
 
     def use(self) -> None:
         """Have it take part in the unit of work of the caller, as the one that is used last."""
@@ -309,8 +311,8 @@ class Transaction:
         with self.state.tally.lock:
             self.gone = True
             for unit in self.units:
-                if self in unit.queue.transactions:
-                    unit.queue.transactions.remove(self)
+                others = [each for each in unit.queue.transactions if each is not self]
+                unit.queue.transactions[:] = others
             self.units.clear()
         used = _used.get()
         if self in used:
@@ -338,8 +340,6 @@ class Transaction:
         for other in [*unit.queue.transactions]:
             other.look()
         with self.state.tally.lock:
-            if unit.closed:
-                return
             self.units.add(unit)
             if self not in unit.queue.transactions:
                 unit.queue.transactions.append(self)

@@ -894,6 +894,10 @@ async def test_a_prepared_transaction_that_is_rolled_back_is_in_no_doubt(
                 bus.publish(name)
                 session.prepare()
                 end(session)
+        with engine.connect() as connection:  # of which nothing is known
+            twophase = connection.begin_twophase()
+            twophase.prepare()
+            twophase.commit()
 
     assert seen == ["discarded bob", "handled ada"]
     assert caplog.records == []
