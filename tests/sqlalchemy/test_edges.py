@@ -75,8 +75,8 @@ async def test_a_context_inside_a_transaction_in_which_that_is_used(
         with Session(engine) as session:
             session.execute(insert(Row).values(name="ada"))
             async with bus.context():
-                bus.publish("inside")
                 session.execute(insert(Row).values(name="bob"))
+                bus.publish("inside")
             session.rollback()
 
     assert seen == ["discarded inside"]
