@@ -519,7 +519,7 @@ async def attempt(
         limit = handler.timeout
     with watched(turn.observers, turn.delivery(index)):
         try:
-            await run_in_time(handler, turn.event, turn.origin, limit if timed_by is None else None)
+            await run_in_time(handler, turn, limit if timed_by is None else None)
         except Exception:
             raise
         except BaseException as error:  # noqa: BLE001 - the policy

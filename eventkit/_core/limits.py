@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Protocol
 
 from anyio import CancelScope, current_time
 
@@ -12,7 +13,22 @@ from eventkit._core.handlers import Handler
 from eventkit._core.policy import timeout_of
 
 
-async def run_in_time(handler: Handler, event: object, origin: object, limit: float | None) -> None:
+class Delivered(Protocol):
+    """What a handler is run for. Not the event itself: frames of tracebacks show local variables.
+
+    Attributes:
+        event: What is delivered.
+    """
+
+    event: object
+
+    @property
+    def origin(self) -> object:
+        """Where the unit of work comes from."""
+        ...
+
+
+async def run_in_time(handler: Handler, turn: Delivered, limit: float | None) -> None:
     """Run it, for at most so many seconds; a call in a thread takes as long as it takes."""
     scope = CancelScope()
 
@@ -24,7 +40,7 @@ async def run_in_time(handler: Handler, event: object, origin: object, limit: fl
         finally:
             scope.deadline = current_time() + (math.inf if limit is None else limit)
 
-    awaitable = await handler.start(event, origin, untimed)
+    awaitable = await handler.start(turn.event, turn.origin, untimed)
     if awaitable is None:
         return
     if limit is None:
