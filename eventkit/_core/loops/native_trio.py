@@ -98,7 +98,7 @@ class NativeTasks:
     def start(self, run: Any, worker: Any) -> None:  # Any: `tasks.Workplace`, and its worker
         try:
             self._start(self._surround, run, worker)
-        except Exception as error:  # noqa: BLE001 - the run's
+        except Exception as error:  # noqa: BLE001  # pragma: no cover - the nursery outlives all runs
             run.miss(worker, error)
 
     @trio.lowlevel.enable_ki_protection  # or Ctrl-C could come in here, where it would be lost
