@@ -378,7 +378,6 @@ class _Watched(Transaction):
     """
 
     __slots__ = (
-        "_connection",
         "_session",
         "_tie",
         "committed_by",
@@ -461,7 +460,14 @@ class _Watched(Transaction):
     def has_unflushed(self) -> bool:
         """Whether its session has objects that are still to be written."""
         session = self._session()
-        return session is not None and _has_unflushed(session)
+        if session is None:
+            return False
+        try:
+            return bool(
+                session.new or session.deleted or any(map(session.is_modified, session.dirty))
+            )
+        except Exception:  # noqa: BLE001 - a type of the user's that cannot be compared, or a change
+            return True  # by another thread at this moment
 
     def be_part_of(self, below: _Watched) -> None:
         """Its session has joined the transaction of its caller's connection, which decides."""
@@ -575,14 +581,6 @@ def _engines_of(factory: _Factory) -> list[Engine]:
 def _made(factory: _Factory, session: Session) -> bool:
     """Whether the factory has made the session, or the one to await around it."""
     return isinstance(session, factory.class_) or isinstance(async_session(session), factory.class_)
-
-
-def _has_unflushed(session: Session) -> bool:
-    """Whether the session has objects that are still to be written."""
-    try:
-        return bool(session.new or session.deleted or any(map(session.is_modified, session.dirty)))
-    except Exception:  # noqa: BLE001 - a type of the user's that cannot be compared, or a change
-        return True  # by another thread at this moment
 
 
 def _commits_itself(connection: Connection) -> bool:

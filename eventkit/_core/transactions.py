@@ -158,22 +158,19 @@ class Decision:
     def verdict(self, *, last: bool = False) -> Verdict:
         """What has been decided; `last` says that the unit of work ends now."""
         verdict = self._of_those_at_hand(last)
-        if verdict is None:
-            return Verdict.OPEN
-        if verdict is Verdict.OPEN:
-            return self._of_those_afterwards(last)
-        return verdict
+        return self._of_those_afterwards(last) if verdict is None else verdict
 
     def _of_those_at_hand(self, last: bool) -> Verdict | None:
-        """Rule 3. None: an open transaction has to end first. OPEN: they have nothing to say."""
-        waits, committed = False, None
+        """Rule 3. OPEN: one of them has to end first. None: they have nothing to say."""
+        waits = False
+        committed: Level | None = None
         for candidate, say in self._at_hand:
             level = candidate.deciding()
             if level.end is None:
                 if say is Say.OTHERS:
                     waits = not last
                 elif not last:
-                    return None
+                    return Verdict.OPEN
                 elif level.has_written:
                     return self._decided(Verdict.DISCARDED, level)
             elif not level.wrote:
@@ -184,8 +181,8 @@ class Decision:
             elif say is Say.OWN:
                 return self._decided(Verdict.DISCARDED, level)
         if waits:
-            return None
-        return Verdict.OPEN if committed is None else self._decided(Verdict.RELEASED, committed)
+            return Verdict.OPEN
+        return None if committed is None else self._decided(Verdict.RELEASED, committed)
 
     def _of_those_afterwards(self, last: bool) -> Verdict:
         """Rule 4."""
@@ -337,8 +334,7 @@ class Transaction(ABC):
 
     def join(self, unit: Unit) -> None:
         """Take part in this unit from now on."""
-        for other in [*unit.queue.transactions]:
-            other.look()
+        _look(unit)
         with self.state.tally.lock:
             self.units.add(unit)
             if self not in unit.queue.transactions:
@@ -373,8 +369,7 @@ class Decisions:
                 and transaction.has_unflushed()
             ):
                 transaction.join(unit)
-        for transaction in [*unit.queue.transactions]:
-            transaction.look()
+        _look(unit)
 
     def tag(self, unit: Unit, envelopes: Sequence[Envelope]) -> None:
         """Give events that are being published their candidates. Needs the lock."""
@@ -440,6 +435,12 @@ def _unit_of(state: BusState) -> Unit | None:
     return None if unit is None or unit.closed else unit
 
 
+def _look(unit: Unit) -> None:
+    """Have the transactions that take part in the unit find out how they stand."""
+    for transaction in [*unit.queue.transactions]:
+        transaction.look()
+
+
 def _open_in(unit: Unit) -> list[tuple[Transaction, Say]]:
     """The transactions that take part in the unit, in the order of their say. Needs the lock."""
     transactions: list[Transaction] = unit.queue.transactions
@@ -478,18 +479,24 @@ def _settle(state: BusState, units: Sequence[Unit], *, last: bool = False) -> No
             dropped.setdefault(_why(envelope), []).append(envelope)
     announce_released(state, sorted(released, key=_number))
     for (reason, warning), envelopes in dropped.items():
-        deliveries = [delivery for each in envelopes for delivery in each.deliveries()]
-        if warning is not None and deliveries:
-            log(
-                logging.WARNING,
-                warning,
-                bus=state.name,
-                deliveries=len(deliveries),
-                event_types=event_types(deliveries),
-            )
+        if warning is not None:
+            _warn(state, warning, envelopes)
         announce_dropped(state, envelopes, Outcome.DISCARDED, reason)
     for unit in units if dropped else ():
         unit.tell_emptied()
+
+
+def _warn(state: BusState, warning: str, envelopes: Sequence[Envelope]) -> None:
+    """Warn of what is lost, if anybody would have handled it."""
+    deliveries = [delivery for each in envelopes for delivery in each.deliveries()]
+    if deliveries:
+        log(
+            logging.WARNING,
+            warning,
+            bus=state.name,
+            deliveries=len(deliveries),
+            event_types=event_types(deliveries),
+        )
 
 
 def _why(envelope: Envelope) -> tuple[str | None, str | None]:

@@ -177,9 +177,10 @@ class Unit:
         else:
             self.open(parent, nested=False)
         self.origin, self.loop, self.waits = where, loop, waits
-        if active.get() is not None:
-            self._before = current()
-        active.set(self)
+        if active.get() is None:  # as above
+            active.set(self)
+        else:
+            self.activate()
 
     def activate(self) -> None:
         """Make it the active one."""
