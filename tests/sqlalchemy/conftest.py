@@ -2,11 +2,14 @@
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("greenlet")  # compiled: a new Python may be without it
 
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import QueuePool
 
 from eventkit import EventBus
@@ -58,6 +61,21 @@ def database(used_database: Database) -> Database:
     """A database with one row in it."""
     used_database.clear()
     return used_database
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    """A database of its own, on SQLite."""
+    with sqlite(tmp_path / "test.db") as engine:
+        yield engine
+
+
+@pytest.fixture
+def async_engine(engine: Engine, anyio_backend_name: str) -> AsyncEngine:
+    """The same database, for those who await."""
+    if anyio_backend_name != "asyncio":
+        pytest.skip("SQLAlchemy's asynchronous engines are made for asyncio")
+    return to_await(engine)
 
 
 @pytest.fixture

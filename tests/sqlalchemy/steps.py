@@ -6,11 +6,20 @@ from dataclasses import dataclass
 from inspect import isawaitable
 from typing import Any
 
-from sqlalchemy import Engine, delete, select
+from sqlalchemy import Engine, delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from tests.databases import Row
+
+# What becomes of the events of four transactions that are ended so.
+DECIDED = ["handled committed", "discarded rolled back", "discarded closed", "handled read"]
+# What eventkit has warned of so far.
+Warnings = Callable[[], list[str]]
+
+
+class Wrong(Exception):
+    """What goes wrong in these tests."""
 
 
 @dataclass(slots=True, eq=False)
@@ -81,6 +90,12 @@ class Database:
 async def done(step: Any) -> Any:
     """Have it done, by a session of either kind."""
     return await step if isawaitable(step) else step
+
+
+# Any: a session or connection of either kind.
+async def put(used: Any, name: str = "ada") -> None:
+    """Insert a row."""
+    await done(used.execute(insert(Row).values(name=name)))
 
 
 @asynccontextmanager

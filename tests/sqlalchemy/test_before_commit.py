@@ -1,6 +1,5 @@
 """What comes between the last statement and COMMIT: the two hooks of a tie."""
 
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -17,19 +16,9 @@ from eventkit import EventBus
 from eventkit._core.transactions import End, Transaction
 from eventkit.sqlalchemy import CommitTie
 from tests.databases import Row
-from tests.sqlalchemy.steps import Database, blocking, done, inside
+from tests.sqlalchemy.steps import Database, Warnings, Wrong, blocking, done, inside, put
 
 pytestmark = pytest.mark.anyio
-
-Warnings = Callable[[], list[str]]
-
-
-class Wrong(Exception):
-    """What goes wrong in these tests."""
-
-
-async def put(connection: Any, name: str = "ada") -> None:
-    await done(connection.execute(insert(Row).values(name=name)))
 
 
 @pytest.fixture
@@ -47,6 +36,13 @@ def calls(tie: CommitTie) -> list[str]:
     tie.before_commit.append(note)
     tie.ended.append(note_end)
     return calls
+
+
+def commit_from_the_pool(database: Database) -> None:
+    """Commit one row as the next user of the pool: on the connection that came back last."""
+    with Session(database.plain) as session:
+        session.add(Row(name="bob"))
+        session.commit()
 
 
 USERS = ["session", "connection"]
@@ -184,9 +180,7 @@ async def test_what_the_hook_raises_comes_out_of_the_commit_and_nothing_is_commi
             await done(used.commit())
 
     tie.before_commit.clear()
-    with Session(database.plain) as next_of_the_pool:
-        next_of_the_pool.add(Row(name="bob"))
-        next_of_the_pool.commit()
+    commit_from_the_pool(database)
     assert (seen, database.names(), warnings()) == (["discarded ada"], ["bob"], [])
 
 
@@ -205,9 +199,7 @@ async def test_what_the_database_refuses_of_the_hook_comes_out_of_the_commit(
             await done(used.commit())
 
     tie.before_commit.clear()
-    with Session(database.plain) as next_of_the_pool:
-        next_of_the_pool.add(Row(name="bob"))
-        next_of_the_pool.commit()
+    commit_from_the_pool(database)
     assert (seen, database.names(), warnings()) == (["discarded ada"], ["bob"], [])
 
 

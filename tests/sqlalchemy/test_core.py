@@ -1,6 +1,5 @@
 """Connections without a session, sessions on them, savepoints, AUTOCOMMIT, two phases."""
 
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -17,20 +16,10 @@ from sqlalchemy.pool import NullPool
 from eventkit import EventBus
 from eventkit.sqlalchemy import CommitTie, deliver_on_commit
 from tests.databases import Row
-from tests.sqlalchemy.steps import Database, blocking, done, inside, run
+from tests.sqlalchemy.steps import Database, Warnings, Wrong, blocking, done, inside, put, run
 from tests.witness import witnessed
 
 pytestmark = pytest.mark.anyio
-
-Warnings = Callable[[], list[str]]
-
-
-class Wrong(Exception):
-    """What goes wrong in these tests."""
-
-
-async def put(connection: Any, name: str = "ada") -> None:
-    await done(connection.execute(insert(Row).values(name=name)))
 
 
 def on(connection: Any, **options: Any) -> Any:

@@ -1,6 +1,5 @@
 """The rare ways of transactions: what is undone, lost, refused or noticed late."""
 
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,31 +15,19 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from eventkit import EventBus
 from eventkit.sqlalchemy import deliver_on_commit
-from tests.databases import Row, sqlite
-from tests.witness import nothing, witnessed
+from tests.databases import Row
+from tests.sqlalchemy.steps import Wrong
+from tests.witness import witnessed
 
 pytestmark = pytest.mark.anyio
 
 
-class Wrong(Exception):
-    """What goes wrong in these tests."""
-
-
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
-    """A database of its own, with one row in it."""
-    with sqlite(tmp_path / "test.db") as engine:
-        with engine.begin() as connection:
-            connection.execute(insert(Row).values(name="first"))
-        yield engine
-
-
-@pytest.fixture
-def bus() -> EventBus:
-    """A bus with one handler of strings."""
-    bus = EventBus()
-    bus.subscribe(str, nothing)
-    return bus
+def engine(engine: Engine) -> Engine:
+    """The database, with one row in it."""
+    with engine.begin() as connection:
+        connection.execute(insert(Row).values(name="first"))
+    return engine
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -24,12 +23,11 @@ from eventkit._core.bus import state_of
 from eventkit._core.units import Unit
 from eventkit.sqlalchemy import CommitTie, deliver_on_commit
 from tests.databases import Row, obey
-from tests.sqlalchemy.steps import Database, blocking, done, inside, run
+from tests.sqlalchemy.steps import Database, Warnings, Wrong, blocking, done, inside, put, run
 from tests.witness import assert_settled, freed_by_anyio
 
 pytestmark = pytest.mark.anyio
 
-Warnings = Callable[[], list[str]]
 
 ANSWERED = (
     "a statement had failed, so the database answered COMMIT with ROLLBACK: "
@@ -53,16 +51,8 @@ DISPATCHED = (
 )
 
 
-class Wrong(Exception):
-    """What goes wrong in these tests."""
-
-
 class Unheard:
     """An event without handlers."""
-
-
-async def put(session: Any, name: str = "ada") -> None:
-    await done(session.execute(insert(Row).values(name=name)))
 
 
 async def put_twice(session: Any) -> None:

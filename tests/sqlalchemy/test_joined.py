@@ -4,11 +4,10 @@ But for a session that has a savepoint of its own there, as in the usual fixture
 commit counts, although the transaction around it is rolled back in the end.
 """
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from inspect import isawaitable
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -21,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from eventkit import EventBus
 from eventkit.sqlalchemy import deliver_on_commit
-from tests.databases import Row, sqlite, to_await
+from tests.databases import Row, to_await
 from tests.witness import assert_settled
 
 Mode = Literal["conditional_savepoint", "rollback_only", "control_fully", "create_savepoint"]
@@ -40,12 +39,6 @@ CASES = [*product(ENDS, ENDS, [True, False])]
 
 class Failed(Exception):
     """What the unit of work ends with."""
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
-    with sqlite(tmp_path / "test.db") as engine:
-        yield engine
 
 
 @pytest.fixture

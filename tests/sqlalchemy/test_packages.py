@@ -1,8 +1,7 @@
 """Packages that make sessions and engines themselves: what they commit counts like all else."""
 
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,39 +18,11 @@ from eventkit import EventBus
 from eventkit.sqlalchemy import deliver_on_commit
 from eventkit.starlette import EventContextMiddleware
 from tests.asgi import Exchange
-from tests.databases import Row, sqlite, to_await
-from tests.witness import nothing, witnessed
+from tests.databases import Row
+from tests.sqlalchemy.steps import DECIDED, Wrong
+from tests.witness import witnessed
 
 pytestmark = pytest.mark.anyio
-
-DECIDED = ["handled committed", "discarded rolled back", "discarded closed", "handled read"]
-
-
-class Wrong(Exception):
-    """What goes wrong in these tests."""
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
-    """A database of its own."""
-    with sqlite(tmp_path / "test.db") as engine:
-        yield engine
-
-
-@pytest.fixture
-def async_engine(engine: Engine, anyio_backend_name: str) -> AsyncEngine:
-    """The same database, for those who await."""
-    if anyio_backend_name != "asyncio":
-        pytest.skip("SQLAlchemy's asynchronous engines are made for asyncio")
-    return to_await(engine)
-
-
-@pytest.fixture
-def bus() -> EventBus:
-    """A bus with one handler of strings."""
-    bus = EventBus()
-    bus.subscribe(str, nothing, thread=False)
-    return bus
 
 
 @pytest.fixture

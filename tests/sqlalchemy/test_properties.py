@@ -674,12 +674,17 @@ def examples(number: int) -> Callable[[Any], Any]:
     )
 
 
+def random_steps(names: list[str]) -> Callable[[Any], Any]:
+    """Before the unit of work and in it, which succeeds or not."""
+    return given(
+        before=st.lists(st.sampled_from(names), max_size=4),
+        steps=steps_of(names),
+        success=st.booleans(),
+    )
+
+
 @written
-@given(
-    before=st.lists(st.sampled_from(STEPS), max_size=4),
-    steps=steps_of(STEPS),
-    success=st.booleans(),
-)
+@random_steps(STEPS)
 @examples(100)
 def test_what_is_delivered_on_sqlite(
     on_sqlite: Check, before: list[str], steps: list[str], success: bool
@@ -688,11 +693,7 @@ def test_what_is_delivered_on_sqlite(
 
 
 @written
-@given(
-    before=st.lists(st.sampled_from(STEPS), max_size=4),
-    steps=steps_of(STEPS),
-    success=st.booleans(),
-)
+@random_steps(STEPS)
 @examples(30)
 def test_what_is_delivered_on_postgres(
     on_postgres: Check, before: list[str], steps: list[str], success: bool
@@ -700,11 +701,7 @@ def test_what_is_delivered_on_postgres(
     on_postgres(before, steps, success)
 
 
-@given(
-    before=st.lists(st.sampled_from(STEPS_TO_AWAIT), max_size=4),
-    steps=steps_of(STEPS_TO_AWAIT),
-    success=st.booleans(),
-)
+@random_steps(STEPS_TO_AWAIT)
 @examples(15)
 def test_what_is_delivered_on_postgres_by_those_who_await(
     on_asyncpg: Check, before: list[str], steps: list[str], success: bool

@@ -19,15 +19,9 @@ from eventkit.sqlalchemy import CommitTie
 from eventkit.starlette import EventContextMiddleware
 from tests.asgi import Exchange
 from tests.databases import Row
-from tests.sqlalchemy.steps import Database, blocking, done, inside
+from tests.sqlalchemy.steps import Database, Warnings, blocking, done, inside, put
 
 pytestmark = pytest.mark.anyio
-
-Warnings = Callable[[], list[str]]
-
-
-async def put(session: Any, name: str = "ada") -> None:
-    await done(session.execute(insert(Row).values(name=name)))
 
 
 async def write_and(end: str, database: Database, name: str = "log") -> None:

@@ -16,18 +16,13 @@ from sqlalchemy.exc import IntegrityError
 from eventkit import EventBus
 from eventkit.sqlalchemy import CommitTie
 from tests.databases import Row
-from tests.sqlalchemy.steps import Database, blocking, done, inside, run
+from tests.sqlalchemy.steps import Database, Warnings, Wrong, blocking, done, inside, run
 from tests.witness import assert_settled
 
 pytestmark = pytest.mark.anyio
 
-Warnings = Callable[[], list[str]]
 # Any: sessions of either kind.
 Step = Callable[[Any], Awaitable[object]]
-
-
-class Wrong(Exception):
-    """What goes wrong in these tests."""
 
 
 def add(session: Any, name: str = "ada") -> None:
@@ -577,12 +572,11 @@ async def test_a_savepoint_takes_its_events_along_or_leaves_them_to_what_is_arou
     async with bus.context(), inside(database.session()) as session:
         add(session, "outer")
         bus.publish("before")
-        await done(session.begin_nested())
+        nested = await done(session.begin_nested())
         if writes == "with a row":
             add(session, "inner")
             await done(session.flush())
         bus.publish("inside")
-        nested = session.get_nested_transaction()
         if inner == "close":
             await run(session, lambda blocking: blocking.get_nested_transaction().close())
         else:

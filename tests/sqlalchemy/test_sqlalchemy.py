@@ -4,10 +4,9 @@ import asyncio
 import gc
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,7 +40,8 @@ from sqlalchemy.pool import StaticPool
 
 from eventkit import EventBus, Observer, current_delivery
 from eventkit.sqlalchemy import deliver_on_commit
-from tests.databases import Base, Row, obey, sqlite, to_await
+from tests.databases import Base, Row, obey, to_await
+from tests.sqlalchemy.steps import Wrong
 from tests.witness import Number, assert_settled, freed_by_anyio, ignore, nothing, witnessed
 
 pytestmark = pytest.mark.anyio
@@ -49,28 +49,12 @@ pytestmark = pytest.mark.anyio
 Sessions = sessionmaker[Session]
 
 
-class Wrong(Exception):
-    """What goes wrong in these tests."""
-
-
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
-    """A database of its own, with one row in it."""
-    with sqlite(tmp_path / "test.db") as engine:
-        with engine.begin() as connection:
-            connection.execute(insert(Row).values(name="first"))
-        yield engine
-
-
-@pytest.fixture
-def bus() -> EventBus:
-    """A bus with one handler of strings."""
-    bus = EventBus()
-
-    @bus.on(str)
-    async def handle(event: str) -> None: ...
-
-    return bus
+def engine(engine: Engine) -> Engine:
+    """The database, with one row in it."""
+    with engine.begin() as connection:
+        connection.execute(insert(Row).values(name="first"))
+    return engine
 
 
 @pytest.fixture

@@ -39,7 +39,8 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 from eventkit import EventBus
 from eventkit._core.transactions import Transaction
 from eventkit.sqlalchemy import deliver_on_commit
-from tests.databases import Base, Row, obey, sqlite, to_await
+from tests.databases import Base, Row, obey, sqlite
+from tests.sqlalchemy.steps import DECIDED, Wrong
 from tests.witness import assert_settled, freed_by_anyio, nothing, witnessed
 
 pytestmark = pytest.mark.anyio
@@ -48,41 +49,12 @@ pytestmark = pytest.mark.anyio
 Open = Callable[[], AbstractContextManager[Any]]
 AsyncOpen = Callable[[], AbstractAsyncContextManager[Any]]
 
-DECIDED = ["handled committed", "discarded rolled back", "discarded closed", "handled read"]
-
-
-class Wrong(Exception):
-    """What goes wrong in these tests."""
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
-    """A database of its own."""
-    with sqlite(tmp_path / "test.db") as engine:
-        yield engine
-
 
 @pytest.fixture
 def other_engine(tmp_path: Path) -> Iterator[Engine]:
     """Another one, which no test ties at first."""
     with sqlite(tmp_path / "other.db") as engine:
         yield engine
-
-
-@pytest.fixture
-def async_engine(engine: Engine, anyio_backend_name: str) -> AsyncEngine:
-    """The first one, for those who await."""
-    if anyio_backend_name != "asyncio":
-        pytest.skip("SQLAlchemy's asynchronous engines are made for asyncio")
-    return to_await(engine)
-
-
-@pytest.fixture
-def bus() -> EventBus:
-    """A bus with one handler of strings."""
-    bus = EventBus()
-    bus.subscribe(str, nothing, thread=False)
-    return bus
 
 
 @pytest.fixture
