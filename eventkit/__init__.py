@@ -8,6 +8,7 @@ from eventkit._core.ambient import current_delivery
 from eventkit._core.bus import EventBus, Wiring
 from eventkit._core.context import EventContext
 from eventkit._core.dependencies import Resolver
+from eventkit._core.durable import Durable
 from eventkit._core.events import Delivery, DomainEvent, Publisher
 from eventkit._core.handlers import Solver
 from eventkit._core.observers import Observation, Observer
@@ -30,9 +31,12 @@ from eventkit.exceptions import (
     HandlerTimeoutError,
     InvalidEventTypeError,
     InvalidHandlerError,
+    LeaseLostError,
     NoDeliveryError,
     NoEventContextError,
+    NoOutboxError,
     NoRequestError,
+    OutboxSchemaError,
     RouterClosedError,
     StreamOverflowError,
 )
@@ -46,6 +50,7 @@ __all__ = [
     "DrainReport",
     "DuplicateNameError",
     "DuplicateSubscriptionError",
+    "Durable",
     "EventBus",
     "EventContext",
     "EventContextClosedError",
@@ -59,11 +64,14 @@ __all__ = [
     "HandlerTimeoutError",
     "InvalidEventTypeError",
     "InvalidHandlerError",
+    "LeaseLostError",
     "NoDeliveryError",
     "NoEventContextError",
+    "NoOutboxError",
     "NoRequestError",
     "Observation",
     "Observer",
+    "OutboxSchemaError",
     "Publisher",
     "Resolver",
     "RouterClosedError",

@@ -24,9 +24,12 @@ __all__ = [
     "HandlerTimeoutError",
     "InvalidEventTypeError",
     "InvalidHandlerError",
+    "LeaseLostError",
     "NoDeliveryError",
     "NoEventContextError",
+    "NoOutboxError",
     "NoRequestError",
+    "OutboxSchemaError",
     "RouterClosedError",
     "StreamOverflowError",
 ]
@@ -102,6 +105,27 @@ class DuplicateSubscriptionError(EventKitError, ValueError):
         self.handler = handler
         self.first = first
         self.second = second
+
+
+class NoOutboxError(EventKitError, RuntimeError):
+    """An application starts whose bus has durable handlers and no outbox to keep deliveries in."""
+
+    def __init__(self, bus: str, handlers: Sequence[str]) -> None:
+        super().__init__(
+            f"bus {bus!r} has durable handlers ({', '.join(handlers)}) and no outbox: "
+            "Outbox(bus, engine), where the application is wired"
+        )
+
+
+class OutboxSchemaError(EventKitError, RuntimeError):
+    """The tables of an outbox are missing, or are not as this version of eventkit needs them."""
+
+
+class LeaseLostError(EventKitError, RuntimeError):
+    """Another process was given a delivery that `complete_with` was to complete in a commit.
+
+    Raised out of that commit: nothing of its transaction is committed.
+    """
 
 
 class DuplicateNameError(EventKitError, ValueError):

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from anyio import create_task_group, current_time, move_on_after
+from anyio.abc import TaskGroup
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -24,12 +25,14 @@ from eventkit._core.ambient import outside
 from eventkit._core.asgi import Lifespan, Origin, WatchedResponse
 from eventkit._core.bus import EventBus, state_of
 from eventkit._core.drainer import Drainer
+from eventkit._core.endings import abandon, finish
 from eventkit._core.handlers import is_duration, layers, name_of
 from eventkit._core.log import log
 from eventkit._core.loops.running import current_loop
 from eventkit._core.loops.threads import Entrance
-from eventkit._core.state import BusState, Host
-from eventkit._core.units import Unit, abandon
+from eventkit._core.state import BusState, Host, Service
+from eventkit._core.units import Unit
+from eventkit.exceptions import EventKitError, NoOutboxError
 
 __all__ = ["EventContextMiddleware", "Origin", "Outcome", "succeeded"]
 
@@ -279,7 +282,7 @@ class EventContextMiddleware:
             drainer.submit(unit, success=success)
         elif not unit.close_if_idle(success=success):
             with move_on_after(self._shutdown_timeout, shield=True):
-                await unit.finish(self._state.report, self._state.handler_timeout, success=success)
+                await finish(unit, self._state.report, self._state.handler_timeout, success=success)
 
     def _abandon(self, unit: Unit, drainer: Drainer | None) -> None:
         abandon(unit)
@@ -319,12 +322,13 @@ class EventContextMiddleware:
                 watch=_Overload(state, self._concurrency, self._max_pending),
             )
             origin = Origin(self._app_of(scope), scope.get("state", {}))
-            host = Host(Entrance(), drainer.submit, origin)
+            host = Host(Entrance(), drainer.submit, origin, lambda: drainer.is_crowded)
+            service = await self._begin_service(host, tasks, receive, send)
 
             async def close() -> None:
                 deadline = current_time() + self._shutdown_timeout
                 try:
-                    await drainer.close(self._shutdown_timeout)
+                    await _close_both(drainer, service, self._shutdown_timeout)
                 finally:
                     state.remove_host(host)  # units that end later deliver their events themselves
                     await host.entrance.close(deadline - current_time())
@@ -338,6 +342,26 @@ class EventContextMiddleware:
             if drainer.stuck:  # the group waits for these handlers, and the server need not
                 await lifespan.bid_farewell()
         await lifespan.end()
+
+    async def _begin_service(
+        self, host: Host, tasks: TaskGroup, receive: Receive, send: Send
+    ) -> Service | None:
+        """Have an outbox run what is due, if the bus has one; where it cannot, refuse to start."""
+        keeper = self._state.keeper
+        try:
+            if keeper is None:
+                self._refuse_durable_handlers()
+                return None
+            service = keeper.serve(host, tasks, concurrency=self._concurrency)
+            await service.start()
+        except EventKitError as error:
+            await _refuse_to_start(receive, send, error)
+        return service
+
+    def _refuse_durable_handlers(self) -> None:
+        durable = [entry["handler"] for entry in self.bus.describe() if entry["durable"]]
+        if durable:
+            raise NoOutboxError(self.bus.name, [*dict.fromkeys(durable)])
 
     @contextmanager
     def _running(self, drainer: Drainer, origin: Origin) -> Generator[None]:
@@ -478,6 +502,19 @@ def _added_twice(outer: EventContextMiddleware, inner: EventContextMiddleware) -
 
 def _shown(option: object) -> str:
     return name_of(option) if callable(option) else repr(option)
+
+
+async def _close_both(drainer: Drainer, service: Service | None, timeout: float) -> None:
+    """Close what delivers behind the response, and what delivers from the table, at once."""
+    if service is None:
+        await drainer.close(timeout)
+        return
+    try:
+        async with create_task_group() as closing:
+            closing.start_soon(service.close, timeout)
+            await drainer.close(timeout)
+    finally:
+        await service.leave()
 
 
 async def _refuse_to_start(receive: Receive, send: Send, error: Exception) -> NoReturn:

@@ -26,6 +26,9 @@ async def run_all(next_turn: Callable[[], Turn | None], terms: Terms) -> int:
     """Run the handlers of each event. See `eventkit._core.awaited.run_all`."""
     handled = 0
     while (turn := next_turn()) is not None:
+        if turn.interlude is not None:
+            await turn.interlude()
+            continue
         event = _Event(turn, terms)
         try:
             while event.waiting and not event.fatal:
@@ -34,8 +37,7 @@ async def run_all(next_turn: Callable[[], Turn | None], terms: Terms) -> int:
         finally:
             for index in turn.indexes:
                 if index not in event.ended:  # it never came to its first step
-                    turn.lost[index] = Outcome.UNDELIVERED
-                    terms.tally.end(Outcome.UNDELIVERED, 1)
+                    terms.tally.end(turn.end_badly(index, Outcome.UNDELIVERED), 1)
             if event.fatal:
                 raise event.fatal.pop()
         handled += len(event.ended) - len(turn.lost)
@@ -84,7 +86,7 @@ class _Event:
         finally:
             self.ended.append(index)
             if outcome is not Outcome.HANDLED:
-                self.turn.lost[index] = outcome
+                outcome = self.turn.end_badly(index, outcome)
             task.running.clear()
             self.terms.tally.leave(task)
             self.terms.tally.end(outcome, 1)

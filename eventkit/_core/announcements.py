@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from eventkit._core.events import Delivery, type_name
 from eventkit._core.log import log
 from eventkit._core.observers import contained
-from eventkit._core.queue import Envelope
+from eventkit._core.queue import Envelope, Rows
 from eventkit._core.state import BusState
 from eventkit._core.stats import Outcome
 
@@ -38,18 +38,30 @@ def announce_released(state: BusState, envelopes: Sequence[Envelope]) -> None:
 def announce_dropped(
     state: BusState, envelopes: Sequence[Envelope], outcome: Outcome, reason: str | None = None
 ) -> None:
-    """These will not run; counts them, too."""
+    """These will not run; counts them, too. What an outbox keeps is requeued instead of lost."""
     if outcome is Outcome.DISCARDED:
         for observer in state.observers if envelopes else ():
             with contained(observer):
                 observer.withdrawn([envelope.event for envelope in envelopes])
-    announce_skipped(state, [d for each in envelopes for d in each.deliveries()], outcome, reason)
+    dropped: dict[Outcome, list[Delivery]] = {outcome: []}
+    for envelope in envelopes:
+        for index, delivery in enumerate(envelope.deliveries()):
+            dropped.setdefault(what_becomes_of(outcome, index, envelope.rows), []).append(delivery)
+    for what, deliveries in dropped.items():
+        announce_skipped(state, deliveries, what, reason)
+
+
+def what_becomes_of(outcome: Outcome, index: int, rows: Rows | None) -> Outcome:
+    """The outcome of a delivery that was not run or was ended, given what an outbox keeps."""
+    if outcome is Outcome.UNDELIVERED and rows is not None and index in rows:
+        return Outcome.REQUEUED
+    return outcome
 
 
 def announce_skipped(
     state: BusState, deliveries: Sequence[Delivery], outcome: Outcome, reason: str | None = None
 ) -> None:
-    """These deliveries will never run; counts them, too."""
+    """These deliveries will not run here; counts them, too."""
     state.tally.end(outcome, len(deliveries))
     announce_lost(state, deliveries, outcome, reason)
 
@@ -76,7 +88,7 @@ def announce_lost(
     )
     for observer in state.observers:
         with contained(observer):
-            (observer.undelivered if undelivered else observer.discarded)(deliveries)
+            getattr(observer, outcome.value)(deliveries)
 
 
 def event_types(deliveries: Sequence[Delivery]) -> str:

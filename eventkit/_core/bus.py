@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary, ref
 from eventkit._core.ambient import surrounding
 from eventkit._core.context import EventContext, context_of, dispatch
 from eventkit._core.dependencies import Aliased, Resolver
+from eventkit._core.durable import Durable
 from eventkit._core.events import Delivery, type_name
 from eventkit._core.explain import explain
 from eventkit._core.handlers import is_duration
@@ -42,6 +43,7 @@ class Wiring(TypedDict):
     subscribed_at: str
     thread: bool
     timeout: float | None
+    durable: bool
 
 
 class EventBus(Subscribing, Aliased):
@@ -160,6 +162,7 @@ class EventBus(Subscribing, Aliased):
         name: str | None = None,
         timeout: float | None | EllipsisType = ...,
         thread: bool | None = None,
+        durable: bool | Durable = False,
     ) -> Subscription: ...
     @overload
     def subscribe(
@@ -170,6 +173,7 @@ class EventBus(Subscribing, Aliased):
         name: str | None = None,
         timeout: float | None | EllipsisType = ...,
         thread: bool | None = None,
+        durable: bool | Durable = False,
     ) -> Subscription: ...
     def subscribe(
         self,
@@ -179,6 +183,7 @@ class EventBus(Subscribing, Aliased):
         name: str | None = None,
         timeout: float | None | EllipsisType = ...,
         thread: bool | None = None,
+        durable: bool | Durable = False,
     ) -> Subscription:
         """Have the handler called for events of this type and its subclasses.
 
@@ -191,6 +196,11 @@ class EventBus(Subscribing, Aliased):
                 `handler_timeout` holds in drains.
             thread: Where the call starts: True in a worker thread, False on the event loop; left
                 out, a plain `def` in a thread and everything async on the loop.
+            durable: Whether its deliveries are kept in a table until they are done, so that no
+                crash loses them; `Durable(...)` says how often they are tried. Needs an
+                `eventkit.outbox.Outbox`. May run twice: use `complete_with(session)` for your own
+                rows, `current_delivery().id` as a key elsewhere. Every process that publishes
+                includes the router.
 
         Returns:
             The subscription; `cancel()` ends it, and so does leaving it as a context manager.
@@ -201,7 +211,9 @@ class EventBus(Subscribing, Aliased):
             DuplicateSubscriptionError: It is subscribed to this type already.
             DuplicateNameError: Another handler has been given this name.
         """
-        declaration = declare(event_type, handler, name=name, timeout=timeout, thread=thread)
+        declaration = declare(
+            event_type, handler, name=name, timeout=timeout, thread=thread, durable=durable
+        )
         return self._add([declaration])[0]
 
     def include(self, router: EventRouter) -> None:
@@ -215,6 +227,8 @@ class EventBus(Subscribing, Aliased):
         include_into(self, router)
 
     def _add(self, declarations: Sequence[Declaration]) -> list[Subscription]:
+        if self._state.keeper is not None:
+            self._state.keeper.admit(declarations)
         made = self._registry.add(declarations)
         unit = surrounding()
         if unit is not None:  # which is rare: subscribing belongs to where the bus is made
@@ -363,6 +377,7 @@ class EventBus(Subscribing, Aliased):
                 timeout=defaults[subscription.thread]
                 if subscription.timeout is ...
                 else subscription.timeout,
+                durable=subscription.durable is not None,
             )
             for subscription in self._registry
         ]

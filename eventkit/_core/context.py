@@ -12,6 +12,7 @@ from weakref import ref
 
 from eventkit._core.ambient import current, why_not_open
 from eventkit._core.dependencies import Aliased
+from eventkit._core.endings import deliver, end, finish
 from eventkit._core.events import Delivery
 from eventkit._core.loops.running import current_loop, on_event_loop
 from eventkit._core.loops.threads import run
@@ -99,8 +100,9 @@ class EventContext(Aliased):
             unit.state.report(delivery, error)
 
         try:
-            handled = await unit.deliver(report)
-            return DrainReport(handled, tuple(failures))
+            before = unit.requeued
+            handled = await deliver(unit, report)
+            return DrainReport(handled, tuple(failures), unit.requeued - before)
         finally:
             failures.clear()  # a traceback leads to `report`, which would close a reference cycle
 
@@ -141,10 +143,10 @@ class EventContext(Aliased):
             return
         begun = False
 
-        async def end() -> None:
+        async def begin() -> None:
             nonlocal begun
             begun = True
-            await unit.end(success)
+            await end(unit, success=success)
 
         try:
             if on_event_loop():
@@ -152,7 +154,7 @@ class EventContext(Aliased):
                     "`with bus.context()` was opened in a thread and ends on an event loop, "
                     "which it would block: leave the block in the thread that entered it"
                 )
-            run(end, unit.ways_to_loops())
+            run(begin, unit.ways_to_loops())
         finally:
             if not begun:  # there was no loop to run it
                 unit.abandon()
@@ -171,7 +173,7 @@ class EventContext(Aliased):
         self._unit.leave()
         success = exc is None
         if not self._unit.hand_over(success=success):
-            await self._unit.end(success)
+            await end(self._unit, success=success)
 
     def _enter(self) -> None:
         """Open it, and make it the active one."""
@@ -205,6 +207,7 @@ async def dispatch(state: BusState, event: object) -> list[Failure]:
     if plan and state.decisions is not None:
         state.decisions.dispatching(state, event)
     unit = Unit(state)
+    unit.keeps = False  # who awaits the outcome is the one who tries again
     unit.open(current(), nested=False)
     unit.publish((event,), even_on_failure=False)
     del event  # or a traceback that shows local variables shows the payload
@@ -214,7 +217,7 @@ async def dispatch(state: BusState, event: object) -> list[Failure]:
         failures.append(Failure(delivery, error))
 
     try:
-        await unit.finish(collect, None, success=True)
+        await finish(unit, collect, None, success=True)
         return [*failures]
     except BaseException:
         _report_all(state, failures)  # nobody else will hear of them

@@ -42,7 +42,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from operator import length_hint
@@ -68,6 +68,7 @@ from eventkit._core.policy import (
 from eventkit._core.stats import Outcome, Tally
 
 Steps = Coroutine[object, object, object]
+Interlude = Callable[[], Awaitable[object]]
 
 _ENDED = object()  # in the place of a trap: the handler has ended
 
@@ -90,6 +91,8 @@ class Turn(Protocol):
         variables: The context variables of which each delivery gets its own copy.
         enter: Called with `(turn, index)` in the delivery's own variables, before its handler.
         lost: The outcomes of those that did not end well; set by the run, and by nobody else.
+        interlude: What has to be awaited before the next turn; whoever awaits it takes it out.
+            The turn has no handlers then.
     """
 
     event: object
@@ -101,6 +104,7 @@ class Turn(Protocol):
     variables: Context
     enter: Callable[[tuple[Turn, int]], object]
     lost: dict[int, Outcome]
+    interlude: Interlude | None
 
     @property
     def origin(self) -> object:
@@ -111,8 +115,12 @@ class Turn(Protocol):
         """What observers are told; made when it is asked for."""
         ...
 
+    def end_badly(self, index: int, outcome: Outcome) -> Outcome:
+        """Note in `lost` what has become of a delivery, and return it: it may be requeued."""
+        ...
 
-NO_TURN: Turn = cast("Turn", SimpleNamespace(indexes=()))
+
+NO_TURN: Turn = cast("Turn", SimpleNamespace(indexes=(), interlude=None))
 
 
 @dataclass(slots=True)
@@ -237,7 +245,7 @@ class Run(ABC):
     def advance(self, worker: Worker) -> bool:
         """Turn to the next event; False where there is none, or something comes before it.
 
-        That may be the end of other workers, or a checkpoint that is due.
+        That may be the end of other workers, or an interlude that is due.
 
         Args:
             worker: Who asks, to begin its handlers.
@@ -247,6 +255,7 @@ class Run(ABC):
             or len(self.workers) > 1
             or self._quiet_events >= EVENTS_BETWEEN_CHECKPOINTS
             or self.cancelled
+            or self.turn.interlude is not None
         ):
             return False
         if self._timed:
@@ -261,12 +270,17 @@ class Run(ABC):
         self.indexes = iter(turn.indexes)
         return True
 
-    def checkpoint_is_due(self) -> bool:
-        """Whether other tasks are to have their turn before the next event; says so once."""
-        due = self._quiet_events >= EVENTS_BETWEEN_CHECKPOINTS and not self.exhausted
-        if due:
+    def take_interlude(self) -> Interlude | None:
+        """What is to be awaited before the next event, once; None where nothing is.
+
+        That is what the turn asks for, or a checkpoint, so that other tasks have their turn.
+        """
+        interlude, self.turn.interlude = self.turn.interlude, None
+        if interlude is None and self._quiet_events >= EVENTS_BETWEEN_CHECKPOINTS:
+            interlude = None if self.exhausted else checkpoint
+        if interlude is not None:
             self._quiet_events = 0
-        return due
+        return interlude
 
     def get_help(self) -> None:
         """Have others begin what has not begun; for a worker that is about to wait.
@@ -317,8 +331,7 @@ class Run(ABC):
 
     def lose(self, index: int, outcome: Outcome) -> None:
         """Account for a delivery that did not end well."""
-        self.turn.lost[index] = outcome
-        self.terms.tally.end(outcome, 1)
+        self.terms.tally.end(self.turn.end_badly(index, outcome), 1)
 
     def lose_the_rest(self) -> None:
         """Account for what never began."""
@@ -394,9 +407,9 @@ class Worker:
                     if run.is_shared:
                         run.start_clock()
                         return
-                    if run.must_hand_on or not run.checkpoint_is_due():
+                    if run.must_hand_on or (interlude := run.take_interlude()) is None:
                         return
-                    await checkpoint()
+                    await interlude()
                 if not await run.may_go_on(self):
                     return
         except BaseException as error:

@@ -26,13 +26,14 @@ from anyio import CancelScope, Event, move_on_after
 from anyio.abc import TaskGroup
 
 from eventkit._core.dispatch import NO_TURN, Run, Terms, Worker
+from eventkit._core.endings import abandon
 from eventkit._core.log import log
 from eventkit._core.loops.changes import GRACE_SECONDS, Change
 from eventkit._core.loops.running import current_loop
 from eventkit._core.loops.tasks import Tasks, tasks_here
 from eventkit._core.policy import cancel_requests
 from eventkit._core.state import BusState
-from eventkit._core.units import Ending, Unit, abandon
+from eventkit._core.units import Ending, Unit
 
 
 class Drainer:
@@ -138,6 +139,15 @@ class Drainer:
         else:
             self._take(Ending(unit, success, self._loop))
         self.forget(unit)
+
+    def begin(self, ending: Ending) -> None:
+        """Deliver what an ending gives, which is not a request's; there has to be room."""
+        self._start(ending)
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether more than half as many deliveries wait as may."""
+        return self._waiting_deliveries * 2 > self._max_pending
 
     async def wait_for_room(self, timeout: float) -> bool:
         """Wait for at most `timeout` seconds until it is not full, and say whether it is so."""

@@ -45,6 +45,19 @@ class Publisher(Protocol):
 _run_of_this_program = uuid4()
 
 
+def delivery_id(published_ns: int, number: tuple[int, int]) -> UUID:
+    """The id of the delivery of this number, which is the event's and the handler's."""
+    # A forked worker goes on with its parent's numbers, so the process is part of it.
+    return uuid5(_run_of_this_program, f"{os.getpid()}:{published_ns}:{number}")
+
+
+def event_id(event: object, published_ns: int, number: int) -> UUID:
+    """The id of the publish of this number; the event's own, if it is a `DomainEvent`."""
+    if isinstance(event, DomainEvent):
+        return event.event_id
+    return uuid5(_run_of_this_program, f"{os.getpid()}:{published_ns}:{number}")
+
+
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Delivery:
     """One run of one handler for one event, as observers and `current_delivery()` see it.
@@ -66,6 +79,7 @@ class Delivery:
     _published_ns: int
     _number: tuple[int, int]
     published_from: str | None = None
+    _kept: tuple[UUID, UUID] | None = None  # its id and the event's, where it comes from a table
 
     @property
     def id(self) -> UUID:
@@ -74,9 +88,7 @@ class Delivery:
         Fit for an idempotency key. Computed when asked, because random ids would be the most
         expensive part of a publish.
         """
-        # A forked worker goes on with its parent's numbers, so the process is part of it.
-        name = f"{os.getpid()}:{self._published_ns}:{self._number}"
-        return uuid5(_run_of_this_program, name)
+        return self._kept[0] if self._kept else delivery_id(self._published_ns, self._number)
 
     @property
     def event_id(self) -> UUID:
@@ -84,10 +96,9 @@ class Delivery:
 
         The same object that is published twice is two events, unless it brings its own id.
         """
-        if isinstance(self.event, DomainEvent):
-            return self.event.event_id
-        number, _ = self._number
-        return uuid5(_run_of_this_program, f"{os.getpid()}:{self._published_ns}:{number}")
+        if self._kept:
+            return self._kept[1]
+        return event_id(self.event, self._published_ns, self._number[0])
 
     @property
     def published_at(self) -> datetime:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from eventkit._core.durable import Durable
 from eventkit._core.events import type_name
 from eventkit._core.state import BusState
 from eventkit._core.subscriptions import Subscription
@@ -36,6 +37,8 @@ def explain(
             f"   subscribed to {through}, at {subscription.subscribed_at}",
             f"   runs {_where_and_how_long(subscription, state.handler_timeout)}",
         ]
+        if subscription.durable is not None:
+            lines.append(f"   durable: {_how_durable(subscription.durable, state)}")
     near = [*_near_misses(event_type, subscribed)]
     if not reached and not near:
         lines.append(
@@ -62,6 +65,13 @@ def _where_and_how_long(subscription: Subscription, handler_timeout: float | Non
     if subscription.timeout is None:
         return "on the event loop, for any time (timeout=None)"
     return f"on the event loop, for at most {subscription.timeout:g} s (timeout=)"
+
+
+def _how_durable(durable: Durable, state: BusState) -> str:
+    if state.keeper is None:
+        return "the bus has no outbox, so it runs in memory: Outbox(bus, engine)"
+    key = "" if durable.key is None else ", in order of its key"
+    return f"kept until it is done, for at most {durable.attempts} attempts{key}"
 
 
 def _near_misses(event_type: type, subscribed: Sequence[Subscription]) -> Iterator[str]:

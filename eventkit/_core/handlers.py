@@ -17,6 +17,7 @@ from importlib import import_module
 from types import BuiltinFunctionType, CodeType, EllipsisType, FunctionType
 from typing import Any, Protocol, cast
 
+from eventkit._core.durable import Durable
 from eventkit._core.threads import call_in_thread
 from eventkit.exceptions import InvalidHandlerError
 
@@ -73,6 +74,7 @@ class Handler:
         solver: Makes its dependencies; None where it has none.
         direct: Calling it does nothing but make a coroutine, and that is all there is to do, but
             for its dependencies.
+        durable: How its deliveries are kept; None where they are not.
     """
 
     function: Callable[..., Any]  # Any: what a call gives is looked at when it is there
@@ -83,6 +85,7 @@ class Handler:
     timeout: float | None | EllipsisType = field(default=...)
     solver: Solver | None = None
     direct: bool = False
+    durable: Durable | None = None
 
     @property
     def named(self) -> bool:
@@ -198,6 +201,7 @@ def inspect_handler(
     name: str | None,
     timeout: float | None | EllipsisType,
     thread: bool | None,
+    durable: Durable | None = None,
 ) -> Handler:
     """Look at a callable, and refuse what could not work.
 
@@ -214,7 +218,9 @@ def inspect_handler(
     in_thread = not is_async if thread is None else thread
     direct = timeout is ... and _makes_coroutine(function)
     code = _code_of(function)
-    handler = Handler(function, module, called, code, in_thread, timeout, direct=direct)
+    handler = Handler(
+        function, module, called, code, in_thread, timeout, direct=direct, durable=durable
+    )
     if isinstance(function, type):
         raise InvalidHandlerError(
             f"{handler.name} is a class: every event would make an instance and nothing else. "
@@ -227,6 +233,8 @@ def inspect_handler(
             f"{handler.place} is async and runs on the event loop: remove thread=True"
         )
     _check_timeout(handler)
+    if durable is not None:
+        _refuse_unstable_name(handler)
     return handler
 
 
@@ -406,6 +414,27 @@ def _check_timeout(handler: Handler) -> None:
         raise InvalidHandlerError(
             f"{handler.place}: timeout= takes seconds above 0, not {timeout!r}"
         )
+
+
+def _refuse_unstable_name(handler: Handler) -> None:
+    """Refuse a durable handler that another process would not find by its name."""
+    function = handler.function
+    if handler.named:
+        return
+    if isinstance(function, functools.partial):
+        kind = "a partial"
+    elif "<lambda>" in handler.called:
+        kind = "a lambda"
+    elif "<locals>" in handler.called:
+        kind = "defined in a function"
+    elif not inspect.isroutine(function):
+        kind = "an object with __call__"
+    else:
+        return
+    raise InvalidHandlerError(
+        f"{handler.place} is durable and {kind}: deliveries that are kept find their handler by "
+        "its name, in another process, too. Give it a name that stays: name='shop:receipt'"
+    )
 
 
 def is_duration(seconds: object) -> bool:

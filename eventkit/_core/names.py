@@ -46,15 +46,20 @@ class Names:
 
     def remove(self, declaration: Declaration) -> None:
         """Forget it."""
-        if declaration.declared.named:
+        if _claims(declaration):
             types = self._given[declaration.declared.name]
             del types[declaration.event_type]
             if not types:
                 del self._given[declaration.declared.name]
 
 
+def _claims(declaration: Declaration) -> bool:
+    """Whether its name is to be nobody else's: a given one, and one that rows are kept for."""
+    return declaration.declared.named or declaration.declared.durable is not None
+
+
 def _with_given_name(declarations: Iterable[Declaration]) -> Iterator[Declaration]:
-    return (declaration for declaration in declarations if declaration.declared.named)
+    return (declaration for declaration in declarations if _claims(declaration))
 
 
 class Reruns:

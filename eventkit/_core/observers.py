@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from types import TracebackType
 
@@ -16,7 +16,7 @@ class Observer:
 
     Hooks are called synchronously and should be quick; what one raises is logged and changes
     nothing. `published` is called in the publisher's thread and context variables, `delivery` in
-    the handler's, and the other four wherever a unit of work decides about its events or ends. A
+    the handler's, and the others wherever a unit of work decides about its events or ends. A
     publish from another thread may be told after its first delivery has started.
     """
 
@@ -42,6 +42,22 @@ class Observer:
         """These were not run, or were ended by a cancellation from outside.
 
         Of those that were ended, the context manager of `delivery` was told before.
+        """
+
+    def requeued(self, deliveries: Sequence[Delivery]) -> None:
+        """These were not run here, or were ended: an outbox keeps them, and runs them later."""
+
+    def headers(self, event: object) -> Mapping[str, str]:
+        """What of the publisher's context variables an outbox is to keep beside the event.
+
+        A trace id, for example. Called in `publish` where a durable handler will get the event.
+        """
+        return {}
+
+    def restored(self, headers: Mapping[str, str]) -> None:
+        """A delivery is going to run from a table: put back what `headers` gave at publish.
+
+        Called in the delivery's context variables, before `delivery`.
         """
 
     def delivery(self, delivery: Delivery) -> AbstractContextManager[object]:

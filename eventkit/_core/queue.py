@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextvars import Context
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 from eventkit._core.events import Delivery
 from eventkit._core.stats import Tally
@@ -32,6 +32,26 @@ class Verdict(Enum):
     DISCARDED = "discarded"  # a transaction: it is dropped
 
 
+class Rows(Protocol):
+    """What an outbox keeps of the durable deliveries of one event.
+
+    Attributes:
+        written: Whether the rows are in the table, or in a transaction that is being committed.
+        observer: Is told of each run of a handler.
+    """
+
+    written: bool
+    observer: Any  # Any: an `Observer`, who is told of deliveries
+
+    def __contains__(self, index: int, /) -> bool:
+        """Whether the delivery at this index of the plan has a row that is written."""
+        ...
+
+    def elsewhere(self) -> Sequence[int]:
+        """The indexes of those that are not to run here, now."""
+        ...
+
+
 class Envelope:
     """One published event with its deliveries, none of which has started."""
 
@@ -44,6 +64,7 @@ class Envelope:
         "plan",
         "published_from",
         "published_ns",
+        "rows",
         "variables",
         "verdict",
     )
@@ -69,11 +90,18 @@ class Envelope:
         self.published_from: str | None = published_from
         self.announced: bool = False  # observers know that it will be delivered
         self.decision: Any = None  # which transactions may decide it; Any: see `transactions`
+        self.rows: Rows | None = None  # where an outbox keeps some of its deliveries
 
     def decide(self) -> None:
         """It will be delivered, whatever becomes of its unit of work."""
         self.verdict = Verdict.RELEASED
         self.decision = None
+
+    @property
+    def waiting(self) -> int:
+        """How many deliveries wait to run here."""
+        elsewhere = () if self.rows is None else self.rows.elsewhere()
+        return len(self.plan) - len(elsewhere)
 
     def deliveries(self) -> list[Delivery]:
         """All of them."""
@@ -144,7 +172,7 @@ class EventQueue:
     def waiting(self) -> int:
         """How many deliveries wait here."""
         with self._tally.lock:
-            return sum(len(envelope.plan) for envelope in (*self._released, *self.staged))
+            return sum(envelope.waiting for envelope in (*self._released, *self.staged))
 
     def open(self, around: EventQueue | None) -> None:
         """Take events from now on; with a queue around it, backlog and transactions are shared."""
@@ -219,6 +247,20 @@ class EventQueue:
             return None
         finally:
             tally.release()
+
+    def unwritten(self) -> list[Envelope]:
+        """What is released, if the next one has rows that are to be written first; else nothing."""
+        with self._tally.lock:
+            if not self._released or not _is_unwritten(self._released[0]):
+                return []
+            return [each for each in self._released if _is_unwritten(each)]
+
+    def feed(self, envelope: Envelope) -> None:
+        """Release what comes from elsewhere, and not from a publish."""
+        with self._tally.lock:
+            self._tally.accepted += len(envelope.plan)
+            self.backlog.events += 1
+            self._released.append(envelope)
 
     def close_if_empty(self, *, release: bool, may_close: bool) -> tuple[bool, list[Envelope]]:
         """Release what is staged, if so asked, and close if nothing is left and it may.
@@ -334,3 +376,7 @@ class EventQueue:
 
     def _unload(self, envelopes: Sequence[Envelope]) -> None:
         self.backlog.events -= sum(1 for envelope in envelopes if envelope.plan)
+
+
+def _is_unwritten(envelope: Envelope) -> bool:
+    return envelope.rows is not None and not envelope.rows.written

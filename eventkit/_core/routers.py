@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
+from eventkit._core.durable import Durable
 from eventkit._core.names import Names, Reruns
 from eventkit._core.subscriptions import Declaration, check_event_type, declare
 from eventkit.exceptions import (
@@ -77,6 +78,7 @@ class Subscribing:
         name: str | None = None,
         timeout: float | None | EllipsisType = ...,
         thread: bool | None = None,
+        durable: bool | Durable = False,
     ) -> _Decorator[E]: ...
     @overload
     def on(
@@ -88,6 +90,7 @@ class Subscribing:
         name: str | None = None,
         timeout: float | None | EllipsisType = ...,
         thread: bool | None = None,
+        durable: bool | Durable = False,
     ) -> _Decorator[E | E2]: ...
     @overload
     def on(
@@ -100,6 +103,7 @@ class Subscribing:
         name: str | None = None,
         timeout: float | None | EllipsisType = ...,
         thread: bool | None = None,
+        durable: bool | Durable = False,
     ) -> _Decorator[E | E2 | E3 | E4]: ...
     def on(
         self,
@@ -107,6 +111,7 @@ class Subscribing:
         name: str | None = None,
         timeout: float | None | EllipsisType = ...,
         thread: bool | None = None,
+        durable: bool | Durable = False,
     ) -> Callable[[Callable[..., R]], Callable[..., R]]:
         """Declare the decorated function a handler, and return it unchanged.
 
@@ -125,6 +130,11 @@ class Subscribing:
                 `handler_timeout` holds in drains.
             thread: Where the call starts: True in a worker thread, False on the event loop; left
                 out, a plain `def` in a thread and everything async on the loop.
+            durable: Whether its deliveries are kept in a table until they are done, so that no
+                crash loses them; `Durable(...)` says how often they are tried. Needs an
+                `eventkit.outbox.Outbox`. May run twice: use `complete_with(session)` for your own
+                rows, `current_delivery().id` as a key elsewhere. Every process that publishes
+                includes the router.
 
         Raises:
             InvalidEventTypeError: Something else than classes was given, or nothing.
@@ -140,7 +150,14 @@ class Subscribing:
         def decorate(handler: Callable[..., R]) -> Callable[..., R]:
             self._add(
                 [
-                    declare(event_type, handler, name=name, timeout=timeout, thread=thread)
+                    declare(
+                        event_type,
+                        handler,
+                        name=name,
+                        timeout=timeout,
+                        thread=thread,
+                        durable=durable,
+                    )
                     for event_type in event_types
                 ]
             )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from anyio.abc import TaskGroup
 
 from eventkit._core.events import Delivery, type_name
 from eventkit._core.log import log
@@ -14,7 +17,11 @@ from eventkit._core.loops.threads import Entrance
 from eventkit._core.observers import Observer
 from eventkit._core.queue import Envelope
 from eventkit._core.stats import Tally
-from eventkit._core.subscriptions import Plan
+from eventkit._core.subscriptions import Declaration, Plan
+
+
+def _never() -> bool:
+    return False
 
 
 class Submit(Protocol):
@@ -46,6 +53,47 @@ class Decisions(Protocol):
         """Warn of a dispatch inside a transaction that has written."""
 
 
+class Keeper(Protocol):
+    """Keeps the deliveries of durable handlers in a table: see `eventkit.outbox`."""
+
+    def admit(self, declarations: Sequence[Declaration], /) -> None:
+        """Refuse durable handlers of events that cannot be stored."""
+
+    def accept(self, envelope: Envelope, /) -> None:
+        """Give an event that is being published its rows, which are not written yet.
+
+        Raises:
+            EventEncodingError: The event cannot be stored.
+        """
+
+    async def write(self, envelopes: Sequence[Envelope], /) -> None:
+        """Write the rows of what no transaction has decided; where that fails, take them away."""
+
+    async def settle(self) -> None:
+        """Write down what has become of deliveries. Is not cancelled, and ends in time."""
+
+    def serve(self, host: Host, tasks: TaskGroup, /, *, concurrency: int) -> Service:
+        """Run what is due on the event loop that calls, from the service's start on."""
+        ...
+
+
+class Service(Protocol):
+    """Runs deliveries that are kept, for one application."""
+
+    async def start(self) -> None:
+        """Begin.
+
+        Raises:
+            EventKitError: The tables are not as they should be.
+        """
+
+    async def close(self, timeout: float) -> None:
+        """Take no more, and deliver what has begun within so many seconds."""
+
+    async def leave(self) -> None:
+        """Write down all outcomes, and give back what was not run. Ends in time."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Host:
     """A running application that delivers units of work of the bus in the background.
@@ -55,11 +103,13 @@ class Host:
         submit: Ends a unit of work: what there is to deliver is delivered later. Called on the
             event loop.
         origin: The origin of the units that are opened in it.
+        is_crowded: Whether more than half as many deliveries wait as may.
     """
 
     entrance: Entrance
     submit: Submit
     origin: object
+    is_crowded: Callable[[], bool] = _never
 
 
 @dataclass(slots=True, eq=False)
@@ -68,7 +118,7 @@ class BusState:
 
     The bus makes it and changes `observers` and `report_failure`; `add_host` and `remove_host`
     change `hosts`; drainers that close change `losses`; who ties a database to the bus sets
-    `decisions`; everything else is fixed.
+    `decisions`; an outbox sets `keeper`; everything else is fixed.
     """
 
     bus: object  # whose they are, for those above who know what it is
@@ -85,6 +135,8 @@ class BusState:
     losses: tuple[Counter[str], ...] = ()  # of those who count what is undelivered, by handler
     hosts: tuple[Host, ...] = ()  # in the order in which they began
     decisions: Decisions | None = None  # where transactions decide
+    keeper: Keeper | None = None  # where durable deliveries are kept
+    told_of_no_keeper: bool = False
 
     def report(self, delivery: Delivery, error: Exception) -> None:
         """Tell the bus's owner of a failure that nobody awaits."""
@@ -93,6 +145,18 @@ class BusState:
         except Exception as broken:  # noqa: BLE001 - a reporter is user code
             log(logging.ERROR, "report_failure failed", error=broken, bus=self.name)
             log_failure(delivery, error)
+
+    def miss_keeper(self) -> None:
+        """Warn once that durable handlers run in memory, for want of an outbox."""
+        if not self.told_of_no_keeper:
+            self.told_of_no_keeper = True
+            if "PYTEST_VERSION" not in os.environ:  # tests need no outbox
+                log(
+                    logging.WARNING,
+                    "durable handlers run in memory, and a crash loses what is pending: the bus "
+                    "has no outbox. Outbox(bus, engine), where the application is wired",
+                    bus=self.name,
+                )
 
     def count_losses(self, lost: Counter[str]) -> None:
         """From now on, have it count what is undelivered, by handler. Thread-safe."""

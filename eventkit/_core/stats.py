@@ -20,6 +20,7 @@ class Outcome(Enum):
     FAILED = "failed"
     DISCARDED = "discarded"
     UNDELIVERED = "undelivered"
+    REQUEUED = "requeued"
 
 
 Background = Literal["held", "refused"]
@@ -29,7 +30,7 @@ Background = Literal["held", "refused"]
 class Stats:
     """The counters of a bus at one moment, all but `published` per delivery.
 
-    `accepted == handled + failed + discarded + undelivered + pending + running`.
+    `accepted == handled + failed + discarded + undelivered + requeued + pending + running`.
 
     Attributes:
         published: Events published or dispatched, with or without a handler.
@@ -38,6 +39,7 @@ class Stats:
         failed: The handler raised, or took too long.
         discarded: Dropped because the unit of work failed or its subscription was cancelled.
         undelivered: Not run, or ended by a cancellation from outside.
+        requeued: Given back to the table of an outbox, from which they run later or elsewhere.
         pending: Waiting to be delivered or discarded.
         running: The handler is running now.
         units_waiting: Units of work that have ended and wait for their drain.
@@ -52,6 +54,7 @@ class Stats:
     failed: int
     discarded: int
     undelivered: int
+    requeued: int
     pending: int
     running: int
     units_waiting: int

@@ -13,6 +13,7 @@ from itertools import count
 from types import EllipsisType
 from typing import Any, Self
 
+from eventkit._core.durable import Durable, as_durable
 from eventkit._core.events import type_name
 from eventkit._core.handlers import Handler, inspect_handler
 from eventkit._core.locations import caller, calling, place_of
@@ -132,6 +133,11 @@ class Subscription(Declaration):
         return self.target.in_thread
 
     @property
+    def durable(self) -> Durable | None:
+        """How its deliveries are kept until they are done; None where they are not."""
+        return self.declared.durable
+
+    @property
     def timeout(self) -> float | None | EllipsisType:
         """Seconds a delivery may take, None for no limit, `...` for the bus's default."""
         return self.target.timeout
@@ -159,6 +165,7 @@ class Plan(tuple[Subscription, ...]):  # noqa: SLOT001 - a tuple can have no slo
         indexes: Which of them are active.
         alike: Whether all handlers are bare coroutine functions under the usual limit.
         in_threads: Whether the call of one of them starts in a worker thread.
+        durable: The indexes of those whose deliveries are kept.
         valid: Whether all this is still so; where it is not, `renewed` is.
     """
 
@@ -166,6 +173,7 @@ class Plan(tuple[Subscription, ...]):  # noqa: SLOT001 - a tuple can have no slo
     indexes: Sequence[int]
     alike: bool
     in_threads: bool
+    durable: Sequence[int]
     valid: bool
     _groups: Sequence[Sequence[Subscription]] | None  # None where each is alone in its group
 
@@ -184,6 +192,7 @@ class Plan(tuple[Subscription, ...]):  # noqa: SLOT001 - a tuple can have no slo
             plan.indexes = [index for index in plan.indexes if plan[index].active]
         plan.alike = all(handler.direct for handler in plan.handlers)
         plan.in_threads = any(handler.in_thread for handler in plan.handlers)
+        plan.durable = [index for index, each in enumerate(plan) if each.durable]
         plan.valid = True
         return plan
 
@@ -204,15 +213,19 @@ def declare(
     name: str | None = None,
     timeout: float | None | EllipsisType = ...,
     thread: bool | None = None,
+    durable: bool | Durable = False,
 ) -> Declaration:
     """Check what a user wants to subscribe.
 
     Raises:
         InvalidEventTypeError: `event_type` is not a class.
         InvalidHandlerError: The handler cannot be called with an event, or not as asked.
+        TypeError: `durable` is neither a bool nor a `Durable`.
     """
     check_event_type(event_type)
-    target = inspect_handler(handler, name=name, timeout=timeout, thread=thread)
+    target = inspect_handler(
+        handler, name=name, timeout=timeout, thread=thread, durable=as_durable(durable)
+    )
     return Declaration(event_type, target, calling())
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from eventkit._core.ambient import on_this_loop
-from eventkit._core.announcements import announce_lost
-from eventkit._core.dispatch import Turn
+from eventkit._core.announcements import announce_lost, announce_skipped, what_becomes_of
+from eventkit._core.dispatch import Interlude, Turn
 from eventkit._core.events import Delivery, type_name
 from eventkit._core.handlers import Handler
 from eventkit._core.loops.running import library
@@ -47,6 +47,7 @@ class EventTurn:
     """
 
     # Here and not in `__init__`, for this is made once for every event.
+    interlude: Interlude | None = None
     _ended = False
     _units: dict[int, Any] | None = None
     _deliveries: dict[int, Delivery] | None = None
@@ -55,13 +56,16 @@ class EventTurn:
         self,
         envelope: Envelope,
         plan: Plan,
+        indexes: Sequence[int],
         drained: Drained,
         enter: Callable[[tuple[Turn, int]], object],
     ) -> None:
         self.event: object = envelope.event
         self.handlers: Sequence[Handler] = plan.handlers
-        self.indexes: Sequence[int] = plan.indexes
+        self.indexes: Sequence[int] = indexes
         self.observers: tuple[Observer, ...] = drained.state.observers
+        if envelope.rows is not None and envelope.rows.written:
+            self.observers = (*self.observers, envelope.rows.observer)
         self.alike: bool = plan.alike
         self.in_threads: bool = plan.in_threads
         variables = envelope.variables
@@ -102,15 +106,53 @@ class EventTurn:
                     unit.queue.clear()
             return unit
 
+    def end_badly(self, index: int, outcome: Outcome) -> Outcome:
+        """Note what has become of a delivery, and return it: an outbox may keep it."""
+        outcome = self.lost[index] = what_becomes_of(outcome, index, self._envelope.rows)
+        return outcome
+
     def end(self) -> None:
         """End the units of work that there are; nobody gets an open one any more."""
         self._ended = True
         for index, unit in sorted(self._units.items()) if self._units else ():
             unit.hand_over(success=index not in self.lost)
-        if self.lost:
-            lost = sorted(at for at, how in self.lost.items() if how is Outcome.UNDELIVERED)
-            deliveries = [self.delivery(index) for index in lost]
-            announce_lost(self._drained.state, deliveries, Outcome.UNDELIVERED)
+        for outcome in (Outcome.UNDELIVERED, Outcome.REQUEUED) if self.lost else ():
+            lost = sorted(at for at, how in self.lost.items() if how is outcome)
+            announce_lost(self._drained.state, [self.delivery(index) for index in lost], outcome)
+
+
+def what_to_run(state: BusState, envelope: Envelope) -> tuple[Plan, Sequence[int], int]:
+    """Leave out the deliveries that are not to run here.
+
+    Those of cancelled subscriptions are discarded. What an outbox keeps is requeued: it waits in
+    the table for a process that knows the handler, or that may run it.
+
+    Returns:
+        The plan as it is now, the indexes of what is left, and how many were requeued.
+    """
+    plan, rows = envelope.plan, envelope.rows
+    if not plan.valid:
+        plan = envelope.plan = plan.renewed()
+    elsewhere = () if rows is None else rows.elsewhere()
+    left = [index for index in plan.indexes if index not in elsewhere]
+    out = sorted({*range(len(plan))}.difference(left))
+    kept = [index for index in out if rows is not None and index in rows]
+    for outcome, indexes in (
+        (Outcome.DISCARDED, [index for index in out if index not in kept]),
+        (Outcome.REQUEUED, kept),
+    ):
+        announce_skipped(state, [envelope.delivery(index) for index in indexes], outcome)
+    return plan, left, len(kept)
+
+
+class InterludeTurn:
+    """Stands for a turn before events whose rows are to be written first; it has no handlers."""
+
+    indexes: Sequence[int] = ()
+    in_threads = False
+
+    def __init__(self, interlude: Interlude) -> None:
+        self.interlude: Interlude | None = interlude
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +175,12 @@ class DrainReport:
     Attributes:
         handled: Deliveries whose handler ended well.
         failures: The others, in the order in which they failed.
+        requeued: Deliveries that an outbox keeps, and that run later or elsewhere.
     """
 
     handled: int
     failures: tuple[Failure, ...]
+    requeued: int = 0
 
     def raise_for_failures(self) -> None:
         """Raise everything that failed as one group.

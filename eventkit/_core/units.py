@@ -14,7 +14,7 @@ from contextvars import copy_context
 from functools import partial
 from itertools import count
 from time import time_ns
-from typing import Any
+from typing import Any, cast
 
 from anyio import Event
 from structlog import is_configured
@@ -35,9 +35,7 @@ from eventkit._core.announcements import (
     announce_dropped,
     announce_published,
     announce_released,
-    announce_skipped,
 )
-from eventkit._core.awaited import run_all
 from eventkit._core.dispatch import Terms, Turn
 from eventkit._core.events import Delivery, type_name
 from eventkit._core.locations import caller
@@ -46,8 +44,7 @@ from eventkit._core.loops.threads import Function, reach
 from eventkit._core.queue import Envelope, EventQueue, Refusal, State, Verdict
 from eventkit._core.state import BusState, Host
 from eventkit._core.stats import Outcome
-from eventkit._core.subscriptions import Plan
-from eventkit._core.turns import EventTurn
+from eventkit._core.turns import EventTurn, InterludeTurn, what_to_run
 from eventkit.exceptions import (
     EventContextClosedError,
     EventContextFullError,
@@ -83,6 +80,9 @@ class Unit:
         decided: Something was committed in it, or its response was started.
         emptied: Called when events of it were dropped or delivered, in any thread.
         context: What users have of it, if they have; weak.
+        keeps: What no transaction has decided is written before it is delivered, if its handlers
+            are durable.
+        requeued: How many deliveries were left out of its drains, because an outbox keeps them.
     """
 
     __slots__ = (
@@ -100,10 +100,12 @@ class Unit:
         "hands_over",
         "independent",
         "is_delivery",
+        "keeps",
         "loop",
         "origin",
         "parent",
         "queue",
+        "requeued",
         "state",
         "waits",
     )
@@ -124,6 +126,8 @@ class Unit:
         self.decided: bool = False
         self.emptied: Callable[[], None] | None = None
         self.context: Callable[[], Any] | None = None  # Any: an `EventContext`
+        self.keeps: bool = True
+        self.requeued: int = 0
         self._before: Unit | None = None  # the unit that was active before this one
         self._turn: EventTurn | None = None  # the event at hand, while it is drained
         self._freed: Event | None = None  # there while somebody waits for the drain's end
@@ -237,6 +241,9 @@ class Unit:
             Envelope(event, plan_for(event), variables, cause, now, next(_numbers), verdict, place)
             for event in events
         ]
+        for envelope in envelopes:
+            if envelope.plan.durable and self.keeps:
+                self._keep(envelope)
         decisions, tag = state.decisions, None
         if decisions is not None:
             decisions.look(self)
@@ -250,6 +257,13 @@ class Unit:
             announce_published(state, envelopes)
         if decisions is not None:
             decisions.settle(self, envelopes)
+
+    def _keep(self, envelope: Envelope) -> None:
+        """Have an outbox keep the durable deliveries of an event, if there is one."""
+        if self.state.keeper is None:
+            self.state.miss_keeper()
+        else:
+            self.state.keeper.accept(envelope)
 
     def _refused(self, refusal: Refusal) -> Exception:
         if refusal is Refusal.FULL:
@@ -342,34 +356,12 @@ class Unit:
 
     # Delivering
 
-    async def end(self, success: bool) -> None:
-        """Deliver what is to be delivered, here or in the background, and close."""
-        host = self._host() if self.background else None
-        if host is None:
-            await self.finish(self.state.report, self.state.handler_timeout, success=success)
-        else:
-            host.submit(self, success=success)
+    async def settle(self) -> None:
+        """Have written down what has become of durable deliveries."""
+        if self.state.keeper is not None:
+            await self.state.keeper.settle()
 
-    async def finish(self, report: Report, timeout: float | None, *, success: bool) -> None:
-        """Deliver what is to be delivered, then close; what a cancellation left is undelivered."""
-        if self.close_if_idle(success=success):
-            return
-        ending = Ending(self, success, current_loop())
-        try:
-            await ending.begin()
-            await run_all(ending.next_turn, self._terms(report, timeout))
-        finally:
-            ending.end()
-
-    async def deliver(self, report: Report) -> int:
-        """Deliver what is released, and what comes of it; returns how many were handled."""
-        self.occupy(current_loop())
-        try:
-            return await run_all(self.next_turn, self._terms(report, self.state.handler_timeout))
-        finally:
-            self.end_drain()
-
-    def _terms(self, report: Report, timeout: float | None) -> Terms:
+    def terms(self, report: Report, timeout: float | None) -> Terms:
         return Terms(self.state.sequential, timeout, self.state.tally, report)
 
     def occupy(self, loop: object) -> None:
@@ -398,34 +390,33 @@ class Unit:
         if self.closed and not self.hand_over(success=False):  # left in the meantime
             self.abandon()
 
-    def next_turn(self, *, closing: bool = False) -> EventTurn | None:
+    def next_turn(self, *, closing: bool = False) -> Turn | None:
         """End the event at hand, and give the next one that is released; None if there is none.
+
+        Before events whose rows are to be written first, it gives a turn that does so.
 
         With `closing` it closes where nothing is left that has to be decided.
         """
         if self._turn is not None:
             self._end_turn()
+        keeper = self.state.keeper
+        if keeper is not None and self.keeps and (unwritten := self.queue.unwritten()):
+            return cast("Turn", InterludeTurn(partial(keeper.write, unwritten)))
         while (envelope := self.queue.take(closing=closing)) is not None:
             plan = envelope.plan
-            if not plan.valid:
-                plan = self._without_cancelled(envelope)
-            if plan.indexes:
-                turn = self._turn = EventTurn(envelope, plan, self, self._enter)
-                return turn
+            indexes = plan.indexes
+            if not plan.valid or envelope.rows is not None:
+                plan, indexes, requeued = what_to_run(self.state, envelope)
+                self.requeued += requeued
+            if indexes:
+                self._turn = EventTurn(envelope, plan, indexes, self, self._enter)
+                return self._turn
         return None
 
     def _end_turn(self) -> None:
         turn, self._turn = self._turn, None
         if turn is not None:
             turn.end()
-
-    def _without_cancelled(self, envelope: Envelope) -> Plan:
-        """The plan as it is now; the deliveries of cancelled subscriptions are discarded."""
-        plan = envelope.plan = envelope.plan.renewed()
-        left = set(range(len(plan))) - {*plan.indexes}
-        deliveries = [envelope.delivery(index) for index in sorted(left)]
-        announce_skipped(self.state, deliveries, Outcome.DISCARDED)
-        return plan
 
     # Where it is delivered
 
@@ -441,7 +432,7 @@ class Unit:
         for host in sorted(hosts, key=lambda host: host.origin is not self.origin):
             yield host.entrance.run
 
-    def _host(self) -> Host | None:
+    def host(self) -> Host | None:
         """Who delivers it in the background, on the event loop that calls.
 
         That is the application that it was opened in, else the last one that has begun. Nobody
@@ -514,18 +505,6 @@ class Ending:
             self.unit.end_drain()
         if not self.unit.closed:
             self.unit.abandon()
-
-
-def abandon(*units: Unit) -> None:
-    """Close units of one bus at once: what is not released is discarded, the rest undelivered.
-
-    What is undelivered is told in one go, so that the end of thousands is one line in the log.
-    """
-    for unit in units:
-        unit.discard()
-    left = [envelope for unit in units for envelope in unit.queue.clear()]
-    for unit in units[:1]:
-        announce_dropped(unit.state, left, Outcome.UNDELIVERED)
 
 
 def active_unit(state: BusState) -> Unit:

@@ -136,7 +136,7 @@ class Fakes:
 
     def _audible(self, event: object) -> Plan:
         plan = self._plan_for(event)  # refuses what is no event
-        return Plan() if any(silent(event) for silent in self._silent.values()) else plan
+        return Plan.of(()) if any(silent(event) for silent in self._silent.values()) else plan
 
     def _disguise(self, handler: Named, disguise: _Disguise) -> Fake:
         fake = Fake(self._end)

@@ -147,7 +147,7 @@ def test_stats_count_every_delivery_once() -> None:
 
 def stats(published: int, accepted: int, **others: int) -> Stats:
     """Counters that are 0 unless given."""
-    names = ("handled", "failed", "discarded", "undelivered", "pending", "running")
+    names = ("handled", "failed", "discarded", "undelivered", "requeued", "pending", "running")
     background = ("units_waiting", "units_draining", "held", "refused")
     return Stats(
         published=published,

@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from eventkit._core import units
+from eventkit._core import endings
 from eventkit._core.awaited import run_all
 from eventkit._core.dispatch import Terms, Turn
 from eventkit._core.stats import Outcome
@@ -244,7 +244,7 @@ def test_the_contract_notices_a_dispatch_that_breaks_it(
     suite, test, words = BROKEN_DISPATCH[broken]
     assert verdict(suite, test) == ""
 
-    monkeypatch.setattr(units, "run_all", broken)
+    monkeypatch.setattr(endings, "run_all", broken)
 
     assert words in verdict(suite, test)
 

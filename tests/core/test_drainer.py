@@ -387,7 +387,8 @@ async def test_closing_waits_for_everything_and_for_what_handlers_publish(
     assert end.levelno == logging.INFO
     assert end.getMessage() == (
         "eventkit has stopped: bus=default left=0 handlers= still_running= published=5 "
-        "accepted=5 handled=5 failed=0 discarded=0 undelivered=0 pending=0 running=0 "
+        "accepted=5 handled=5 failed=0 discarded=0 undelivered=0 requeued=0 pending=0 "
+        "running=0 "
         "units_waiting=0 units_draining=0 held=0 refused=0"
     )
 

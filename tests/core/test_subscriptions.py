@@ -729,6 +729,7 @@ def test_describe_gives_the_whole_wiring_as_plain_data() -> None:
             "subscribed_at": f"{HERE}:{declared + 2}",
             "thread": False,
             "timeout": 7,
+            "durable": False,
         },
         {
             "event_type": f"{__name__}.Right",
@@ -737,6 +738,7 @@ def test_describe_gives_the_whole_wiring_as_plain_data() -> None:
             "subscribed_at": f"{HERE}:{declared + 3}",
             "thread": True,
             "timeout": None,
+            "durable": False,
         },
         {
             "event_type": f"{__name__}.Left",
@@ -745,6 +747,7 @@ def test_describe_gives_the_whole_wiring_as_plain_data() -> None:
             "subscribed_at": f"{HERE}:{declared}",
             "thread": False,
             "timeout": None,
+            "durable": False,
         },
     ]
 

@@ -20,7 +20,7 @@ import anyio
 from trio._core import _run as trio_runner
 from trio.testing import MockClock
 
-from eventkit._core import units
+from eventkit._core import endings
 from tests.dispatching import IMPLEMENTATIONS
 from tests.fuzz.laws import judge, may_cut_dispatches
 from tests.fuzz.play import FATAL, Play
@@ -77,7 +77,7 @@ def play(program: Program, loop: str, *, implementation: str = "continuation-ste
     trio_runner._r.seed(1)
     try:
         with (
-            patch.object(units, "run_all", IMPLEMENTATIONS[implementation]),
+            patch.object(endings, "run_all", IMPLEMENTATIONS[implementation]),
             patch.object(trio_runner, "_ALLOW_DETERMINISTIC_SCHEDULING", True),
             warnings.catch_warnings(),
         ):

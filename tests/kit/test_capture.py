@@ -10,7 +10,7 @@ import pytest
 from anyio import CancelScope, create_task_group, to_thread
 
 from eventkit import Delivery, EventBus, EventRouter, Observer
-from eventkit._core.units import abandon
+from eventkit._core.endings import abandon
 from eventkit.testing import EventCapture, UnexpectedFailures
 from tests.kit.orders import OrderPlaced, ReceiptSent, Viewed
 from tests.witness import assert_settled, entered, nothing, unit_of

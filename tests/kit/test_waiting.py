@@ -19,7 +19,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from eventkit import Delivery, EventBus, EventContextUsageError, current_delivery
-from eventkit._core.units import abandon
+from eventkit._core.endings import abandon
 from eventkit.starlette import EventContextMiddleware
 from eventkit.testing import EventCapture
 from eventkit.testing._stuck import told, where

@@ -20,7 +20,7 @@ from starlette.types import Message, Scope
 
 import eventkit
 from eventkit import _core
-from eventkit._core.units import abandon
+from eventkit._core.endings import abandon
 from eventkit.streams import end_at_shutdown
 from tests.filters import filter_options
 from tests.witness import entered, unit_of

@@ -896,7 +896,7 @@ async def test_when_the_lifespan_is_cancelled_everything_is_accounted_for(
 
     assert sorted(seen) == ["undelivered /1", "undelivered /2"]
     assert caplog.messages[-1].startswith("eventkit has stopped: bus=default left=")
-    assert " undelivered=2 pending=0 running=0 " in caplog.messages[-1]
+    assert " undelivered=2 requeued=0 pending=0 running=0 " in caplog.messages[-1]
     assert_settled(bus)
 
 

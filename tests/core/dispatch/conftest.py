@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from eventkit import EventBus
-from eventkit._core import units
+from eventkit._core import endings
 from tests.dispatching import (
     IMPLEMENTATIONS,
     Cancel,
@@ -24,7 +24,7 @@ from tests.dispatching import (
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Put one implementation of dispatch under the test, and give its name."""
     name: str = request.param
-    monkeypatch.setattr(units, "run_all", IMPLEMENTATIONS[name])
+    monkeypatch.setattr(endings, "run_all", IMPLEMENTATIONS[name])
     return name
 
 
