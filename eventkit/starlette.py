@@ -322,15 +322,21 @@ class EventContextMiddleware:
                 watch=_Overload(state, self._concurrency, self._max_pending),
             )
             origin = Origin(self._app_of(scope), scope.get("state", {}))
-            host = Host(Entrance(), drainer.submit, origin, lambda: drainer.is_crowded)
+            host = Host(
+                Entrance(), drainer.submit, origin, lambda: drainer.is_crowded, drainer.begin
+            )
             service = await self._begin_service(host, tasks, receive, send)
 
             async def close() -> None:
                 deadline = current_time() + self._shutdown_timeout
+                if service is not None:
+                    service.stop()
                 try:
-                    await _close_both(drainer, service, self._shutdown_timeout)
+                    await drainer.close(self._shutdown_timeout)
                 finally:
                     state.remove_host(host)  # units that end later deliver their events themselves
+                    if service is not None:
+                        await service.leave()
                     await host.entrance.close(deadline - current_time())
 
             state.add_host(host)
@@ -502,19 +508,6 @@ def _added_twice(outer: EventContextMiddleware, inner: EventContextMiddleware) -
 
 def _shown(option: object) -> str:
     return name_of(option) if callable(option) else repr(option)
-
-
-async def _close_both(drainer: Drainer, service: Service | None, timeout: float) -> None:
-    """Close what delivers behind the response, and what delivers from the table, at once."""
-    if service is None:
-        await drainer.close(timeout)
-        return
-    try:
-        async with create_task_group() as closing:
-            closing.start_soon(service.close, timeout)
-            await drainer.close(timeout)
-    finally:
-        await service.leave()
 
 
 async def _refuse_to_start(receive: Receive, send: Send, error: Exception) -> NoReturn:

@@ -87,6 +87,7 @@ class Drainer:
         self._waiting_deliveries = 0
         self.full = False
         self._draining: set[BackgroundRun] = set()
+        self._beside = 0  # how many of them were not submitted
         self._starting = False  # what waits: see `_start_waiting`
         self._closing = False
         self.closed = False
@@ -141,7 +142,11 @@ class Drainer:
         self.forget(unit)
 
     def begin(self, ending: Ending) -> None:
-        """Deliver what an ending gives, which is not a request's; there has to be room."""
+        """Deliver what an ending gives, beside the units that are submitted.
+
+        It takes no room of theirs, so whoever begins it sees to it that there are few.
+        """
+        self._beside += 1
         self._start(ending)
 
     @property
@@ -231,12 +236,15 @@ class Drainer:
 
     def _take(self, ending: Ending) -> None:
         """Start a unit, or have it wait for its turn."""
-        if len(self._draining) < self._concurrency:
+        if self._has_room():
             self._start(ending)
         else:
             deliveries = ending.unit.queue.waiting
             self._waiting.append((ending, deliveries))
             self._count_waiting(deliveries)
+
+    def _has_room(self) -> bool:
+        return len(self._draining) - self._beside < self._concurrency
 
     def _count_waiting(self, more: int) -> None:
         self._waiting_deliveries += more
@@ -257,7 +265,7 @@ class Drainer:
         """
         self._starting = True
         try:
-            while self._waiting and len(self._draining) < self._concurrency:
+            while self._waiting and self._has_room():
                 ending, deliveries = self._waiting.popleft()
                 self._count_waiting(-deliveries)
                 self._start(ending)
@@ -271,6 +279,7 @@ class Drainer:
         if run.fatal:
             log(logging.CRITICAL, "a drain was ended", error=run.fatal.pop(), bus=self._state.name)
         self._draining.remove(run)
+        self._beside -= run.ending.is_beside
         if self._waiting and not self._starting:
             self._start_waiting()
         if self._closing or self.closed:  # as in `forget`

@@ -68,6 +68,7 @@ class Delivery:
         cause: The delivery whose handler published the event; None where no handler did.
         depth: How many deliveries led here; 0 for an event that no handler published.
         attempt: 1 for the first try.
+        attempts: How often it is tried, if it is durable; else 1.
         published_from: Where the event was published, as `file:line`, if the bus is in debug mode.
     """
 
@@ -79,6 +80,7 @@ class Delivery:
     _published_ns: int
     _number: tuple[int, int]
     published_from: str | None = None
+    attempts: int = 1
     _kept: tuple[UUID, UUID] | None = None  # its id and the event's, where it comes from a table
 
     @property

@@ -118,6 +118,7 @@ class Envelope:
             _published_ns=self.published_ns,
             _number=(self.number, index),
             published_from=self.published_from,
+            attempts=1 if self.rows is None else self.plan.attempts(index),
         )
 
 

@@ -20,10 +20,6 @@ from eventkit._core.stats import Tally
 from eventkit._core.subscriptions import Declaration, Plan
 
 
-def _never() -> bool:
-    return False
-
-
 class Submit(Protocol):
     """Ends a unit of work, in the background."""
 
@@ -78,7 +74,7 @@ class Keeper(Protocol):
 
 
 class Service(Protocol):
-    """Runs deliveries that are kept, for one application."""
+    """Runs deliveries that are kept, on the event loop of one application."""
 
     async def start(self) -> None:
         """Begin.
@@ -87,8 +83,8 @@ class Service(Protocol):
             EventKitError: The tables are not as they should be.
         """
 
-    async def close(self, timeout: float) -> None:
-        """Take no more, and deliver what has begun within so many seconds."""
+    def stop(self) -> None:
+        """Begin nothing more."""
 
     async def leave(self) -> None:
         """Write down all outcomes, and give back what was not run. Ends in time."""
@@ -104,12 +100,14 @@ class Host:
             event loop.
         origin: The origin of the units that are opened in it.
         is_crowded: Whether more than half as many deliveries wait as may.
+        begin: Delivers what an ending gives, beside the units that are submitted.
     """
 
     entrance: Entrance
     submit: Submit
     origin: object
-    is_crowded: Callable[[], bool] = _never
+    is_crowded: Callable[[], bool]
+    begin: Callable[[Any], None]  # Any: a `units.Ending`
 
 
 @dataclass(slots=True, eq=False)
@@ -180,10 +178,14 @@ class BusState:
 
 
 def log_failure(delivery: Delivery, error: Exception) -> None:
-    """Write the line that a failed delivery leaves by default: never the payload."""
+    """Write the line that a failed delivery leaves by default: never the payload.
+
+    While a durable delivery has attempts left, it is a warning.
+    """
+    again = delivery.attempt < delivery.attempts
     log(
-        logging.ERROR,
-        "event handler failed",
+        logging.WARNING if again else logging.ERROR,
+        "event handler failed, and is tried again" if again else "event handler failed",
         error=error,
         event_type=type_name(type(delivery.event)),
         handler=delivery.handler,

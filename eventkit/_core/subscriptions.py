@@ -196,6 +196,11 @@ class Plan(tuple[Subscription, ...]):  # noqa: SLOT001 - a tuple can have no slo
         plan.valid = True
         return plan
 
+    def attempts(self, index: int) -> int:
+        """How often a delivery to the handler at this index is tried."""
+        durable = self[index].durable
+        return 1 if durable is None else durable.attempts
+
     def renewed(self) -> Self:
         """The same handlers at the same places, as things stand now."""
         return self.of(self._groups or [(each,) for each in self])

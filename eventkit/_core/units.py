@@ -473,9 +473,12 @@ class Ending:
 
     Attributes:
         unit: Which one.
+        is_beside: Whether it takes no room of the units that requests end.
     """
 
     __slots__ = ("_begun", "_loop", "_success", "unit")
+
+    is_beside = False
 
     def __init__(self, unit: Unit, success: bool, loop: object) -> None:
         self._begun = False
