@@ -1,0 +1,380 @@
+"""Owns what people do with rows: list them, look at one, try again, drop, count.
+
+Knows nothing of leases beyond leaving leased rows alone, and nothing of how the functions are
+called: each is a function of a connection on which its caller has begun a transaction.
+
+`retry` and `drop` change a bounded number of rows per call, so that no transaction is long: on
+SQLite nobody else can write meanwhile. `in_batches` repeats them until all rows were seen.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+from uuid import UUID
+
+from sqlalchemy import Connection, Dialect
+
+from eventkit.outbox._statements import Statements, to_uuid
+from eventkit.outbox._tables import State, ddl_of, problem_of
+
+__all__ = ["Batch", "Known", "Operations", "OutboxStats", "StoredDelivery", "in_batches"]
+
+_BATCH = 1000  # rows
+
+# What users call the states. A suspect row is a ready one that is run alone.
+_STATES: dict[str, tuple[State, ...]] = {
+    "ready": (State.READY, State.SUSPECT),
+    "leased": (State.LEASED,),
+    "dead": (State.DEAD,),
+    "unreadable": (State.UNREADABLE,),
+}
+_WORDS = {state: word for word, states in _STATES.items() for state in states}
+
+_LISTED = (
+    "id, event_id, event_type, handler, key, state, attempt, due_at, owner, error, published_at"
+)
+_RETRY = """
+    update {outbox} set state = 0, attempt = 0, due_at = {clock}, owner = null, error = null
+    where id in (select id from chosen) returning id
+"""
+_DROP = "delete from {outbox} where id in (select id from chosen) returning id"
+
+
+class Known(NamedTuple):
+    """What this process can run.
+
+    Attributes:
+        handlers: The names of its durable handlers, former ones included.
+        event_types: The names of their events, former ones included.
+    """
+
+    handlers: tuple[str, ...]
+    event_types: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDelivery:
+    """A delivery as it stands in the outbox's table.
+
+    Attributes:
+        id: The delivery's, the one that logs and handlers know.
+        event_id: Equal for all deliveries of one publish.
+        event_type: The name under which the class of the event is stored.
+        handler: The name of the handler.
+        key: Deliveries of one handler with an equal key run in order; None for no order.
+        state: "ready", "leased", "dead" or "unreadable".
+        attempt: How many attempts have begun, the present one included.
+        due_at: When it is run next, if it is ready or unreadable; else when it was last.
+        owner: The process that has leased it.
+        error: The class and place of what was raised last.
+        published_at: By the clock of the process that published.
+        payload: The encoded event. None in lists.
+    """
+
+    id: UUID
+    event_id: UUID
+    event_type: str
+    handler: str
+    key: str | None
+    state: str
+    attempt: int
+    due_at: datetime
+    owner: str | None
+    error: str | None
+    published_at: datetime
+    payload: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxStats:
+    """How many rows there are, by state.
+
+    Attributes:
+        ready: Those that wait: due, or after a failure.
+        leased: Those that a process has taken.
+        unreadable: Those whose payload cannot be decoded.
+        dead: Those that are not tried again.
+        unknown: Those among the ready and unreadable that are due and that nothing here can run.
+        lost: How often this process finished a delivery that had been given to another one.
+        oldest_due: For how many seconds a ready row has been due; None if none is.
+        handlers: The same for each handler, by name.
+    """
+
+    ready: int = 0
+    leased: int = 0
+    unreadable: int = 0
+    dead: int = 0
+    unknown: int = 0
+    lost: int = 0
+    oldest_due: float | None = None
+    handlers: Mapping[str, OutboxStats] = field(default_factory=dict[str, "OutboxStats"])
+
+
+class Batch(NamedTuple):
+    """What one call of `retry` or `drop` has changed.
+
+    Attributes:
+        changed: How many rows.
+        last: Where the next call goes on; None if no row is left.
+    """
+
+    changed: int
+    last: UUID | None
+
+
+class _Step(Protocol):
+    def __call__(self, connection: Connection, /, *, after: UUID | None) -> Batch: ...
+
+
+class Operations:
+    """What people do with the rows of one outbox. Thread-safe.
+
+    Args:
+        dialect: SQLAlchemy's, of PostgreSQL or SQLite.
+        schema: Where the tables are; None to look once where the first connection finds them.
+
+    Raises:
+        ValueError: It is another database.
+    """
+
+    def __init__(self, dialect: Dialect, schema: str | None) -> None:
+        self._schema = schema
+        self._statements = Statements(dialect, schema)
+
+    def ddl(self) -> str:
+        """The statements that create the tables, each ended by `;`."""
+        return ddl_of(self._statements.dialect, self._schema)
+
+    def problem(self, connection: Connection) -> str | None:
+        """What keeps the outbox from working with this database, and what to do; None if nothing.
+
+        Where no schema was given, this also looks up in which one the tables are.
+
+        Raises:
+            ValueError: The server is older than PostgreSQL 12, or SQLite 3.35.
+        """
+        self._statements.check_version()
+        self._statements.resolve(connection)
+        return problem_of(connection, self._statements.schema)
+
+    def deliveries(
+        self,
+        connection: Connection,
+        state: str | None = "dead",
+        handler: str | None = None,
+        limit: int = 100,
+    ) -> list[StoredDelivery]:
+        """Rows without their payloads, by `due_at`; of all states if `state` is None.
+
+        Raises:
+            ValueError: There is no such state.
+        """
+        rows = self._statements.run(
+            connection,
+            f"select {_LISTED} from {{outbox}} where state in :states"
+            + ("" if handler is None else " and handler = :handler")
+            + " order by due_at, id limit :limit",
+            states=_states(state),
+            limit=limit,
+            **({} if handler is None else {"handler": handler}),
+        )
+        return [_stored(row) for row in rows]
+
+    def get(self, connection: Connection, id_: UUID) -> StoredDelivery | None:
+        """One row with its payload; None if there is none of this id, or no longer."""
+        statement = f"select {_LISTED}, payload from {{outbox}} where id = :id"
+        for row in self._statements.run(connection, statement, id=id_):
+            return _stored(row)
+        return None
+
+    def retry(
+        self,
+        connection: Connection,
+        *,
+        ids: Iterable[UUID] | None = None,
+        handler: str | None = None,
+        before: timedelta | float | None = None,
+        after: UUID | None = None,
+        limit: int = _BATCH,
+    ) -> Batch:
+        """Have dead and unreadable rows tried again now, as if for the first time.
+
+        Rows of other states are left alone: a leased one is running, and a ready one will run.
+
+        Args:
+            connection: In a transaction.
+            ids: Only these.
+            handler: Only those of this handler.
+            before: Only those published at least as long ago: seconds, or a timedelta.
+            after: The `last` of the call before.
+            limit: How many rows at most.
+
+        Raises:
+            ValueError: Nothing says which rows are meant.
+        """
+        states = (State.DEAD, State.UNREADABLE)
+        selection = _selection("retry", states, ids, handler, before)
+        return self._batch(connection, _RETRY, selection, after, limit)
+
+    def drop(
+        self,
+        connection: Connection,
+        *,
+        ids: Iterable[UUID] | None = None,
+        handler: str | None = None,
+        before: timedelta | float | None = None,
+        state: str | None = None,
+        after: UUID | None = None,
+        limit: int = _BATCH,
+    ) -> Batch:
+        """Delete rows for good. Leased ones are left alone, whatever is asked for.
+
+        Args:
+            connection: In a transaction.
+            ids: Only these.
+            handler: Only those of this handler.
+            before: Only those published at least as long ago: seconds, or a timedelta.
+            state: Only those of this state.
+            after: The `last` of the call before.
+            limit: How many rows at most.
+
+        Raises:
+            ValueError: Nothing says which rows are meant, or there is no such state.
+        """
+        states = tuple(each for each in _states(state) if each is not State.LEASED)
+        selection = _selection("drop", states, ids, handler, before)
+        return self._batch(connection, _DROP, selection, after, limit)
+
+    def stats(self, connection: Connection, known: Known) -> OutboxStats:
+        """Count all rows. Reads the whole table once."""
+        rows = self._statements.run(
+            connection,
+            """
+            select handler, state, count(*),
+                sum(case when state in (0, 3, 4) and due_at <= {now}
+                    and not (handler in :handlers and event_type in :event_types)
+                    then 1 else 0 end),
+                {now} - min(case when state in (0, 4) and due_at <= {now} then due_at end)
+            from {outbox} group by handler, state order by handler
+            """,
+            **known._asdict(),
+        )
+        rows_of = defaultdict[str, list[tuple[Any, ...]]](list)
+        for row in rows:
+            rows_of[row[0]].append(row)
+        return _counted(rows, {handler: _counted(some, {}) for handler, some in rows_of.items()})
+
+    def _batch(
+        self,
+        connection: Connection,
+        change: str,
+        selection: Mapping[str, object],
+        after: UUID | None,
+        limit: int,
+    ) -> Batch:
+        values = dict(selection) if after is None else {**selection, "after": after}
+        condition = " and ".join(_CONDITIONS[name] for name in values if name != "states")
+        statement = f"""
+            with chosen as (
+                select id from {{outbox}} as r where state in :states and {condition}
+                order by id limit :limit {{skip}})
+            {change}
+        """
+        changed = self._statements.run(connection, statement, limit=limit, **values)
+        ids = [to_uuid(id_) for (id_,) in changed]
+        return Batch(len(ids), max(ids) if len(ids) == limit else None)
+
+
+async def in_batches(
+    run: Callable[[Callable[[Connection], Batch]], Awaitable[Batch]],
+    step: _Step,
+    progress: Callable[[int], object] | None = None,
+) -> int:
+    """Repeat a `retry` or `drop` until it has seen all rows; how many it has changed.
+
+    Each batch is a transaction of its own. Each row is looked at once, so one that is dead again
+    is not tried for ever. Cancelled, or failing, in between: the batches before stay done.
+
+    Args:
+        run: Calls a function with a connection, and commits: `Database.run`.
+        step: `partial(store.retry, handler=...)`, for instance.
+        progress: Called after each batch with the number of rows changed so far.
+    """
+    count, after = 0, None
+    while True:
+        batch = await run(partial(step, after=after))
+        count += batch.changed
+        if progress is not None:
+            progress(count)
+        if batch.last is None:
+            return count
+        after = batch.last
+
+
+_CONDITIONS = {
+    "ids": "id in :ids",
+    "handler": "handler = :handler",
+    "before": "published_at <= {now} - :before",
+    # Ids are compared as the database does: PostgreSQL by bytes, SQLite by hexadecimal digits.
+    "after": "id > :after",
+}
+
+
+def _selection(
+    operation: str,
+    states: Iterable[State],
+    ids: Iterable[UUID] | None,
+    handler: str | None,
+    before: timedelta | float | None,
+) -> dict[str, object]:
+    if ids is None and handler is None and before is None:
+        raise ValueError(f"{operation} which deliveries? Give ids, handler= or before= (their age)")
+    if isinstance(before, timedelta):
+        before = before.total_seconds()
+    chosen = {"ids": None if ids is None else tuple(ids), "handler": handler, "before": before}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return {"states": tuple(map(int, states)), **given}
+
+
+def _states(state: str | None) -> tuple[State, ...]:
+    if state is None:
+        return tuple(State)
+    if state not in _STATES:
+        raise ValueError(f"there is no state '{state}': it is one of {', '.join(_STATES)}")
+    return _STATES[state]
+
+
+def _stored(row: tuple[Any, ...]) -> StoredDelivery:
+    id_, event_id, event_type, handler, key, state, attempt, due, owner, error, published = row[:11]
+    return StoredDelivery(
+        to_uuid(id_),
+        to_uuid(event_id),
+        event_type,
+        handler,
+        key,
+        _WORDS[State(state)],
+        attempt,
+        datetime.fromtimestamp(due, UTC),
+        owner,
+        error,
+        datetime.fromtimestamp(published, UTC),
+        *row[11:],
+    )
+
+
+def _counted(rows: Collection[tuple[Any, ...]], handlers: Mapping[str, OutboxStats]) -> OutboxStats:
+    counts = dict.fromkeys(_STATES, 0)
+    for _, state, count, _, _ in rows:
+        counts[_WORDS[State(state)]] += count
+    due = [seconds for *_, seconds in rows if seconds is not None]
+    return OutboxStats(
+        **counts,
+        unknown=sum(row[3] for row in rows),
+        oldest_due=max(due) if due else None,
+        handlers=handlers,
+    )
