@@ -19,6 +19,7 @@ __all__ = [
     "EventContextFullError",
     "EventContextUsageError",
     "EventDepthError",
+    "EventEncodingError",
     "EventKitError",
     "HandlerCancelledError",
     "HandlerTimeoutError",
@@ -236,6 +237,20 @@ class EventDepthError(EventKitError, RuntimeError):
         )
         self.limit = limit
         self.chain: tuple[str, ...] = tuple(chain)
+
+
+class EventEncodingError(EventKitError, ValueError):
+    """An event cannot be stored: it would not come back equal and of the same types.
+
+    Attributes:
+        event: The name of the event's class.
+        field: Where in the event, as `OrderPlaced.lines[...].price`; never the value.
+    """
+
+    def __init__(self, event: str, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.event = event
+        self.field = field
 
 
 class DrainInProgressError(EventKitError, RuntimeError):

@@ -1,7 +1,7 @@
 """Owns the data that travels: events and deliveries. Knows nothing of who sends or receives."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: who evaluates the annotations of a DomainEvent looks
+# names up in the module it says it is from, and the front door has neither UUID nor datetime.
 import os
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -74,7 +74,7 @@ class Delivery:
 
     event: object
     handler: str
-    cause: Delivery | None
+    cause: "Delivery | None"
     depth: int
     attempt: int
     _published_ns: int
@@ -107,7 +107,7 @@ class Delivery:
         """When the event was published, aware, in UTC."""
         return datetime.fromtimestamp(self._published_ns / 1e9, UTC)
 
-    def chain(self) -> list[Delivery]:
+    def chain(self) -> "list[Delivery]":
         """What led here, oldest first, ending with this delivery."""
         chain: list[Delivery] = [self]
         while (cause := chain[-1].cause) is not None:

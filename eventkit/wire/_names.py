@@ -1,0 +1,159 @@
+"""Owns the names of event classes, and how what was stored under a former one becomes today's.
+
+A name is kept on its class, in no registry: a decorator such as `@dataclass(slots=True)` makes the
+class anew, and takes along what the class has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+C = TypeVar("C", bound=type)
+
+# Any: what JSON holds.
+Upcast = Callable[[dict[str, Any]], dict[str, Any]]
+
+_ATTRIBUTE = "__eventkit_names__"
+_EXAMPLE = '@named("shop.order.placed")'
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """How a class is called, and how it was called before, oldest first."""
+
+    current: str
+    formerly: tuple[tuple[str, Upcast | None], ...] = ()
+
+    def steps_from(self, name: str) -> list[tuple[str, Upcast]] | None:
+        """Say what today's dict is made with; None if the class never had this name."""
+        if name == self.current:
+            return []
+        for index, (former, _) in enumerate(self.formerly):
+            if former == name:
+                return [(each, step) for each, step in self.formerly[index:] if step is not None]
+        return None
+
+
+def named(name: str, *, formerly: Mapping[str, Upcast | None] = {}) -> Callable[[C], C]:
+    """Give an event class the name that it has in stored rows and on the wire.
+
+    Without it the name is `module:qualname`, which a class loses when it is moved or renamed. A
+    version is part of the name. A subclass does not inherit the name.
+
+    `formerly` lists the names that the class had before, oldest first. Each has a function that
+    takes a dict as it was stored under this name and returns the dict of the next name, the one
+    listed below it, or the current one; or None where only the name was changed. So a row that is
+    two names old goes through two functions:
+
+        def with_currency(stored: dict[str, Any]) -> dict[str, Any]:  # v1 -> v2
+            return {**stored, "currency": "EUR"}
+
+        def in_cents(stored: dict[str, Any]) -> dict[str, Any]:  # v2 -> v3
+            return {"cents": round(stored["total"] * 100), "currency": stored["currency"]}
+
+        @named(
+            "shop.order.placed.v3",
+            formerly={"shop.order.placed.v1": with_currency, "shop.order.placed.v2": in_cents},
+        )
+        @dataclass(frozen=True, slots=True)
+        class OrderPlaced:
+            cents: int
+            currency: str
+
+    Rows from before a class had a name of its own: `formerly={"shop.orders:OrderPlaced": None}`.
+    What a function takes and returns is what JSON holds: str, int, float, bool, None, list, dict.
+
+    Args:
+        name: Printable, without spaces around it, and different from every other event's.
+        formerly: Former names, oldest first, each with its function or None.
+
+    Returns:
+        A decorator that returns the class it is given. It may stand above or below `@dataclass`,
+        `@attrs.define` and the like.
+
+    Raises:
+        TypeError: `name` or a key of `formerly` is no str, a value neither callable nor None, or
+            what is decorated is not a class of the application's own.
+        ValueError: A name cannot be used, appears twice, or the class has been named before.
+    """
+    names = Names(_usable(name), _history(name, formerly))
+
+    def decorate(event_type: C) -> C:
+        if not isinstance(event_type, type):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"{event_type!r} is no class: named() decorates event classes")
+        if (before := _own(event_type)) is not None:
+            raise ValueError(
+                f"{event_type.__qualname__} is named {before.current!r} already: name it once, "
+                "and list the names it had in formerly="
+            )
+        try:
+            setattr(event_type, _ATTRIBUTE, names)
+        except TypeError:
+            raise TypeError(
+                f"{event_type.__qualname__} cannot be named, as its class is not yours: publish "
+                "an event class of your own"
+            ) from None
+        return event_type
+
+    return decorate
+
+
+def wire_name(event_type: type) -> str:
+    """Say how an event class is called in stored rows and on the wire.
+
+    Returns:
+        What `named` says, or `module:qualname`.
+    """
+    return names_on(event_type).current
+
+
+def names_of(event_type: type) -> tuple[str, ...]:
+    """List all the names of an event class: the current one, then the former ones."""
+    names = names_on(event_type)
+    return (names.current, *(former for former, _ in names.formerly))
+
+
+def names_on(event_type: type) -> Names:
+    """Give the names of a class, its own ones alone."""
+    return _own(event_type) or Names(f"{event_type.__module__}:{event_type.__qualname__}")
+
+
+def is_named(event_type: type) -> bool:
+    """Say whether `named` decorates this very class."""
+    return _own(event_type) is not None
+
+
+def _own(event_type: type) -> Names | None:
+    return cast("Names | None", vars(event_type).get(_ATTRIBUTE))
+
+
+def _usable(name: object) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"the name of an event class is a str, not {name!r}: {_EXAMPLE}")
+    if not name or not name.isprintable() or name != name.strip():
+        raise ValueError(
+            f"{name!r} is no name for an event class: it has to be printable, without spaces "
+            f"around it: {_EXAMPLE}"
+        )
+    return name
+
+
+def _history(
+    name: str, formerly: Mapping[str, Upcast | None]
+) -> tuple[tuple[str, Upcast | None], ...]:
+    if not isinstance(formerly, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            "formerly= maps each former name to a function or None, as in "
+            f'formerly={{"shop.order.v1": from_v1}}; this is no mapping: {formerly!r}'
+        )
+    for former, step in formerly.items():
+        if _usable(former) == name:
+            raise ValueError(f"{name!r} is the current name: leave it out of formerly=")
+        if step is not None and not callable(step):
+            raise TypeError(
+                f"formerly[{former!r}] has to be a function from the stored dict to the next "
+                f"name's dict, or None where nothing changed, not {step!r}"
+            )
+    return tuple(formerly.items())
