@@ -1,0 +1,1 @@
+"""Durable deliveries: rows beside the business rows, and who carries them out."""
