@@ -18,4 +18,7 @@ from eventkit.outbox._store import OutboxStats, StoredDelivery, add_tables
 
 __all__ = ["Outbox", "OutboxStats", "StoredDelivery", "add_tables", "complete_with"]
 
+for _name in __all__:
+    globals()[_name].__module__ = __name__
+
 del _pydantic, _sqlalchemy
