@@ -26,6 +26,7 @@ from eventkit.exceptions import (
     EventContextFullError,
     EventContextUsageError,
     EventDepthError,
+    EventEncodingError,
     EventKitError,
     HandlerCancelledError,
     HandlerTimeoutError,
@@ -40,6 +41,7 @@ from eventkit.exceptions import (
     RouterClosedError,
     StreamOverflowError,
 )
+from eventkit.wire import named
 
 __all__ = [
     "BusLookupError",
@@ -57,6 +59,7 @@ __all__ = [
     "EventContextFullError",
     "EventContextUsageError",
     "EventDepthError",
+    "EventEncodingError",
     "EventKitError",
     "EventRouter",
     "Failure",
@@ -81,9 +84,10 @@ __all__ = [
     "Subscription",
     "Wiring",
     "current_delivery",
+    "named",
 ]
 
 # What users have says where they have it from, also in its repr and in tracebacks.
 for _name in __all__:
-    if globals()[_name].__module__.startswith("eventkit._core"):
+    if globals()[_name].__module__.startswith(("eventkit._core", "eventkit.wire")):
         globals()[_name].__module__ = __name__

@@ -83,7 +83,7 @@ def deliver_on_commit(bus: EventBus, engine: Engine | AsyncEngine | _Sessions) -
     if isinstance(factory, scoped_session | async_scoped_session):
         factory = factory.session_factory
     if isinstance(factory, Engine | AsyncEngine):
-        return CommitTie(bus, [_root(factory)], None)
+        return CommitTie(bus, [root_of(factory)], None)
     if isinstance(factory, sessionmaker | async_sessionmaker):  # pyright: ignore[reportUnnecessaryIsInstance]
         return CommitTie(bus, _engines_of(factory), factory)
     shown = "a str" if isinstance(engine, str) else repr(engine)  # a URL may have a password
@@ -166,6 +166,10 @@ class CommitTie:
 
     def __exit__(self, *_: object) -> None:
         self.detach()
+
+    def transaction_of(self, session: Session) -> Transaction | None:
+        """The transaction that the session is in; None where nothing is known of one."""
+        return self._sessions.get(session)
 
     def _watch(self, engine: Engine) -> None:
         for name, hook in self._engine_hooks.items():
@@ -304,7 +308,7 @@ class CommitTie:
 
     def _counts(self, session: Session, engine: Engine) -> bool:
         """Whether the engine is tied, and whether it is now, for the session is the factory's."""
-        engine = _root(engine)
+        engine = root_of(engine)
         if engine in self._engines:
             return True
         if self._factory is None or not _made(self._factory, session):
@@ -408,6 +412,11 @@ class _Watched(Transaction):
         self.doomed = False
         self.had_written = False
         self.savepoint: str | None = None
+
+    @property
+    def is_root(self) -> bool:
+        """Whether its commit is the database's, and not that of a savepoint of its caller's."""
+        return self.savepoint is None
 
     def look(self) -> None:
         """Find out whether it has ended, and whether its session has objects to flush."""
@@ -563,7 +572,7 @@ def _gone() -> None:
     """Stand for a reference to nothing."""
 
 
-def _root(bind: Any) -> Engine:  # Any: all that a session can be bound to
+def root_of(bind: Any) -> Engine:  # Any: all that a session can be bound to
     """The engine that shares its events with all that were made of it by options."""
     found: Any = bind.engine
     engine: Engine = getattr(found, "sync_engine", found)
@@ -575,7 +584,7 @@ def _root(bind: Any) -> Engine:  # Any: all that a session can be bound to
 def _engines_of(factory: _Factory) -> list[Engine]:
     """The engines that the factory is bound to now."""
     binds: list[Any] = [factory.kw.get("bind"), *(factory.kw.get("binds") or {}).values()]
-    return [*dict.fromkeys(_root(bind) for bind in binds if bind is not None)]
+    return [*dict.fromkeys(root_of(bind) for bind in binds if bind is not None)]
 
 
 def _made(factory: _Factory, session: Session) -> bool:

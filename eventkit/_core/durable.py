@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 # Thirteen hours in all, with the 25 attempts that are the default.
 _LONGEST_PAUSE = 3600.0
@@ -57,8 +57,12 @@ class Durable:
             )
         if self.key is not None and not callable(self.key):
             raise TypeError(f"key takes a function from the event to a text, not {self.key!r}")
-        names: Sequence[object] = self.formerly
-        if isinstance(names, str) or not all(isinstance(each, str) for each in names):
+        names: object = self.formerly
+        if (
+            isinstance(names, str)
+            or not isinstance(names, Sequence)  # pyright: ignore[reportUnnecessaryIsInstance]
+            or not all(isinstance(each, str) for each in cast("Sequence[object]", names))
+        ):
             raise TypeError(
                 f"formerly takes a sequence of names, such as ('shop:receipt',), not "
                 f"{self.formerly!r}"

@@ -37,11 +37,14 @@ class Rows(Protocol):
 
     Attributes:
         written: Whether the rows are in the table, or in a transaction that is being committed.
-        observer: Is told of each run of a handler.
     """
 
     written: bool
-    observer: Any  # Any: an `Observer`, who is told of deliveries
+
+    @property
+    def observer(self) -> Any:  # Any: an `Observer`, which is a floor above
+        """Who is told of each run of a handler."""
+        ...
 
     def __contains__(self, index: int, /) -> bool:
         """Whether the delivery at this index of the plan has a row that is written."""

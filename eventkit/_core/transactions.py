@@ -221,6 +221,11 @@ class Transaction(ABC):
         self.units: set[Unit] = set()
         self.gone = False
 
+    @property
+    def is_root(self) -> bool:
+        """Whether its commit is the database's, and not that of a savepoint."""
+        return True
+
     @abstractmethod
     def look(self) -> None:
         """Find out what nobody has said of it so far."""

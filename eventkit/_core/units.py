@@ -58,6 +58,11 @@ _numbers = count()
 Report = Callable[[Delivery, Exception], None]
 
 
+def next_number() -> int:
+    """The number of the next event that waits somewhere in this process."""
+    return next(_numbers)
+
+
 class Unit:
     """A unit of work, as the core knows it: `EventContext` is what users have of one.
 

@@ -30,7 +30,7 @@ from sqlalchemy.pool import AssertionPool, Pool, QueuePool, SingletonThreadPool,
 
 from eventkit._core.locks import new_lock
 from eventkit._core.loops.running import on_trio
-from eventkit.sqlalchemy import _root as root_of
+from eventkit.sqlalchemy import root_of
 
 _Result = TypeVar("_Result")
 _Work = Callable[[Connection], _Result]

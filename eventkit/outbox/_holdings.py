@@ -1,0 +1,260 @@
+"""Owns what one process holds of the table: its lease, its rows, and outcomes not yet written.
+
+Knows nothing of users' transactions, and not when somebody looks into the table.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from functools import partial
+from typing import Protocol
+from uuid import UUID
+from weakref import WeakValueDictionary
+
+from anyio import CancelScope, move_on_after, sleep, to_thread
+from sqlalchemy import Connection
+
+from eventkit._core.log import log
+from eventkit._core.loops.running import current_loop, on_event_loop
+from eventkit._core.state import BusState
+from eventkit.exceptions import OutboxSchemaError
+from eventkit.outbox._catalog import Catalog
+from eventkit.outbox._database import Database
+from eventkit.outbox._lease import Lease
+from eventkit.outbox._rows import Outcome, Row
+from eventkit.outbox._store import Store
+
+PAUSE_AFTER_ERROR = 0.5
+_SECONDS_TO_WRITE = 5.0
+_SECONDS_BETWEEN_COMPLAINTS = 60.0
+
+
+class Looking(Protocol):
+    """A relay, as far as it is known here."""
+
+    @property
+    def is_looking(self) -> bool:
+        """Whether it has looked into the table lately."""
+        ...
+
+    def wake(self) -> None:
+        """Look into the table now. Thread-safe."""
+
+    def hear(self) -> None:
+        """An outcome waits to be written. On its event loop alone."""
+
+
+class Holdings:
+    """What one process holds of the table. Thread-safe.
+
+    Attributes:
+        catalog: What can be run here.
+        database: The connections.
+        store: The statements.
+        lease: Who this process is, and whether it may run rows.
+        relays: Whether rows run in this process at all.
+        lost: How many leases were lost before the outcome was written.
+    """
+
+    def __init__(
+        self,
+        state: BusState,
+        catalog: Catalog,
+        database: Database,
+        store: Store,
+        seconds: float,
+        *,
+        relays: bool,
+    ) -> None:
+        self.catalog = catalog
+        self.database = database
+        self.store = store
+        self.relays = relays
+        self.lost = 0
+        self._state = state
+        # By id; events hold their rows, and whatever drops an event frees them.
+        self._rows: WeakValueDictionary[UUID, Row] = WeakValueDictionary()
+        self._running: set[Row] = set()
+        self._outcomes: deque[Outcome] = deque()
+        self._relays: dict[object, Looking] = {}  # by event loop
+        self._complained_at = -math.inf
+        self.lease = Lease(database, store, seconds, self._known_ids)
+
+    # Rows
+
+    def may_run(self) -> bool:
+        """Whether this process holds its lease."""
+        return self.lease.is_valid
+
+    def know(self, row: Row) -> None:
+        """Somebody here has the row, for as long as the object lives."""
+        self._rows[row.id] = row
+
+    def row_of(self, delivery_id: UUID) -> Row | None:
+        """The row of a delivery that runs here; None where it has none."""
+        return self._rows.get(delivery_id)
+
+    def _known_ids(self) -> Collection[UUID]:
+        """Those that somebody here has; the lease gives back the others."""
+        return {*self._rows}
+
+    async def hold_lease(self) -> None:
+        """Have this process be alive for the others, before it claims rows."""
+        lease = self.lease
+        lease.start()
+        if not lease.is_valid:
+            since = lease.now()
+            await self.database.run(
+                partial(self.store.beat, owner=lease.owner, lease_seconds=lease.seconds)
+            )
+            lease.extend(since)
+
+    # Outcomes
+
+    def begin(self, row: Row) -> None:
+        """A run of a row's handler has begun. Thread-safe."""
+        self._running.add(row)
+
+    def hear(self, outcome: Outcome) -> None:
+        """A run of a row has ended: it is written down soon."""
+        self._running.discard(outcome.row)
+        self._outcomes.append(outcome)
+        relay = self._relays.get(current_loop()) if on_event_loop() else None
+        if relay is not None:
+            relay.hear()
+
+    async def settle(self) -> None:
+        """Write down what has become of deliveries, within five seconds. Is not cancelled."""
+        if self._outcomes:
+            with move_on_after(_SECONDS_TO_WRITE, shield=True):
+                while not await self.flush():  # noqa: ASYNC110 - a database tells nobody
+                    await sleep(PAUSE_AFTER_ERROR)
+
+    async def flush(self) -> bool:
+        """Write down the outcomes that there are; False where the database would not have it."""
+        outcomes: list[Outcome] = []
+        while self._outcomes:
+            outcomes.append(self._outcomes.popleft())
+        if not outcomes:
+            return True
+        lost: list[Row] = []
+        try:
+            with CancelScope(shield=True):
+                lost = await self.database.run(partial(self._write_down, outcomes))
+        except Exception as error:  # noqa: BLE001 - of a database, or of its driver
+            self._outcomes.extendleft(reversed(outcomes))
+            self.complain("outcomes of deliveries could not be written down, and wait", error)
+            return False
+        for outcome in outcomes:
+            outcome.row.ended = True
+            if outcome.is_death and outcome.row not in lost:
+                _say_dead(outcome)
+        self._tell_lost(lost)
+        return True
+
+    def _write_down(self, outcomes: Iterable[Outcome], connection: Connection) -> list[Row]:
+        """Write all of them in one transaction; returns the rows whose lease was lost before."""
+        owner, store = self.lease.owner, self.store
+        outcomes = [each for each in outcomes if not (each.row.completed or each.row.lost)]
+        done = [each.row for each in outcomes if each.is_success]
+        written = store.complete(connection, owner, [(row.id, row.attempt) for row in done])
+        lost = [row for row in done if row.id not in written]
+        unused = [each.row.id for each in outcomes if each.unused]
+        if unused:
+            store.give_back(connection, owner, unused)
+        for each in outcomes:
+            if each.error is None:
+                continue
+            ending = (connection, owner, each.row.id, each.row.attempt, each.error)
+            if not (
+                store.unreadable(*ending) if each.unreadable else store.fail(*ending, each.pause)
+            ):
+                lost.append(each.row)
+        return lost
+
+    def _tell_lost(self, rows: Sequence[Row]) -> None:
+        self.lost += len(rows)
+        for row in rows:
+            log(
+                logging.WARNING,
+                "the lease of a delivery was lost before its outcome was written: another process "
+                "has been given it, and it may run twice",
+                handler=row.handler,
+                delivery_id=str(row.id),
+            )
+
+    # Relays
+
+    def enter(self, relay: Looking) -> None:
+        """A relay has begun on the event loop that calls."""
+        self._relays[current_loop()] = relay
+
+    async def leave(self, relay: Looking) -> None:
+        """A relay has ended: write down all outcomes, and give back what nobody runs here.
+
+        Rows whose handler is a thread that could not be stopped stay leased, and lapse with the
+        process.
+        """
+        for loop, other in [*self._relays.items()]:
+            if other is relay:
+                del self._relays[loop]
+        await self.settle()
+        if self._relays:
+            return
+        running = [row.id for row in self._running]
+        farewell = partial(self.store.farewell, owner=self.lease.owner, but=running)
+        await to_thread.run_sync(self.lease.stop)  # which waits for a heartbeat on its way
+        try:
+            given_back = await self.database.run(farewell)
+        except Exception as error:  # noqa: BLE001 - as above; what it has leased lapses
+            self.complain("deliveries could not be given back, and lapse", error)
+        else:
+            if given_back:
+                log(
+                    logging.INFO,
+                    "deliveries were given back to the table",
+                    bus=self._state.name,
+                    deliveries=given_back,
+                )
+
+    @property
+    def looking(self) -> list[Looking]:
+        """The relays of this process."""
+        return [*self._relays.values()]
+
+    def wake(self) -> None:
+        """Have the relays of this process look into the table now."""
+        for relay in self.looking:
+            relay.wake()
+
+    async def check(self) -> None:
+        """Refuse tables that are missing, or of another version.
+
+        Raises:
+            OutboxSchemaError: Naming what is missing, and the way to make it.
+        """
+        problem = await self.database.run(self.store.problem, writes=False)
+        if problem is not None:
+            raise OutboxSchemaError(problem)
+
+    def complain(self, text: str, error: BaseException) -> None:
+        """Warn of an error of the database, once per minute."""
+        now = self.lease.now()
+        if now - self._complained_at >= _SECONDS_BETWEEN_COMPLAINTS:
+            self._complained_at = now
+            log(logging.WARNING, text, error=error, bus=self._state.name)
+
+
+def _say_dead(outcome: Outcome) -> None:
+    log(
+        logging.ERROR,
+        "a delivery is dead: its attempts are used up, or it was given up. `eventkit outbox retry` "
+        "tries it again",
+        handler=outcome.row.handler,
+        delivery_id=str(outcome.row.id),
+        attempt=outcome.row.attempt,
+        failed_with=outcome.error,
+    )

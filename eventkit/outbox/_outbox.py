@@ -1,0 +1,573 @@
+"""Owns the outbox of a bus: the way of rows into transactions, and what people do with rows.
+
+Knows no HTTP and no SQL text.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
+from threading import Lock
+from typing import Any, cast
+from uuid import UUID
+from weakref import WeakKeyDictionary
+
+from anyio import CancelScope, create_task_group, sleep_forever
+from anyio.abc import TaskGroup
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+)
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+from eventkit._core.ambient import current
+from eventkit._core.bus import EventBus, state_of
+from eventkit._core.drainer import Drainer
+from eventkit._core.locations import caller
+from eventkit._core.log import log
+from eventkit._core.loops.threads import Entrance
+from eventkit._core.queue import Envelope
+from eventkit._core.state import Host
+from eventkit._core.subscriptions import Declaration
+from eventkit._core.transactions import End, Transaction
+from eventkit._core.turns import DrainReport
+from eventkit.exceptions import LeaseLostError
+from eventkit.outbox._catalog import Catalog
+from eventkit.outbox._database import Database
+from eventkit.outbox._holdings import Holdings
+from eventkit.outbox._relay import POLL, Relay, run_due
+from eventkit.outbox._rows import EventRows, Row, headers_of, rows_of
+from eventkit.outbox._store import Batch, OutboxStats, Store, StoredDelivery, in_batches
+from eventkit.sqlalchemy import CommitTie, deliver_on_commit
+from eventkit.wire import codec_for
+
+_CONCURRENCY = 4  # as the middleware's
+_LARGE = 1_000_000  # characters of a payload that is worth a warning
+
+
+@dataclass(eq=False, slots=True)
+class _Underway:
+    """What the outbox has done in a transaction that is being committed.
+
+    Attributes:
+        events: Whose rows were written.
+        completed: The rows that a handler's own commit completes.
+        renewed: The local time before the process's lease was renewed in it, if it was.
+        unowned: Whether some of the rows are for a relay to claim.
+    """
+
+    events: list[EventRows] = field(default_factory=list[EventRows])
+    completed: list[Row] = field(default_factory=list[Row])
+    renewed: float | None = None
+    unowned: bool = False
+
+
+class Outbox:
+    """Keeps the deliveries of durable handlers in a table, until they are done.
+
+        outbox = Outbox(bus, engine)  # once, where the application is wired
+
+    It ties the bus to the engine as `deliver_on_commit` does. A delivery to a durable handler is
+    an ordinary one that also has a row: the row is written right before the COMMIT of the
+    transaction that decides the event, and deleted after the handler has ended. Where the process
+    dies in between, another one runs the delivery, at the latest two seconds after the lease.
+
+    Also a context manager that detaches at the end of the block.
+
+    Args:
+        bus: The bus whose durable handlers they are.
+        engine: As for `deliver_on_commit`: an engine, or a factory of sessions that leads to one.
+            PostgreSQL from 12 on, or SQLite from 3.35 on. With SQLite in memory nothing is kept.
+        lease: Seconds after which others take over what a process has not renewed.
+        relay: Whether durable handlers run in this process. With False it only writes rows.
+        concurrency: How many deliveries run at once from the table; by default as many as the
+            middleware's `concurrency`.
+        schema: Where the tables are; by default where the engine's connections find them.
+        store: The engine for the outbox's own connections, at most three; by default a twin of
+            `engine`, which shares nothing of its pool.
+
+    Raises:
+        TypeError: An argument is of another kind.
+        ValueError: The bus has an outbox, or is tied to the engine; or the engine commits each
+            statement by itself, is of another database, or has none; or a number is too small.
+        InvalidEventTypeError: Events of a durable handler cannot be stored.
+    """
+
+    def __init__(
+        self,
+        bus: EventBus,
+        engine: Any,  # Any: as `deliver_on_commit`, which says what it takes
+        *,
+        lease: float = 15.0,
+        relay: bool = True,
+        concurrency: int | None = None,
+        schema: str | None = None,
+        store: Engine | AsyncEngine | None = None,
+    ) -> None:
+        if not isinstance(bus, EventBus):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"Outbox() takes an EventBus first, not {bus!r}")
+        if lease < 3 * POLL:
+            raise ValueError(
+                f"lease takes seconds of at least {3 * POLL:g}, three looks of a relay "
+                f"into the table, not {lease!r}"
+            )
+        if concurrency is not None and concurrency < 1:
+            raise ValueError(f"concurrency is at least 1, not {concurrency!r}")
+        state = state_of(bus)
+        if state.keeper is not None:
+            raise ValueError(
+                f"{bus!r} has an outbox already: one per bus, where the application is wired"
+            )
+        self._bus, self._state = bus, state
+        catalog = Catalog(bus)
+        catalog.admit_all()
+        found = _engine_of(engine)
+        database = Database(found, store, busy_timeout=lease / 3)
+        self.concurrency: int | None = concurrency
+        self._holdings = Holdings(
+            state, catalog, database, Store(database.dialect, schema), lease, relays=relay
+        )
+        self._tie = _tied(bus, engine)
+        self._engine: Engine = found.sync_engine if isinstance(found, AsyncEngine) else found
+        self._marks: WeakKeyDictionary[Session, Row] = WeakKeyDictionary()
+        self._underway: WeakKeyDictionary[Transaction, _Underway] = WeakKeyDictionary()
+        self._lock = Lock()
+        self._memory = 0  # how many `in_memory` blocks are open
+        self._told: set[object] = set()  # what was warned of
+        self._tie.before_commit.append(self._before_commit)
+        self._tie.ended.append(self._ended)
+        event.listen(Session, "before_commit", self._before_session_commit)
+        self.detached = False
+        state.keeper = self
+
+    def detach(self) -> None:
+        """End the tie, the lease and the outbox's own connections. What is kept stays in the table.
+
+        For tests, and where a bus outlives its engine. As often as you like.
+        """
+        if self.detached:
+            return
+        self.detached = True
+        self._tie.detach()
+        event.remove(Session, "before_commit", self._before_session_commit)
+        self._state.keeper = None
+        self._holdings.lease.stop()
+        self._holdings.database.close()
+
+    def __enter__(self) -> Outbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        return f"<Outbox of {self._bus!r}>"
+
+    # The way into the user's transaction
+
+    def admit(self, declarations: Sequence[Declaration]) -> None:
+        """Refuse durable handlers of events that cannot be stored. See the core's `Keeper`."""
+        for declaration in declarations:
+            self._holdings.catalog.admit(declaration)
+
+    def accept(self, envelope: Envelope) -> None:
+        """Give an event that is being published its rows. See the core's `Keeper`.
+
+        The event is encoded at once: what cannot be stored raises at the line that made it, and
+        one that is changed later is stored as it was.
+        """
+        codec = codec_for(type(envelope.event))
+        payload = codec.encode(envelope.event)
+        if len(payload) > _LARGE:
+            self._warn_once(
+                ("large", codec.name),
+                "an event is large, and is stored with each delivery: put an id into it, and load "
+                "the rest",
+                event_type=codec.name,
+                characters=len(payload),
+            )
+        if self._memory or self._holdings.database.is_in_memory:
+            return
+        envelope.rows = rows = rows_of(
+            envelope,
+            self._holdings,
+            name=codec.name,
+            payload=payload,
+            headers=headers_of(envelope.event, self._state.observers),
+            place=caller(),
+        )
+        for row in rows.rows.values():
+            if row.key is None:
+                self._holdings.know(row)
+
+    def _before_session_commit(self, session: Session) -> None:
+        """Have a session that has sent nothing begin, if its commit decides events."""
+        transaction = self._tie.transaction_of(session)
+        if transaction is not None and _deciding(transaction):
+            session.connection()
+
+    def _before_commit(self, connection: Connection, transaction: Transaction) -> None:
+        """Write what this commit decides; what it raises comes out of the user's `commit()`."""
+        if connection.engine.pool is not self._engine.pool:
+            return
+        events = _deciding(transaction)
+        marked = self._marked(connection, transaction)
+        if events or marked:
+            self._underway[transaction] = underway = _Underway(events)
+            self._complete(connection, marked, underway)
+            self._write(connection, underway, visible=transaction.is_root)
+
+    def _marked(self, connection: Connection, transaction: Transaction) -> list[Row]:
+        """The rows that this commit is to complete."""
+        with self._lock:
+            marks = [*self._marks.items()]
+        return [
+            row
+            for session, row in marks
+            if session.bind is connection or self._tie.transaction_of(session) is transaction
+        ]
+
+    def _complete(self, connection: Connection, marked: list[Row], underway: _Underway) -> None:
+        """Delete rows in the user's transaction, unless another process was given one of them."""
+        if not marked:
+            return
+        wanted = [(row.id, row.attempt) for row in marked]
+        done = self._holdings.store.complete(connection, self._holdings.lease.owner, wanted)
+        for row in marked:
+            if row.id not in done:
+                row.lost = True
+                raise LeaseLostError(
+                    f"another process has been given delivery {row.id} meanwhile: nothing of this "
+                    "transaction is committed"
+                )
+        underway.completed = marked
+
+    def _write(self, connection: Connection, underway: _Underway, *, visible: bool) -> None:
+        """Insert the rows of events in this transaction.
+
+        They are leased, unless somebody else is to run them: a relay in another process, where
+        this one has none or too much to do; or a relay later, where an outer transaction that
+        nobody tells of decides when they can be seen.
+        """
+        facts = [each.facts for each in underway.events if each.facts is not None]
+        if not facts:
+            return
+        leased = visible and self._holdings.relays and not self._is_crowded()
+        owner = None
+        if leased:
+            owner = self._holdings.lease.owner
+            self._holdings.lease.start()
+            if not self._holdings.lease.is_valid:
+                underway.renewed = self._holdings.lease.now()
+                self._holdings.store.beat(connection, owner, self._holdings.lease.seconds)
+        self._holdings.store.insert(connection, facts, owner)
+        for each in underway.events:
+            each.write(leased=leased)
+        underway.unowned = any(
+            not row.leased for each in underway.events for row in each.rows.values()
+        )
+
+    def _ended(self, transaction: Transaction, how: End) -> None:
+        """What was done in a transaction is so, or it is not."""
+        underway = self._underway.pop(transaction, None)
+        if underway is None:
+            return
+        if how is not End.COMMITTED:
+            for each in underway.events:
+                each.unwrite()
+            return
+        for row in underway.completed:
+            row.completed = True
+        if underway.renewed is not None:
+            self._holdings.lease.extend(underway.renewed)
+        if underway.unowned:
+            self._holdings.wake()
+
+    def _is_crowded(self) -> bool:
+        return any(host.is_crowded() for host in self._state.hosts)
+
+    async def write(self, envelopes: Sequence[Envelope]) -> None:
+        """Write the rows of what no transaction has decided. See the core's `Keeper`."""
+        underway = _Underway([each.rows for each in envelopes if isinstance(each.rows, EventRows)])
+        for rows in underway.events:
+            if rows.place is not None:
+                self._warn_once(
+                    rows.place,
+                    "an event with durable handlers belongs to no transaction: it is kept from now "
+                    "on only, and a crash before loses it. Publish inside of a session's "
+                    "transaction",
+                    published_from=rows.place,
+                    bus=self._state.name,
+                )
+        try:
+            with CancelScope(shield=True):
+                await self._holdings.database.run(
+                    partial(self._write, underway=underway, visible=True)
+                )
+        except Exception as error:  # noqa: BLE001 - of a database, or of its driver
+            for envelope in envelopes:
+                envelope.rows = None
+            log(
+                logging.ERROR,
+                "events with durable handlers could not be kept, and run in memory",
+                error=error,
+                bus=self._state.name,
+                events=len(envelopes),
+            )
+            return
+        if underway.renewed is not None:
+            self._holdings.lease.extend(underway.renewed)
+        if underway.unowned:
+            self._holdings.wake()
+
+    def mark(self, session: Session, delivery_id: UUID) -> None:
+        """Have the session's next commit complete the delivery, if it has a row here."""
+        row = self._holdings.row_of(delivery_id)
+        if row is None:
+            return
+        engine = session.get_bind().engine
+        if engine.pool is not self._engine.pool:
+            raise ValueError(
+                f"complete_with() takes a session of the outbox's engine, {self._engine!r}, not of "
+                f"{engine!r}: the delivery's row is in another database"
+            )
+        with self._lock:
+            self._marks[session] = row
+
+    async def settle(self) -> None:
+        """Write down what has become of deliveries. See the core's `Keeper`."""
+        await self._holdings.settle()
+
+    # Relays
+
+    def serve(self, host: Host, tasks: TaskGroup, *, concurrency: int) -> Relay:
+        """A relay on the event loop that calls. See the core's `Keeper`."""
+        return Relay(self._holdings, self._state, host, tasks, self.concurrency or concurrency)
+
+    async def run(self, *, shutdown_timeout: float = 20.0) -> None:
+        """Be a relay until cancelled: run what is due, for a process that serves no requests.
+
+        Handlers get their dependencies as in a job. What runs when it is cancelled may go on for
+        `shutdown_timeout` seconds; the rest is given back to the table.
+
+        Raises:
+            OutboxSchemaError: The tables are missing, or of another version.
+            RuntimeError: An `AsyncEngine` on trio.
+        """
+        self._holdings.relays = True
+        concurrency = self.concurrency or _CONCURRENCY
+        async with create_task_group() as tasks:
+            drainer = Drainer(self._state, tasks, concurrency=concurrency, max_pending=None)
+            host = Host(Entrance(), drainer.submit, None, lambda: drainer.is_crowded, drainer.begin)
+            relay = Relay(self._holdings, self._state, host, tasks, concurrency, slows_down=False)
+            await relay.start()
+            self._state.add_host(host)
+            try:
+                await sleep_forever()
+            finally:
+                relay.stop()
+                with CancelScope(shield=True):
+                    await drainer.close(shutdown_timeout)
+                    self._state.remove_host(host)
+                    await relay.leave()
+
+    async def run_due(self, within: float = 0.0) -> DrainReport:
+        """Run what is due, here and now, until nothing is; for tests, cron, and serverless.
+
+        Args:
+            within: Also what is due in so many seconds, as if they were over. With a large number
+                a delivery that fails is tried until its attempts are used up.
+        """
+        return await run_due(self._holdings, self._state, self.concurrency or _CONCURRENCY, within)
+
+    # Operations
+
+    @property
+    def healthy(self) -> bool:
+        """Whether this process runs what is due: for readiness, never for liveness.
+
+        The lease is valid by the local clock, and each relay has looked into the table within
+        three polls. Asks no database.
+        """
+        relays = self._holdings.looking
+        valid = self._holdings.lease.is_valid
+        return bool(relays) and valid and all(each.is_looking for each in relays)
+
+    @contextmanager
+    def in_memory(self) -> Generator[None]:
+        """Durable handlers run in memory in the block, and nothing is kept. For tests.
+
+        For suites whose outer transaction is rolled back in the end. Events are encoded all the
+        same.
+        """
+        self._memory += 1
+        try:
+            yield
+        finally:
+            self._memory -= 1
+
+    def schema(self) -> str:
+        """The statements that make the tables, as text. For those who migrate by hand."""
+        return self._holdings.store.ddl()
+
+    async def deliveries(
+        self, state: str | None = "dead", handler: str | None = None, limit: int = 100
+    ) -> list[StoredDelivery]:
+        """What is kept, without payloads, the oldest first.
+
+        Args:
+            state: "ready", "leased", "dead" or "unreadable"; None for all.
+            handler: Only those of this handler.
+            limit: At most so many.
+        """
+        read = partial(self._holdings.store.deliveries, state=state, handler=handler, limit=limit)
+        return await self._holdings.database.run(read, writes=False)
+
+    async def get(self, id: UUID) -> StoredDelivery | None:
+        """One delivery with its payload; None where it is not kept any more."""
+        return await self._holdings.database.run(
+            partial(self._holdings.store.get, id_=id), writes=False
+        )
+
+    async def retry(
+        self,
+        ids: Iterable[UUID] | None = None,
+        *,
+        handler: str | None = None,
+        before: timedelta | float | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> int:
+        """Have dead and unreadable deliveries tried again, from the first attempt on.
+
+        Args:
+            ids: Which ones.
+            handler: All of this handler.
+            before: All that were published longer ago; seconds, or a `timedelta`.
+            progress: Called with how many are changed so far, now and then.
+
+        Returns:
+            How many.
+
+        Raises:
+            ValueError: Nothing says which ones.
+        """
+        chosen = _chosen(ids, handler=handler, before=before)
+        count = await in_batches(
+            self._change, partial(self._holdings.store.retry, **chosen), progress
+        )
+        self._holdings.wake()
+        return count
+
+    async def drop(
+        self,
+        ids: Iterable[UUID] | None = None,
+        *,
+        handler: str | None = None,
+        before: timedelta | float | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> int:
+        """Delete deliveries that are not running. Arguments and errors as of `retry`."""
+        chosen = _chosen(ids, handler=handler, before=before)
+        return await in_batches(
+            self._change, partial(self._holdings.store.drop, **chosen), progress
+        )
+
+    async def _change(self, function: Callable[[Connection], Batch]) -> Batch:
+        return await self._holdings.database.run(function)
+
+    async def stats(self) -> OutboxStats:
+        """How many deliveries are in which state, in all and by handler."""
+        read = partial(self._holdings.store.stats, known=self._holdings.catalog.known())
+        return replace(
+            await self._holdings.database.run(read, writes=False), lost=self._holdings.lost
+        )
+
+    # What is said
+
+    def _warn_once(self, what: object, text: str, **facts: str | int) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            log(logging.WARNING, text, error=None, **facts)
+
+
+def complete_with(
+    session: Session | AsyncSession | scoped_session[Any] | async_scoped_session[Any],
+) -> None:
+    """Have the session's next commit complete the delivery of the handler that calls.
+
+        @bus.on(OrderPlaced, durable=True)
+        async def reserve(event: OrderPlaced, session: Session) -> None:
+            complete_with(session)
+            session.add(Reservation(event.order_id))
+            await session.commit()
+
+    The delivery's row is deleted in that transaction, so what the handler writes in it happens
+    exactly once. If another process has been given the delivery meanwhile, the commit raises
+    `LeaseLostError`, and nothing is committed. What the handler does after the commit is not tried
+    again. It only marks: nothing is sent.
+
+    Where the delivery has no row, it does nothing: the same handler runs in memory and in tests.
+
+    Args:
+        session: A session of the outbox's engine, also one to await.
+
+    Raises:
+        TypeError: It is no session.
+        ValueError: It is a session of another engine.
+    """
+    found: object = session
+    if isinstance(found, scoped_session | async_scoped_session):
+        found = found()
+    if isinstance(found, AsyncSession):
+        found = found.sync_session
+    if not isinstance(found, Session):
+        raise TypeError(f"complete_with() takes a session of SQLAlchemy's, not {session!r}")
+    unit = current()
+    if unit is None or unit.delivery is None or not isinstance(unit.state.keeper, Outbox):
+        return
+    unit.state.keeper.mark(found, unit.delivery.id)
+
+
+def _tied(bus: EventBus, engine: Any) -> CommitTie:  # Any: as `deliver_on_commit`
+    try:
+        return deliver_on_commit(bus, engine)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. Outbox() ties the engine itself: remove the line with deliver_on_commit()"
+        ) from None
+
+
+def _engine_of(given: Any) -> Engine | AsyncEngine:  # Any: as `deliver_on_commit`
+    """The engine that the outbox's own connections go to."""
+    found: Any = given
+    if isinstance(found, scoped_session | async_scoped_session):
+        found = cast("Any", found).session_factory
+    if isinstance(found, sessionmaker | async_sessionmaker):
+        found = found.kw.get("bind")
+    if isinstance(found, Engine | AsyncEngine):
+        return found
+    if isinstance(given, str):
+        given = "a str"  # a URL may have a password
+    raise ValueError(
+        f"Outbox() needs an engine, and {given!r} leads to none: give it the engine itself"
+    )
+
+
+def _deciding(transaction: Transaction) -> list[EventRows]:
+    """The rows that a commit of the transaction decides, and that are not written yet."""
+    if not any(unit.queue.staged for unit in transaction.units):
+        return []
+    rows = (envelope.rows for envelope in transaction.decides())
+    return [each for each in rows if isinstance(each, EventRows) and not each.written]
+
+
+def _chosen(ids: Iterable[UUID] | None, **others: object) -> dict[str, Any]:
+    """What `retry` and `drop` of the store take. Any: of several types."""
+    return {"ids": None if ids is None else [*ids], **others}

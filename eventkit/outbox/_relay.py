@@ -1,0 +1,286 @@
+"""Owns when a process looks into the table, and when it writes down what has become of deliveries.
+
+Knows nothing of users' transactions. One relay belongs to one event loop.
+
+| state | looks and claims | begins rows | writes outcomes | left by |
+|---|---|---|---|---|
+| running | yes | yes | yes | `stop` |
+| stopped | no | no | yes | `leave` |
+| left | no | no | no | |
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from contextlib import suppress
+from functools import partial
+
+from anyio import CancelScope, Event, create_task_group, move_on_after, sleep
+from anyio.abc import TaskGroup
+
+from eventkit._core.awaited import run_all
+from eventkit._core.events import Delivery
+from eventkit._core.log import log
+from eventkit._core.loops.running import on_trio
+from eventkit._core.loops.tasks import tasks_here
+from eventkit._core.state import BusState, Host
+from eventkit._core.turns import DrainReport, Failure
+from eventkit.exceptions import OutboxSchemaError
+from eventkit.outbox._holdings import PAUSE_AFTER_ERROR, Holdings
+from eventkit.outbox._source import Fed, RowSource
+
+POLL = 0.5  # seconds between two looks into the table, while something is found
+_SLOWEST_POLL = 2.0
+_SPREAD = 0.2  # so that processes do not look at the same moments
+_GATHERING = 0.005  # seconds in which outcomes gather, to be written at once
+_ROUND = 60.0  # seconds between two looks for rows without an owner, or without a handler
+_SECONDS_TO_LEAVE = 5.0
+
+
+class Relay:
+    """Runs what is due in the table, on the event loop that has made it. A core's `Service`.
+
+    Args:
+        holdings: What this process holds of the table.
+        state: Of the bus.
+        host: Who runs the units of work that the rows are fed to.
+        tasks: The group that its own tasks are in.
+        concurrency: How many rows run at once.
+        slows_down: Whether it looks less often while it finds nothing.
+    """
+
+    def __init__(
+        self,
+        holdings: Holdings,
+        state: BusState,
+        host: Host,
+        tasks: TaskGroup,
+        concurrency: int,
+        *,
+        slows_down: bool = True,
+    ) -> None:
+        self._holdings = holdings
+        self._state = state
+        self._host = host
+        self._tasks = tasks
+        self._slows_down = slows_down
+        self._source = RowSource(holdings, state, concurrency, self._row_ended)
+        self._fed: set[Fed] = set()
+        self._wanted = Event()  # somebody wants it to look now
+        self._heard = Event()  # an outcome waits to be written
+        self._stopped = False
+        self._left = False
+        self._scope = CancelScope()
+        self._poll = POLL
+        self._looked_at = self._round_at = -math.inf
+        self._lapsed: frozenset[str] = frozenset()  # who looked dead the time before
+        self._unknown: set[tuple[str, str]] = set()  # what was warned of
+        self._call_soon = tasks_here("eventkit relay").call_soon
+
+    @property
+    def is_looking(self) -> bool:
+        """Whether it has looked into the table within three polls."""
+        return not self._stopped and self._holdings.lease.now() - self._looked_at <= 3 * self._poll
+
+    async def start(self) -> None:
+        """Begin to look, to run and to write.
+
+        Raises:
+            OutboxSchemaError: The tables are missing, or of another version.
+            RuntimeError: An `AsyncEngine` on trio.
+        """
+        holdings = self._holdings
+        if holdings.database.is_in_memory:
+            return
+        if holdings.database.awaits and on_trio():
+            raise RuntimeError(
+                "an AsyncEngine is asyncio's driver: on trio use a blocking engine, Outbox(bus, "
+                "create_engine(...))"
+            )
+        try:
+            await holdings.check()
+        except (OutboxSchemaError, ValueError):
+            raise
+        except Exception as error:  # noqa: BLE001 - the database is away, and may come back
+            holdings.complain("the outbox cannot reach its database", error)
+        holdings.enter(self)
+        self._tasks.start_soon(self._work)
+
+    async def _work(self) -> None:
+        with self._scope:
+            async with create_task_group() as tasks:
+                tasks.start_soon(self._write)
+                if self._holdings.relays:
+                    self._holdings.lease.start()
+                    await self._look_again_and_again()
+
+    def wake(self) -> None:
+        """Have it look into the table now. Thread-safe."""
+        with suppress(RuntimeError):  # the event loop has ended meanwhile
+            self._call_soon(self._look_now)
+
+    def _look_now(self) -> None:
+        self._wanted.set()
+
+    def hear(self) -> None:
+        """An outcome waits to be written. On the relay's event loop alone."""
+        self._heard.set()
+
+    def stop(self) -> None:
+        """Claim no more, and begin nothing more."""
+        self._stopped = True
+        self._source.stock.clear()
+
+    async def leave(self) -> None:
+        """Write down all outcomes, and give back what was not run. Takes at most five seconds."""
+        self.stop()
+        if self._left:
+            return
+        self._left = True
+        self._scope.cancel()
+        with move_on_after(_SECONDS_TO_LEAVE, shield=True):
+            await self._holdings.leave(self)
+
+    # Writing
+
+    async def _write(self) -> None:
+        """Write outcomes down, soon after they come."""
+        while True:
+            await self._heard.wait()
+            self._heard = Event()
+            await sleep(_GATHERING)
+            while not await self._holdings.flush():  # noqa: ASYNC110 - a database tells nobody
+                await sleep(PAUSE_AFTER_ERROR)
+            if self._source.suspect_is_done():
+                self._wanted.set()
+
+    # Looking
+
+    async def _look_again_and_again(self) -> None:
+        while not self._stopped:
+            found = False
+            try:
+                found = await self._look()
+                self._looked_at = self._holdings.lease.now()
+            except Exception as error:  # noqa: BLE001 - of a database, or of its driver
+                self._holdings.complain("the outbox cannot reach its database", error)
+            idle = not found and self._slows_down
+            self._poll = min(_SLOWEST_POLL, self._poll * 2) if idle else POLL
+            with move_on_after(self._poll * random.uniform(1 - _SPREAD, 1 + _SPREAD)):
+                await self._wanted.wait()
+            self._wanted = Event()
+
+    async def _look(self) -> bool:
+        """Look into the table once, and do what there is to do; whether there was something."""
+        holdings, lease = self._holdings, self._holdings.lease
+        if not lease.is_valid:
+            await holdings.hold_lease()
+        await self._make_round()
+        look = partial(holdings.store.look, owner=lease.owner, known=holdings.catalog.known())
+        lapsed, due = await holdings.database.run(look, writes=False)
+        found = await self._reap(frozenset(lapsed)) or due
+        if found and not self._stopped:
+            found = await self._source.claim() > 0
+        self._feed()
+        return found
+
+    async def _reap(self, lapsed: frozenset[str]) -> bool:
+        """Have the rows of dead processes run by others; whether there were some.
+
+        While the database was away nobody could renew. So a relay takes others for dead only when
+        its own lease has been valid for a whole lease. On SQLite a process may also look dead
+        because somebody held the one lock: it has to look so twice, each time after this process
+        has renewed its own lease, which takes the lock.
+        """
+        holdings, lease = self._holdings, self._holdings.lease
+        seen, self._lapsed = self._lapsed, lapsed
+        if not lapsed or not lease.steady:
+            return False
+        if holdings.database.dialect.name == "sqlite":
+            renew = partial(holdings.store.beat, owner=lease.owner, lease_seconds=lease.seconds)
+            await holdings.database.run(renew)
+            lapsed &= seen
+        if not lapsed:
+            self._wanted.set()  # to look at them again
+            return False
+        reap = partial(holdings.store.reap, owner=lease.owner, lapsed=lapsed)
+        rows = await holdings.database.run(reap)
+        log(
+            logging.WARNING,
+            "a process has ended without a farewell, and its deliveries are run by others",
+            bus=self._state.name,
+            processes=", ".join(sorted(lapsed)),
+            deliveries=rows,
+        )
+        return rows > 0
+
+    async def _make_round(self) -> None:
+        """Once per minute, look for rows that nobody has, and for those that nobody knows."""
+        holdings, now = self._holdings, self._holdings.lease.now()
+        if now - self._round_at < _ROUND:
+            return
+        known = holdings.catalog.known()
+        if self._round_at == -math.inf:
+            await holdings.database.run(partial(holdings.store.unreadable_due, known=known))
+        if holdings.lease.steady:
+            await holdings.database.run(holdings.store.reap_orphans)
+        find = partial(holdings.store.unknown, known=known)
+        for handler, event_type, rows in await holdings.database.run(find, writes=False):
+            if (handler, event_type) not in self._unknown:
+                self._unknown.add((handler, event_type))
+                log(
+                    logging.WARNING,
+                    "stored deliveries wait for a handler that is not known here: a process that "
+                    "includes its router runs them, or `formerly` names what it is called now",
+                    handler=handler,
+                    event_type=event_type,
+                    deliveries=rows,
+                    bus=self._state.name,
+                )
+        self._round_at = now
+
+    # Running
+
+    def _feed(self) -> None:
+        """Have units of work run what was claimed, as many at once as may."""
+        free = self._source.concurrency - len(self._fed)
+        for _ in range(min(self._source.stock.waiting, free)):
+            fed = Fed(self._state, self._source, self._host.origin, self._fed.discard)
+            self._fed.add(fed)
+            self._host.begin(fed)
+
+    def _row_ended(self) -> None:
+        if self._source.stock.waiting * 2 <= self._source.most_held():
+            self._wanted.set()
+
+
+async def run_due(
+    holdings: Holdings, state: BusState, concurrency: int, within: float
+) -> DrainReport:
+    """Run what is due, here and now, until nothing is. See `Outbox.run_due`."""
+    failures: list[Failure] = []
+
+    def report(delivery: Delivery, error: Exception) -> None:
+        failures.append(Failure(delivery, error))
+        state.report(delivery, error)
+
+    await holdings.check()
+    source = RowSource(holdings, state, concurrency, lambda: None)
+    handled = requeued = 0
+    try:
+        while await source.claim(within):
+            fed = Fed(state, source, None, lambda fed: None)
+            try:
+                await fed.begin()
+                terms = fed.unit.terms(report, state.handler_timeout)
+                handled += await run_all(fed.next_turn, terms)
+            finally:
+                fed.end()
+                await holdings.settle()
+            requeued += fed.unit.requeued
+            source.suspect_is_done()
+        return DrainReport(handled, tuple(failures), requeued)
+    finally:
+        failures.clear()  # a traceback leads to `report`, which would close a reference cycle
