@@ -225,13 +225,15 @@ class Outbox:
             self._write(connection, underway, visible=transaction.is_root)
 
     def _marked(self, connection: Connection, transaction: Transaction) -> list[Row]:
-        """The rows that this commit is to complete."""
+        """The rows that this commit is to complete: of handlers that run still."""
         with self._lock:
             marks = [*self._marks.items()]
         return [
             row
             for session, row in marks
-            if session.bind is connection or self._tie.transaction_of(session) is transaction
+            if (session.bind is connection or self._tie.transaction_of(session) is transaction)
+            and not row.completed
+            and self._holdings.runs(row)
         ]
 
     def _complete(self, connection: Connection, marked: list[Row], underway: _Underway) -> None:
@@ -332,8 +334,8 @@ class Outbox:
         row = self._holdings.row_of(delivery_id)
         if row is None:
             return
-        engine = session.get_bind().engine
-        if engine.pool is not self._engine.pool:
+        engine = None if session.bind is None else session.bind.engine  # None: it has several
+        if engine is not None and engine.pool is not self._engine.pool:
             raise ValueError(
                 f"complete_with() takes a session of the outbox's engine, {self._engine!r}, not of "
                 f"{engine!r}: the delivery's row is in another database"
@@ -562,7 +564,7 @@ def _engine_of(given: Any) -> Engine | AsyncEngine:  # Any: as `deliver_on_commi
 
 def _deciding(transaction: Transaction) -> list[EventRows]:
     """The rows that a commit of the transaction decides, and that are not written yet."""
-    if not any(unit.queue.staged for unit in transaction.units):
+    if not any(unit.queue.staged for unit in [*transaction.units]):
         return []
     rows = (envelope.rows for envelope in transaction.decides())
     return [each for each in rows if isinstance(each, EventRows) and not each.written]
