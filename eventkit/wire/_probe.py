@@ -84,6 +84,7 @@ class Probe:
     def __init__(self, event_type: type, language: Format) -> None:
         self.fields: set[str] = set()
         self._language = language
+        self._by_msgspec = language.name == "msgspec"
         self._met: dict[object, Fits] = {}
         self.declared: dict[str, Hint] = {}
         self.fits = self._judge(event_type, event_type.__qualname__, {})
@@ -190,9 +191,11 @@ class Probe:
         for name, hint in _fields_of(kind, found, place):
             self.fields.add(name)
             inside = f"{kind.__qualname__}.{name}"
+            if found.leaves_out_private and name.startswith("_") and self._by_msgspec:
+                _refuse(inside, "msgspec leaves out a field with an underscore: rename the field")
             self.declared[inside] = hint
             fits[name] = self._judge(hint, inside, config)
-        if self._language.name == "pydantic" and not config and _is_plain(kind):
+        if not self._by_msgspec and not config and _is_plain(kind):
             self._met[key] = _record(kind, fits)
         return self._met[key]
 
@@ -205,7 +208,7 @@ class Probe:
         return fits
 
     def _judge_bytes(self, kind: type, place: str, config: Config) -> Fits:
-        if self._language.name == "pydantic" and not _keeps_bytes(config):
+        if not self._by_msgspec and not _keeps_bytes(config):
             _refuse(
                 place,
                 f"{kind.__name__} cannot be stored as JSON without loss: give the class "
@@ -272,12 +275,13 @@ class _Kind:
 
     called: str
     languages: tuple[str, ...]
+    leaves_out_private: bool = False
 
 
-_DATACLASS = _Kind("a dataclass", ("pydantic", "msgspec"))
+_DATACLASS = _Kind("a dataclass", ("pydantic", "msgspec"), leaves_out_private=True)
 _MODEL = _Kind("a pydantic model", ("pydantic",))
 _STRUCT = _Kind("a msgspec.Struct", ("msgspec",))
-_ATTRS = _Kind("an attrs class", ("msgspec",))
+_ATTRS = _Kind("an attrs class", ("msgspec",), leaves_out_private=True)
 _NAMED_TUPLE = _Kind("a NamedTuple", ("pydantic", "msgspec"))
 _TYPED_DICT = _Kind("a TypedDict", ("pydantic", "msgspec"))
 

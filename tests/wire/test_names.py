@@ -110,7 +110,7 @@ def test_a_struct_is_named_too() -> None:
 
 def test_a_subclass_has_a_name_of_its_own() -> None:
     assert wire_name(Derived) == "tests.wire.test_names:Derived"
-    assert wire_name(named("derived")(dataclass(type("Other", (Above,), {})))) == "derived"
+    assert wire_name(named("derived")(type("Other", (Above,), {}))) == "derived"
     assert wire_name(Above) == "shop.order.placed"
 
 
@@ -134,10 +134,6 @@ def no_json(stored: dict[str, Any]) -> dict[str, Any]:
     return {**stored, "cents": Decimal(1)}
 
 
-def no_number(stored: dict[str, Any]) -> dict[str, Any]:
-    return {**stored, "cents": float("nan")}
-
-
 @named(
     "placed.v3",
     formerly={
@@ -155,7 +151,7 @@ class OrderPlaced:
 
 @named(
     "broken",
-    formerly={"b": broken, "f": forgetful, "j": no_json, "n": no_number},
+    formerly={"b": broken, "f": forgetful, "j": no_json},
 )
 @dataclass
 class Broken:
@@ -204,8 +200,7 @@ def test_what_is_stored_is_exact_through_a_function() -> None:
     [
         ("b", r"formerly\['b'\] of broken failed: ValueError at .*test_names.py:\d+$"),
         ("f", r"formerly\['f'\] of broken failed: TypeError at "),
-        ("j", r"formerly\['n'\] of broken failed: TypeError at "),
-        ("n", r"formerly\['n'\] of broken failed: ValueError at "),
+        ("j", r"formerly\['j'\] of broken failed: TypeError at "),
         ("other", "Broken never had the name 'other'"),
     ],
 )
