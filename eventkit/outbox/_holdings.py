@@ -250,6 +250,14 @@ class Holdings:
         for relay in self.looking:
             relay.wake()
 
+    def place_tables(self) -> None:
+        """Know in which schema the tables are, before a user's transaction could change the way.
+
+        It is looked up once, on a connection of the outbox's own. A relay has done so at its start.
+        """
+        if not self.store.is_placed:
+            self.database.call(self.store.place, writes=False)
+
     async def check(self) -> None:
         """Refuse tables that are missing, or of another version.
 

@@ -220,9 +220,15 @@ class Outbox:
         events = _deciding(transaction)
         marked = self._marked(connection, transaction)
         if events or marked:
+            self._holdings.place_tables()
             self._underway[transaction] = underway = _Underway(events)
+            leased = bool(events) and transaction.is_root and self._may_lease()
+            if (
+                leased
+            ):  # first, as those do who reap: the other way round the two could wait crosswise
+                self._renew(connection, underway)
             self._complete(connection, marked, underway)
-            self._write(connection, underway, visible=transaction.is_root)
+            self._write(connection, underway, leased=leased)
 
     def _marked(self, connection: Connection, transaction: Transaction) -> list[Row]:
         """The rows that this commit is to complete: of handlers that run still."""
@@ -251,7 +257,20 @@ class Outbox:
                 )
         underway.completed = marked
 
-    def _write(self, connection: Connection, underway: _Underway, *, visible: bool) -> None:
+    def _may_lease(self) -> bool:
+        """Whether this process is to run what it writes: it does not if it has too much to do."""
+        crowded = any(host.is_crowded() for host in self._state.hosts)
+        return self._holdings.relays and not crowded
+
+    def _renew(self, connection: Connection, underway: _Underway) -> None:
+        """Have others know in the same transaction that this process is alive."""
+        lease = self._holdings.lease
+        lease.start()
+        if not lease.is_valid:
+            underway.renewed = lease.now()
+            self._holdings.store.beat(connection, lease.owner, lease.seconds)
+
+    def _write(self, connection: Connection, underway: _Underway, *, leased: bool) -> None:
         """Insert the rows of events in this transaction.
 
         They are leased, unless somebody else is to run them: a relay in another process, where
@@ -261,14 +280,7 @@ class Outbox:
         facts = [each.facts for each in underway.events if each.facts is not None]
         if not facts:
             return
-        leased = visible and self._holdings.relays and not self._is_crowded()
-        owner = None
-        if leased:
-            owner = self._holdings.lease.owner
-            self._holdings.lease.start()
-            if not self._holdings.lease.is_valid:
-                underway.renewed = self._holdings.lease.now()
-                self._holdings.store.beat(connection, owner, self._holdings.lease.seconds)
+        owner = self._holdings.lease.owner if leased else None
         self._holdings.store.insert(connection, facts, owner)
         for each in underway.events:
             each.write(leased=leased)
@@ -292,9 +304,6 @@ class Outbox:
         if underway.unowned:
             self._holdings.wake()
 
-    def _is_crowded(self) -> bool:
-        return any(host.is_crowded() for host in self._state.hosts)
-
     async def write(self, envelopes: Sequence[Envelope]) -> None:
         """Write the rows of what no transaction has decided. See the core's `Keeper`."""
         underway = _Underway([each.rows for each in envelopes if isinstance(each.rows, EventRows)])
@@ -308,11 +317,16 @@ class Outbox:
                     published_from=rows.place,
                     bus=self._state.name,
                 )
+        leased = self._may_lease()
+
+        def write(connection: Connection) -> None:
+            if leased:
+                self._renew(connection, underway)
+            self._write(connection, underway, leased=leased)
+
         try:
             with CancelScope(shield=True):
-                await self._holdings.database.run(
-                    partial(self._write, underway=underway, visible=True)
-                )
+                await self._holdings.database.run(write)
         except Exception as error:  # noqa: BLE001 - of a database, or of its driver
             for envelope in envelopes:
                 envelope.rows = None
