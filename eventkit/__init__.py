@@ -25,6 +25,7 @@ from eventkit.exceptions import (
     EventContextFullError,
     EventContextUsageError,
     EventDepthError,
+    EventEncodingError,
     EventKitError,
     HandlerCancelledError,
     HandlerTimeoutError,
@@ -36,6 +37,7 @@ from eventkit.exceptions import (
     RouterClosedError,
     StreamOverflowError,
 )
+from eventkit.wire import named
 
 __all__ = [
     "BusLookupError",
@@ -52,6 +54,7 @@ __all__ = [
     "EventContextFullError",
     "EventContextUsageError",
     "EventDepthError",
+    "EventEncodingError",
     "EventKitError",
     "EventRouter",
     "Failure",
@@ -73,6 +76,7 @@ __all__ = [
     "Subscription",
     "Wiring",
     "current_delivery",
+    "named",
 ]
 
 # What users have says where they have it from, also in its repr and in tracebacks.

@@ -107,8 +107,8 @@ def _fields_of(kind: Any) -> tuple[str, ...] | None:  # Any: a class of an optio
         return tuple(each.name for each in kind.__attrs_attrs__)
     if hasattr(kind, "__struct_fields__"):
         return tuple(kind.__struct_fields__)
-    if hasattr(kind, "__pydantic_fields__"):
-        return (*kind.__pydantic_fields__, "__pydantic_extra__", "__pydantic_private__")
+    if hasattr(kind, "model_fields"):
+        return (*kind.model_fields, "__pydantic_extra__", "__pydantic_private__")
     return tuple(kind._fields) if hasattr(kind, "_fields") else None
 
 
@@ -125,7 +125,7 @@ def _is_accepted(sent: object, back: object) -> bool:
 
 
 def _same(sent: Any, back: Any) -> bool:  # Any: two leaves of one type, or accepted as such
-    if isinstance(sent, float):
+    if isinstance(sent, float | complex):
         return repr(sent) == repr(cast("object", back))  # tells -0.0 and 0.0 apart
     if isinstance(sent, Decimal):
         return sent.as_tuple() == cast("Decimal", back).as_tuple()

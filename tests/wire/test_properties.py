@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 from uuid import UUID
 
 import pytest
@@ -15,7 +15,18 @@ from hypothesis.strategies import SearchStrategy
 
 from eventkit.exceptions import EventEncodingError, InvalidEventTypeError
 from eventkit.wire import codec_for, named
-from tests.wire.test_codec import Address, Card, Cash, Colour, Level, Line, Node, Status, Wire
+from tests.wire.test_codec import (
+    Address,
+    Card,
+    Cash,
+    Colour,
+    Level,
+    Line,
+    Node,
+    Status,
+    Wire,
+    codec_of,
+)
 
 # A type and values of it.
 Kind = tuple[Any, SearchStrategy[Any]]
@@ -28,7 +39,7 @@ ZONES = st.one_of(
 )
 TEXT = st.text(max_size=5)
 DECIMALS = st.one_of(
-    st.decimals(),
+    st.decimals().filter(lambda number: not number.is_snan()),  # has no hash
     st.integers(-(10**40), 10**40).map(Decimal),
     st.tuples(st.integers(-99, 99), st.integers(-6000, 6000)).map(
         lambda d: Decimal(d[0]).scaleb(d[1])
@@ -72,8 +83,13 @@ ANYTHING: SearchStrategy[Any] = st.recursive(
 )
 
 
+def of(form: Any, *arguments: Any) -> Any:
+    first, *others = arguments
+    return form[first, *others] if others else form[first]
+
+
 def is_hashable(kind: Kind) -> bool:
-    return isinstance(kind[0], type) and kind[0] not in (Address, Node, list, dict, set)
+    return isinstance(kind[0], type) and kind[0] not in (Any, Address, Node)
 
 
 def containers(inner: SearchStrategy[Kind]) -> SearchStrategy[Kind]:
@@ -85,18 +101,18 @@ def containers(inner: SearchStrategy[Kind]) -> SearchStrategy[Kind]:
 
     keys = inner.filter(is_hashable)
     return st.one_of(
-        inner.map(lambda k: (list[k[0]], st.lists(k[1], max_size=3))),
-        inner.map(lambda k: (tuple[k[0], ...], st.lists(k[1], max_size=3).map(tuple))),
+        inner.map(lambda k: (of(list, k[0]), st.lists(k[1], max_size=3))),
+        inner.map(lambda k: (of(tuple, k[0], ...), st.lists(k[1], max_size=3).map(tuple))),
         st.tuples(inner, inner).map(
-            lambda k: (tuple[k[0][0], k[1][0]], st.tuples(k[0][1], k[1][1]))
+            lambda k: (of(tuple, k[0][0], k[1][0]), st.tuples(k[0][1], k[1][1]))
         ),
-        keys.map(lambda k: (set[k[0]], st.sets(k[1], max_size=3))),
-        keys.map(lambda k: (frozenset[k[0]], st.frozensets(k[1], max_size=3))),
+        keys.map(lambda k: (of(set, k[0]), st.sets(k[1], max_size=3))),
+        keys.map(lambda k: (of(frozenset, k[0]), st.frozensets(k[1], max_size=3))),
         st.tuples(keys, inner).map(
-            lambda k: (dict[k[0][0], k[1][0]], st.dictionaries(k[0][1], k[1][1], max_size=3))
+            lambda k: (of(dict, k[0][0], k[1][0]), st.dictionaries(k[0][1], k[1][1], max_size=3))
         ),
-        inner.map(lambda k: (k[0] | None, st.none() | k[1])),
-        st.lists(inner.filter(lambda k: k[0] is not Literal), min_size=2, max_size=3).map(union),
+        inner.map(lambda k: (of(Optional, k[0]), st.none() | k[1])),
+        st.lists(inner, min_size=2, max_size=3).map(union),
     )
 
 
@@ -121,11 +137,11 @@ def canonical(value: Any) -> Any:
     if dataclasses.is_dataclass(value) or isinstance(value, Address):
         names = getattr(value, "__dataclass_fields__", None) or Address.model_fields
         return kind, [(name, canonical(getattr(value, name))) for name in names]
-    if isinstance(value, dict):
+    if kind == "dict":
         return kind, [(canonical(key), canonical(part)) for key, part in value.items()]
-    if isinstance(value, list | tuple):
+    if kind in {"list", "tuple"}:
         return kind, [canonical(part) for part in value]
-    if isinstance(value, set | frozenset):
+    if kind in {"set", "frozenset"}:
         return kind, sorted(repr(canonical(part)) for part in value)
     return kind, repr(value)
 
@@ -136,16 +152,22 @@ def event_of(hints: list[Any], values: list[Any]) -> Any:
     return made(*values)
 
 
-def assert_exact_or_refused(event: Any) -> None:
+def there_and_back(event: Any) -> tuple[Any, str | None]:
+    """Give what comes back, or why it is refused."""
     try:
-        codec = codec_for(type(event))
+        codec = codec_of(event)
         payload = codec.encode(event)
     except (InvalidEventTypeError, EventEncodingError) as error:
-        assert any(f".field{index}" in str(error) for index in range(3)) or "Line." in str(error), (
-            error
-        )
-        return
-    assert canonical(codec.decode(payload, "made")) == canonical(event)
+        return None, str(error)
+    return codec.decode(payload, "made"), None
+
+
+def assert_exact_or_refused(event: Any) -> None:
+    back, refusal = there_and_back(event)
+    if refusal is None:
+        assert canonical(back) == canonical(event)
+    else:
+        assert ".field" in refusal or "Line." in refusal, refusal
 
 
 @SLOW
@@ -225,12 +247,9 @@ def test_so_it_is_with_msgspec(
         else msgspec.defstruct("Made", list(hints.items()))
     )
     event = made(*[data.draw(values) for _, values in kinds])
-    try:
-        codec = codec_for(made)
-        payload = codec.encode(event)
-    except (InvalidEventTypeError, EventEncodingError) as error:
-        assert "Made" in str(error) or "Line." in str(error)
-        return
-    back = codec.decode(payload, "made")
-    for name in hints:
-        assert canonical(getattr(back, name)) == canonical(getattr(event, name))
+    back, refusal = there_and_back(event)
+    if refusal is None:
+        for name in hints:
+            assert canonical(getattr(back, name)) == canonical(getattr(event, name))
+    else:
+        assert ".field" in refusal or "Line." in refusal, refusal
