@@ -29,6 +29,7 @@ from typing import (
 from uuid import UUID, uuid4
 from zoneinfo import ZoneInfo
 
+import attrs
 import pydantic
 import pytest
 from freezegun import freeze_time
@@ -114,6 +115,12 @@ def holding(hint: Any, *, config: Any = None) -> Any:
         "Holding", [("value", hint)], namespace=namespace, frozen=True, slots=True
     )
     return named("holding")(made)
+
+
+def attrs_class_of(name: str, hints: dict[str, Any]) -> Any:
+    made: Any = type(name, (), {})  # attrs.make_class of old versions keeps no annotations
+    made.__annotations__ = hints
+    return attrs.define(made)
 
 
 def codec_of(event: Any) -> Codec[Any]:

@@ -27,6 +27,7 @@ from tests.wire.test_codec import (
     Row,
     Size,
     assert_exact,
+    attrs_class_of,
     codec_of,
     everything_about,
     refused,
@@ -135,7 +136,7 @@ def struct_holding(hint: Any) -> Any:
 
 
 def attrs_holding(hint: Any) -> Any:
-    return named("attrs")(attrs.make_class("Holding", {"value": attrs.field(type=hint)}))
+    return named("attrs")(attrs_class_of("Holding", {"value": hint}))
 
 
 KINDS = pytest.mark.parametrize("holding", [struct_holding, attrs_holding])

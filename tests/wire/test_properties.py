@@ -9,7 +9,7 @@ from typing import Any, Literal, Optional
 from uuid import UUID
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
@@ -25,6 +25,7 @@ from tests.wire.test_codec import (
     Node,
     Status,
     Wire,
+    attrs_class_of,
     codec_of,
 )
 
@@ -183,9 +184,13 @@ def test_a_value_of_the_declared_type_comes_back_or_is_refused(
 @SLOW
 @given(kind=KINDS, value=ANYTHING)
 def test_a_value_of_another_type_comes_back_or_is_refused(kind: Kind, value: Any) -> None:
-    assume(not (type(value) is int and "float" in repr(kind[0])))  # comes back as a float
-
-    assert_exact_or_refused(event_of([kind[0]], [value]))
+    event = event_of([kind[0]], [value])
+    back, refusal = there_and_back(event)
+    if refusal is not None:
+        assert ".field" in refusal or "Line." in refusal, refusal
+    elif canonical(back) != canonical(event):
+        assert "float" in repr(kind[0])  # where an int may stand, and comes back as an equal float
+        assert back == event
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,15 +240,13 @@ def test_usual_values_are_never_refused_and_are_not_compared(event: Usual) -> No
 
 
 @SLOW
-@given(data=st.data(), kinds=st.lists(KINDS, min_size=1, max_size=3), attrs_class=st.booleans())
-def test_so_it_is_with_msgspec(
-    data: st.DataObject, kinds: list[Kind], *, attrs_class: bool
-) -> None:
-    attrs, msgspec = pytest.importorskip("attrs"), pytest.importorskip("msgspec")
+@given(data=st.data(), kinds=st.lists(KINDS, min_size=1, max_size=3), by_attrs=st.booleans())
+def test_so_it_is_with_msgspec(data: st.DataObject, kinds: list[Kind], *, by_attrs: bool) -> None:
+    msgspec = pytest.importorskip("msgspec")
     hints = {f"field{index}": hint for index, (hint, _) in enumerate(kinds)}
     made: Any = named("made")(
-        attrs.make_class("Made", {name: attrs.field(type=hint) for name, hint in hints.items()})
-        if attrs_class
+        attrs_class_of("Made", hints)
+        if by_attrs
         else msgspec.defstruct("Made", list(hints.items()))
     )
     event = made(*[data.draw(values) for _, values in kinds])
