@@ -1,14 +1,12 @@
 """Structs and attrs classes, which msgspec writes: as they were, or refused."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
-from enum import Enum, IntEnum
 from typing import Annotated, Any, Generic, Literal, TypeVar
 from uuid import UUID, uuid4
 
 import attrs
-import pydantic
 import pytest
 
 from eventkit.exceptions import EventEncodingError
@@ -29,14 +27,15 @@ from tests.wire.test_codec import (
     Row,
     Size,
     assert_exact,
+    attrs_class_of,
+    codec_of,
     everything_about,
     refused,
     refused_class,
 )
 
-msgspec = pytest.importorskip("msgspec")
-if True:
-    import msgspec
+pytest.importorskip("msgspec")
+import msgspec
 
 T = TypeVar("T")
 
@@ -51,7 +50,7 @@ class Refunded(msgspec.Struct, frozen=True, tag="refunded"):
 
 class Tree(msgspec.Struct):
     value: int
-    children: "list[Tree]" = []  # noqa: RUF012 - msgspec copies it
+    children: "list[Tree]" = []
 
 
 class Omitting(msgspec.Struct, omit_defaults=True, rename="camel"):
@@ -137,7 +136,7 @@ def struct_holding(hint: Any) -> Any:
 
 
 def attrs_holding(hint: Any) -> Any:
-    return named("attrs")(attrs.make_class("Holding", {"value": attrs.field(type=hint)}))
+    return named("attrs")(attrs_class_of("Holding", {"value": hint}))
 
 
 KINDS = pytest.mark.parametrize("holding", [struct_holding, attrs_holding])
@@ -320,7 +319,7 @@ def test_an_error_says_where_and_why() -> None:
 def test_no_error_of_encoding_carries_the_value() -> None:
     event = struct_holding(dict[str, Any])({SECRET: {SECRET: {1}}})
     with pytest.raises(EventEncodingError) as caught:
-        codec_for(type(event)).encode(event)
+        codec_of(event).encode(event)
     error = caught.value
     assert error.__traceback__ is not None
 
