@@ -553,10 +553,9 @@ def _engine_of(given: Any) -> Engine | AsyncEngine:  # Any: as `deliver_on_commi
         found = found.kw.get("bind")
     if isinstance(found, Engine | AsyncEngine):
         return found
-    if isinstance(given, str):
-        given = "a str"  # a URL may have a password
+    shown = "a str" if isinstance(given, str) else repr(given)  # a URL may have a password
     raise ValueError(
-        f"Outbox() needs an engine, and {given!r} leads to none: give it the engine itself"
+        f"Outbox() needs an engine, and {shown} leads to none: give it the engine itself"
     )
 
 
