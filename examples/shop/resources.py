@@ -40,6 +40,7 @@ class Resources:
         finally:
             await self.http.aclose()
             self.blocking_http.close()
+            self.outbox.detach()
             self.database.close()
 
 
