@@ -405,6 +405,9 @@ class Outbox:
     async def run_due(self, within: float = 0.0) -> DrainReport:
         """Run what is due, here and now, until nothing is; for tests, cron, and serverless.
 
+        Handlers get their dependencies from the application whose request or lifespan this is
+        called in, or whose lifespan is on this event loop.
+
         Args:
             within: Also what is due in so many seconds, as if they were over. With a large number
                 a delivery that fails is tried until its attempts are used up.
