@@ -41,6 +41,7 @@ from eventkit import DomainEvent
 from eventkit.exceptions import EventEncodingError, InvalidEventTypeError
 from eventkit.wire import Codec, EventDecodingError, codec_for, named
 from eventkit.wire._loss import loss_of
+from tests.wire.ids import shown
 
 SECRET = "s3cret"
 T = TypeVar("T")
@@ -239,12 +240,12 @@ EXACT: list[tuple[Any, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("hint", "value"), EXACT, ids=repr)
+@pytest.mark.parametrize(("hint", "value"), EXACT, ids=shown)
 def test_it_comes_back_as_it_was(hint: Any, value: Any) -> None:
     assert_exact(holding(hint)(value))
 
 
-@pytest.mark.parametrize(("hint", "value"), EXACT, ids=repr)
+@pytest.mark.parametrize(("hint", "value"), EXACT, ids=shown)
 def test_nested_in_a_list_it_comes_back_as_it_was_too(hint: Any, value: Any) -> None:
     assert_exact(holding(list[hint])([value, value]))
 
@@ -303,7 +304,7 @@ LOST: list[tuple[Any, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("hint", "value", "why"), LOST, ids=repr)
+@pytest.mark.parametrize(("hint", "value", "why"), LOST, ids=shown)
 def test_what_would_change_is_refused_with_the_field(hint: Any, value: Any, why: str) -> None:
     message = refused(holding(hint)(value))
 
@@ -409,7 +410,7 @@ REFUSED: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("hint", "why"), REFUSED, ids=repr)
+@pytest.mark.parametrize(("hint", "why"), REFUSED, ids=shown)
 def test_what_json_cannot_hold_is_refused_at_once_with_the_field(hint: Any, why: str) -> None:
     message = refused_class(holding(hint))
 
@@ -716,7 +717,7 @@ class Page(pydantic.BaseModel, Generic[ModelT]):
         7,
         "x",
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_every_kind_of_class_comes_back(event: Any) -> None:
     if class_of(event).__name__ == "Page[Decimal]":

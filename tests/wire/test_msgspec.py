@@ -11,6 +11,7 @@ import pytest
 
 from eventkit.exceptions import EventEncodingError
 from eventkit.wire import EventDecodingError, codec_for, named
+from tests.wire.ids import shown
 from tests.wire.test_codec import (
     NOT_UTF8,
     SECRET,
@@ -181,7 +182,7 @@ KINDS = pytest.mark.parametrize("holding", [struct_holding, attrs_holding])
         (float, 1e300),
         (msgspec.Raw, msgspec.Raw(b"1")),
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_it_comes_back_as_it_was(holding: Any, hint: Any, value: Any) -> None:
     assert_exact(holding(hint)(value))
@@ -202,7 +203,7 @@ def test_it_comes_back_as_it_was(holding: Any, hint: Any, value: Any) -> None:
         (Literal["a"], "b", "it is not valid"),
         (list[Any], [object()], "object cannot be written as JSON"),
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_what_would_change_is_refused_with_the_field(
     holding: Any, hint: Any, value: Any, why: str
@@ -226,7 +227,7 @@ def test_what_would_change_is_refused_with_the_field(
         (dict[tuple[int, int], int], "cannot be the key of a JSON object"),
         (complex, "complex cannot be stored"),
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_what_json_cannot_hold_is_refused_at_once(holding: Any, hint: Any, why: str) -> None:
     message = refused_class(holding(hint))
@@ -251,7 +252,7 @@ def test_what_json_cannot_hold_is_refused_at_once(holding: Any, hint: Any, why: 
         Positive(1),
         HoldsAttrs(Ordered(1, []), Paid(2)),
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_every_kind_of_class_comes_back(event: Any) -> None:
     assert_exact(event)
