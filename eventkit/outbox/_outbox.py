@@ -263,8 +263,9 @@ class Outbox:
         owner = None
         if leased:
             owner = self._holdings.lease.owner
-            self._holdings.lease.start()
-            if not self._holdings.lease.is_valid:
+            is_valid = self._holdings.lease.is_valid
+            self._holdings.lease.start(at_once=is_valid)
+            if not is_valid:
                 underway.renewed = self._holdings.lease.now()
                 self._holdings.store.beat(connection, owner, self._holdings.lease.seconds)
         self._holdings.store.insert(connection, facts, owner)
