@@ -6,6 +6,7 @@ Knows no HTTP and no SQL text.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 from anyio import CancelScope, create_task_group, sleep_forever
 from anyio.abc import TaskGroup
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, RootTransaction, event
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -143,6 +144,8 @@ class Outbox:
         self._engine: Engine = found.sync_engine if isinstance(found, AsyncEngine) else found
         self._marks: WeakKeyDictionary[Session, Row] = WeakKeyDictionary()
         self._underway: WeakKeyDictionary[Transaction, _Underway] = WeakKeyDictionary()
+        # By the transaction of their caller's connection: rows that its commit is to show.
+        self._unseen: WeakKeyDictionary[RootTransaction, Counter[str]] = WeakKeyDictionary()
         self._lock = Lock()
         self._memory = 0  # how many `in_memory` blocks are open
         self._told: set[object] = set()  # what was warned of
@@ -222,18 +225,35 @@ class Outbox:
         """Write what this commit decides; what it raises comes out of the user's `commit()`."""
         if connection.engine.pool is not self._engine.pool:
             return
+        if transaction.is_root and self._unseen:
+            self._show(connection)
         events = _deciding(transaction)
         marked = self._marked(connection, transaction)
         if events or marked:
             self._holdings.place_tables()
             self._underway[transaction] = underway = _Underway(events)
             leased = bool(events) and transaction.is_root and self._may_lease()
-            if (
-                leased
-            ):  # first, as those do who reap: the other way round the two could wait crosswise
+            if leased:  # first, as those do who reap: the other way round both could wait
                 self._renew(connection, underway)
             self._complete(connection, marked, underway)
             self._write(connection, underway, leased=leased)
+            if not transaction.is_root:
+                self._note_unseen(connection, events)
+
+    def _note_unseen(self, connection: Connection, events: Sequence[EventRows]) -> None:
+        """Note rows that nobody sees before the caller of this savepoint commits."""
+        root = connection.get_transaction()
+        assert root is not None
+        names = Counter(row.handler for each in events for row in each.rows.values())
+        with self._state.tally.lock:
+            self._unseen.setdefault(root, Counter()).update(names)
+            self._state.unseen.update(names)
+
+    def _show(self, connection: Connection) -> None:
+        """The caller commits, so what was written in savepoints before is seen from now on."""
+        root = connection.get_transaction()
+        with self._state.tally.lock:
+            self._state.unseen -= Counter(self._unseen.pop(root, {}))
 
     def _marked(self, connection: Connection, transaction: Transaction) -> list[Row]:
         """The rows that this commit is to complete: of handlers that run still."""
@@ -270,8 +290,9 @@ class Outbox:
     def _renew(self, connection: Connection, underway: _Underway) -> None:
         """Have others know in the same transaction that this process is alive."""
         lease = self._holdings.lease
-        lease.start()
-        if not lease.is_valid:
+        is_valid = lease.is_valid
+        lease.start(at_once=is_valid)
+        if not is_valid:
             underway.renewed = lease.now()
             self._holdings.store.beat(connection, lease.owner, lease.seconds)
 
