@@ -360,7 +360,7 @@ class EventContextMiddleware:
                 return None
             service = keeper.serve(host, tasks, concurrency=self._concurrency)
             await service.start()
-        except EventKitError as error:
+        except (EventKitError, RuntimeError, ValueError) as error:
             await _refuse_to_start(receive, send, error)
         return service
 
