@@ -14,17 +14,27 @@ from __future__ import annotations
 import logging
 import math
 import random
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-from anyio import CancelScope, Event, create_task_group, move_on_after, sleep
+from anyio import (
+    CancelScope,
+    Event,
+    create_task_group,
+    move_on_after,
+    sleep,
+    sleep_forever,
+)
 from anyio.abc import TaskGroup
 
 from eventkit._core.awaited import run_all
+from eventkit._core.drainer import Drainer
 from eventkit._core.events import Delivery
 from eventkit._core.log import log
 from eventkit._core.loops.running import on_trio
 from eventkit._core.loops.tasks import tasks_here
+from eventkit._core.loops.threads import Entrance
 from eventkit._core.state import BusState, Host
 from eventkit._core.turns import DrainReport, Failure
 from eventkit.exceptions import OutboxSchemaError
@@ -48,7 +58,6 @@ class Relay:
         host: Who runs the units of work that the rows are fed to.
         tasks: The group that its own tasks are in.
         concurrency: How many rows run at once.
-        slows_down: Whether it looks less often while it finds nothing.
     """
 
     def __init__(
@@ -58,14 +67,11 @@ class Relay:
         host: Host,
         tasks: TaskGroup,
         concurrency: int,
-        *,
-        slows_down: bool = True,
     ) -> None:
         self._holdings = holdings
         self._state = state
         self._host = host
         self._tasks = tasks
-        self._slows_down = slows_down
         self._source = RowSource(holdings, state, concurrency, self._row_ended)
         self._fed: set[Fed] = set()
         self._wanted = Event()  # somebody wants it to look now
@@ -83,6 +89,11 @@ class Relay:
     def is_looking(self) -> bool:
         """Whether it has looked into the table within three polls."""
         return not self._stopped and self._holdings.lease.now() - self._looked_at <= 3 * self._poll
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds that deliveries may go on at shutdown; None where the application says so."""
+        return self._holdings.patience
 
     async def start(self) -> None:
         """Begin to look, to run and to write.
@@ -166,7 +177,7 @@ class Relay:
                 self._looked_at = self._holdings.lease.now()
             except Exception as error:  # noqa: BLE001 - of a database, or of its driver
                 self._holdings.complain("the outbox cannot reach its database", error)
-            idle = not found and self._slows_down
+            idle = not found and self._holdings.slows_down
             self._poll = min(_SLOWEST_POLL, self._poll * 2) if idle else POLL
             with move_on_after(self._poll * random.uniform(1 - _SPREAD, 1 + _SPREAD)):
                 await self._wanted.wait()
@@ -254,6 +265,49 @@ class Relay:
     def _row_ended(self) -> None:
         if self._source.stock.waiting * 2 <= self._source.most_held():
             self._wanted.set()
+
+
+async def run_until_cancelled(
+    holdings: Holdings,
+    state: BusState,
+    concurrency: int,
+    shutdown_timeout: float,
+    left: Callable[[bool], object] = lambda stuck: None,
+) -> None:
+    """Be a relay in a process that serves no requests. See `Outbox.run`.
+
+    Args:
+        holdings: What this process holds of the table.
+        state: Of the bus.
+        concurrency: How many rows run at once.
+        shutdown_timeout: Seconds that what runs may go on once it is cancelled.
+        left: Called when all is written down and given back. True says that handlers go on which
+            could not be ended, and that it does not return before they have ended.
+    """
+    holdings.become_relay()
+    refusal: Exception | None = None
+    async with create_task_group() as tasks:
+        drainer = Drainer(state, tasks, concurrency=concurrency, max_pending=None)
+        host = Host(Entrance(), drainer.submit, None, lambda: drainer.is_crowded, drainer.begin)
+        relay = Relay(holdings, state, host, tasks, concurrency)
+        try:
+            await relay.start()
+        except Exception as error:  # noqa: BLE001 - the group would wrap it, so it is raised below
+            refusal = error
+            tasks.cancel_scope.cancel()
+        else:
+            state.add_host(host)
+            try:
+                await sleep_forever()
+            finally:
+                relay.stop()
+                with CancelScope(shield=True):
+                    await drainer.close(shutdown_timeout)
+                    state.remove_host(host)
+                    await relay.leave()
+                    left(drainer.stuck)
+    if refusal is not None:
+        raise refusal
 
 
 async def run_due(
