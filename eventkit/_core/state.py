@@ -76,6 +76,11 @@ class Keeper(Protocol):
 class Service(Protocol):
     """Runs deliveries that are kept, on the event loop of one application."""
 
+    @property
+    def patience(self) -> float | None:
+        """Seconds that deliveries may go on at shutdown; None where the application says so."""
+        ...
+
     async def start(self) -> None:
         """Begin.
 

@@ -58,8 +58,11 @@ class Holdings:
         store: The statements.
         lease: Who this process is, and whether it may run rows.
         relays: Whether rows run in this process at all.
+        slows_down: Whether its relays look less often while they find nothing.
+        patience: Seconds that deliveries may go on at shutdown; None where the application says so.
         lost: How many leases were lost before the outcome was written.
         closed: Whether the outbox is detached, so that nothing is claimed any more.
+        given_back: How many rows were given back as relays ended.
     """
 
     def __init__(
@@ -76,8 +79,11 @@ class Holdings:
         self.database = database
         self.store = store
         self.relays = relays
+        self.slows_down = True
+        self.patience: float | None = None
         self.lost = 0
         self.closed = False
+        self.given_back = 0
         self._state = state
         # By id; events hold their rows, and whatever drops an event frees them.
         self._rows: WeakValueDictionary[UUID, Row] = WeakValueDictionary()
@@ -87,6 +93,10 @@ class Holdings:
         self._relays: dict[object, list[Looking]] = {}  # by event loop
         self._complained_at = -math.inf
         self.lease = Lease(database, store, seconds, self._known_ids)
+
+    def become_relay(self) -> None:
+        """Have this process run rows, whatever was said before: it does nothing else."""
+        self.relays, self.slows_down = True, False
 
     # Rows
 
@@ -245,6 +255,7 @@ class Holdings:
         except Exception as error:  # noqa: BLE001 - as above; what it has leased lapses
             self.complain("deliveries could not be given back, and lapse", error)
         else:
+            self.given_back += given_back
             if given_back:
                 log(
                     logging.INFO,
@@ -301,8 +312,8 @@ class Holdings:
 def _say_dead(outcome: Outcome) -> None:
     log(
         logging.ERROR,
-        "a delivery is dead: its attempts are used up, or it was given up. `eventkit outbox retry` "
-        "tries it again",
+        "a delivery is dead: its attempts are used up, or it was given up. "
+        "`eventkit outbox retry module:outbox ID` tries it again",
         handler=outcome.row.handler,
         delivery_id=str(outcome.row.id),
         attempt=outcome.row.attempt,

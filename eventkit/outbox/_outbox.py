@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -17,7 +17,7 @@ from typing import Any, cast
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from anyio import CancelScope, Event, create_task_group, sleep_forever
+from anyio import CancelScope
 from anyio.abc import TaskGroup
 from sqlalchemy import Connection, Engine, RootTransaction, event
 from sqlalchemy.ext.asyncio import (
@@ -30,10 +30,8 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from eventkit._core.ambient import current
 from eventkit._core.bus import EventBus, state_of
-from eventkit._core.drainer import Drainer
 from eventkit._core.locations import caller
 from eventkit._core.log import log
-from eventkit._core.loops.threads import Entrance
 from eventkit._core.queue import Envelope
 from eventkit._core.state import Host
 from eventkit._core.subscriptions import Declaration
@@ -43,13 +41,13 @@ from eventkit.exceptions import LeaseLostError
 from eventkit.outbox._catalog import Catalog
 from eventkit.outbox._database import Database
 from eventkit.outbox._holdings import Holdings
-from eventkit.outbox._relay import POLL, Relay, examine, run_due
+from eventkit.outbox._relay import POLL, Relay, run_due, run_until_cancelled
 from eventkit.outbox._rows import EventRows, Row, headers_of, rows_of
 from eventkit.outbox._store import Batch, OutboxStats, Store, StoredDelivery, in_batches
 from eventkit.sqlalchemy import CommitTie, deliver_on_commit
 from eventkit.wire import codec_for
 
-_CONCURRENCY = 4  # as the middleware's
+CONCURRENCY = 4  # as the middleware's
 _LARGE = 1_000_000  # characters of a payload that is worth a warning
 
 
@@ -99,6 +97,10 @@ class Outbox:
         store: The engine for the outbox's own connections, at most three; by default a twin of
             `engine`, which shares nothing of its pool.
 
+    Attributes:
+        bus: As given.
+        concurrency: As given; what is assigned holds for relays that begin later.
+
     Raises:
         TypeError: An argument is of another kind.
         ValueError: The bus has an outbox, or is tied to the engine; or the engine commits each
@@ -131,7 +133,8 @@ class Outbox:
             raise ValueError(
                 f"{bus!r} has an outbox already: one per bus, where the application is wired"
             )
-        self._bus, self._state = bus, state
+        self.bus: EventBus = bus
+        self._state = state
         catalog = Catalog(bus)
         catalog.admit_all()
         found = _engine_of(engine)
@@ -175,7 +178,7 @@ class Outbox:
         self.detach()
 
     def __repr__(self) -> str:
-        return f"<Outbox of {self._bus!r}>"
+        return f"<Outbox of {self.bus!r}>"
 
     # The way into the user's transaction
 
@@ -406,37 +409,8 @@ class Outbox:
             OutboxSchemaError: The tables are missing, or of another version.
             RuntimeError: An `AsyncEngine` on trio.
         """
-        self._holdings.relays = True
-        await examine(self._holdings)  # here, where no task group wraps what it raises
-        over = Event()
-        async with create_task_group() as tasks:
-            tasks.start_soon(self._relay_until, over, shutdown_timeout)
-            try:
-                await sleep_forever()
-            finally:
-                over.set()
-
-    async def _relay_until(self, over: Event, shutdown_timeout: float) -> None:
-        """Be a relay until it is over. A cancellation would end at once what runs."""
-        concurrency = self.concurrency or _CONCURRENCY
-        with CancelScope(shield=True):
-            async with create_task_group() as tasks:
-                drainer = Drainer(self._state, tasks, concurrency=concurrency, max_pending=None)
-                host = Host(
-                    Entrance(), drainer.submit, None, lambda: drainer.is_crowded, drainer.begin
-                )
-                relay = Relay(
-                    self._holdings, self._state, host, tasks, concurrency, slows_down=False
-                )
-                await relay.start()
-                self._state.add_host(host)
-                try:
-                    await over.wait()
-                finally:
-                    relay.stop()
-                    await drainer.close(shutdown_timeout)
-                    self._state.remove_host(host)
-                    await relay.leave()
+        concurrency = self.concurrency or CONCURRENCY
+        await run_until_cancelled(self._holdings, self._state, concurrency, shutdown_timeout)
 
     async def run_due(self, within: float = 0.0) -> DrainReport:
         """Run what is due, here and now, until nothing is; for tests, cron, and serverless.
@@ -448,7 +422,7 @@ class Outbox:
             within: Also what is due in so many seconds, as if they were over. With a large number
                 a delivery that fails is tried until its attempts are used up.
         """
-        return await run_due(self._holdings, self._state, self.concurrency or _CONCURRENCY, within)
+        return await run_due(self._holdings, self._state, self.concurrency or CONCURRENCY, within)
 
     # Operations
 
@@ -534,13 +508,31 @@ class Outbox:
         *,
         handler: str | None = None,
         before: timedelta | float | None = None,
+        state: str | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> int:
-        """Delete deliveries that are not running. Arguments and errors as of `retry`."""
-        chosen = _chosen(ids, handler=handler, before=before)
+        """Delete deliveries that are not running. Arguments and errors as of `retry`.
+
+        With `state`, only those that are "ready", "dead" or "unreadable".
+        """
+        chosen = _chosen(ids, handler=handler, before=before, state=state)
         return await in_batches(
             self._change, partial(self._holdings.store.drop, **chosen), progress
         )
+
+    async def count(
+        self,
+        ids: Iterable[UUID] | None = None,
+        *,
+        handler: str | None = None,
+        before: timedelta | float | None = None,
+    ) -> Mapping[tuple[str, str], int]:
+        """How many deliveries there are, by handler and state: what `drop` would meet.
+
+        The arguments are those of `retry`, and without any it counts all.
+        """
+        read = partial(self._holdings.store.count, ids=ids, handler=handler, before=before)
+        return await self._holdings.database.run(read, writes=False)
 
     async def _change(self, function: Callable[[Connection], Batch]) -> Batch:
         return await self._holdings.database.run(function)
@@ -596,6 +588,11 @@ def complete_with(
     if unit is None or unit.delivery is None or not isinstance(unit.state.keeper, Outbox):
         return
     unit.state.keeper.mark(found, unit.delivery.id)
+
+
+def holdings_of(outbox: Outbox) -> Holdings:
+    """What its process holds of the table, for the command."""
+    return outbox._holdings  # noqa: SLF001 - the one door to it
 
 
 def _tied(bus: EventBus, engine: Any) -> CommitTie:  # Any: as `deliver_on_commit`

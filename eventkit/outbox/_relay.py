@@ -14,18 +14,29 @@ from __future__ import annotations
 import logging
 import math
 import random
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-from anyio import CancelScope, Event, create_task_group, move_on_after, sleep, to_thread
+from anyio import (
+    CancelScope,
+    Event,
+    create_task_group,
+    move_on_after,
+    sleep,
+    sleep_forever,
+    to_thread,
+)
 from anyio.abc import TaskGroup
 
 from eventkit._core.ambient import current, origin
 from eventkit._core.awaited import run_all
+from eventkit._core.drainer import Drainer
 from eventkit._core.events import Delivery
 from eventkit._core.log import log
 from eventkit._core.loops.running import current_loop, on_trio
 from eventkit._core.loops.tasks import tasks_here
+from eventkit._core.loops.threads import Entrance
 from eventkit._core.state import BusState, Host
 from eventkit._core.turns import DrainReport, Failure
 from eventkit.exceptions import OutboxSchemaError
@@ -52,7 +63,6 @@ class Relay:
         host: Who runs the units of work that the rows are fed to.
         tasks: The group that its own tasks are in.
         concurrency: How many rows run at once.
-        slows_down: Whether it looks less often while it finds nothing.
     """
 
     def __init__(
@@ -62,14 +72,11 @@ class Relay:
         host: Host,
         tasks: TaskGroup,
         concurrency: int,
-        *,
-        slows_down: bool = True,
     ) -> None:
         self._holdings = holdings
         self._state = state
         self._host = host
         self._tasks = tasks
-        self._slows_down = slows_down
         self._source = RowSource(holdings, state, concurrency, self._row_ended)
         self._fed: set[Fed] = set()
         self._wanted = Event()  # somebody wants it to look now
@@ -92,6 +99,11 @@ class Relay:
     def is_looking(self) -> bool:
         """Whether it has looked into the table within three polls."""
         return not self._stopped and self._holdings.lease.now() - self._looked_at <= 3 * self._poll
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds that deliveries may go on at shutdown; None where the application says so."""
+        return self._holdings.patience
 
     async def start(self) -> None:
         """Begin to look, to run and to write.
@@ -179,7 +191,7 @@ class Relay:
                     self._looked_at = self._holdings.lease.now()
                 except Exception as error:  # noqa: BLE001 - of a database, or of its driver
                     self._holdings.complain(_AWAY, error)
-                idle = not found and self._slows_down
+                idle = not found and self._holdings.slows_down
                 self._poll = min(_SLOWEST_POLL, self._poll * 2) if idle else POLL
                 with move_on_after(self._pause()):
                     await self._wanted.wait()
@@ -314,6 +326,55 @@ async def examine(holdings: Holdings) -> bool:
         holdings.complain(_AWAY, error)
         return False
     return True
+
+
+async def run_until_cancelled(
+    holdings: Holdings,
+    state: BusState,
+    concurrency: int,
+    shutdown_timeout: float,
+    left: Callable[[bool], object] = lambda stuck: None,
+) -> None:
+    """Be a relay in a process that serves no requests. See `Outbox.run`.
+
+    Args:
+        holdings: What this process holds of the table.
+        state: Of the bus.
+        concurrency: How many rows run at once.
+        shutdown_timeout: Seconds that what runs may go on once it is cancelled.
+        left: Called when all is written down and given back. True says that handlers go on which
+            could not be ended, and that it does not return before they have ended.
+    """
+    holdings.become_relay()
+    await examine(holdings)  # here, where no task group wraps what it raises
+    over = Event()
+
+    async def relay_until_over() -> None:
+        """Be it in a shield: a cancellation would end at once what runs."""
+        with CancelScope(shield=True):
+            async with create_task_group() as tasks:
+                drainer = Drainer(state, tasks, concurrency=concurrency, max_pending=None)
+                host = Host(
+                    Entrance(), drainer.submit, None, lambda: drainer.is_crowded, drainer.begin
+                )
+                relay = Relay(holdings, state, host, tasks, concurrency)
+                await relay.start()
+                state.add_host(host)
+                try:
+                    await over.wait()
+                finally:
+                    relay.stop()
+                    await drainer.close(shutdown_timeout)
+                    state.remove_host(host)
+                    await relay.leave()
+                    left(drainer.stuck)
+
+    async with create_task_group() as tasks:
+        tasks.start_soon(relay_until_over)
+        try:
+            await sleep_forever()
+        finally:
+            over.set()
 
 
 async def run_due(
