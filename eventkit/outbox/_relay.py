@@ -17,7 +17,7 @@ import random
 from contextlib import suppress
 from functools import partial
 
-from anyio import CancelScope, Event, create_task_group, move_on_after, sleep
+from anyio import CancelScope, Event, create_task_group, move_on_after, sleep, to_thread
 from anyio.abc import TaskGroup
 
 from eventkit._core.ambient import current, origin
@@ -106,6 +106,8 @@ class Relay:
             raise
         except Exception as error:  # noqa: BLE001 - the database is away, and may come back
             holdings.complain("the outbox cannot reach its database", error)
+        if not holdings.relays:  # rows are written on the users' connections
+            await to_thread.run_sync(holdings.database.close)
         holdings.enter(self)
         self._tasks.start_soon(self._work)
 
