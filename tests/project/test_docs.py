@@ -462,6 +462,22 @@ def test_alembic_makes_the_tables_as_the_durable_page_has_it_and_keeps_them(
         command.check(config)
 
 
+def test_the_lines_that_the_durable_page_has_of_the_log_are_written() -> None:
+    sources = [*(ROOT / "eventkit" / "outbox").glob("*.py"), ROOT / "eventkit/_core/state.py"]
+    texts = [
+        node.value
+        for source in sources
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    table = re.findall(r"^\| (?:INFO|WARNING|ERROR) \| (.*?) \|", DURABLE.read_text(), re.MULTILINE)
+    lines = [line.removesuffix("...").rstrip() for cell in table for line in cell.split("`")[1::2]]
+
+    assert len(lines) > 15
+    for line in lines:
+        assert any(each.startswith(line) for each in texts), line
+
+
 def test_the_commands_of_the_durable_page_are_those_that_there_are() -> None:
     cli = pytest.importorskip("eventkit._cli._commands", reason="there is no command yet")
     import click
