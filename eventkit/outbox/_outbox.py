@@ -431,7 +431,8 @@ class Outbox:
         """Whether this process runs what is due: for readiness, never for liveness.
 
         The lease is valid by the local clock, and each relay has looked into the table within
-        three polls. Asks no database.
+        three polls. Asks no database. False where nothing is run: with `relay=False`, and before
+        an application has started up.
         """
         relays = self._holdings.looking
         valid = self._holdings.lease.is_valid
@@ -457,7 +458,7 @@ class Outbox:
     async def deliveries(
         self, state: str | None = "dead", handler: str | None = None, limit: int = 100
     ) -> list[StoredDelivery]:
-        """What is kept, without payloads, the ones first that are or were due first.
+        """What is kept, without payloads, ordered by when it is or was due.
 
         Args:
             state: "ready", "leased", "dead" or "unreadable"; None for all.
@@ -511,9 +512,10 @@ class Outbox:
         state: str | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> int:
-        """Delete deliveries that are not running. Arguments and errors as of `retry`.
+        """Delete deliveries, also those that are still to run, but for those that are running.
 
-        With `state`, only those that are "ready", "dead" or "unreadable".
+        With `state`, only those that are "ready", "dead" or "unreadable". Other arguments, result
+        and errors are as of `retry`.
         """
         chosen = _chosen(ids, handler=handler, before=before, state=state)
         return await in_batches(
@@ -538,7 +540,7 @@ class Outbox:
         return await self._holdings.database.run(function)
 
     async def stats(self) -> OutboxStats:
-        """How many deliveries are in which state, in all and by handler."""
+        """How many deliveries are in which state, in all and by handler. Reads the whole table."""
         read = partial(self._holdings.store.stats, known=self._holdings.catalog.known())
         return replace(
             await self._holdings.database.run(read, writes=False), lost=self._holdings.lost
