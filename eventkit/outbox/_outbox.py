@@ -77,7 +77,12 @@ class Outbox:
     It ties the bus to the engine as `deliver_on_commit` does. A delivery to a durable handler is
     an ordinary one that also has a row: the row is written right before the COMMIT of the
     transaction that decides the event, and deleted after the handler has ended. Where the process
-    dies in between, another one runs the delivery, at the latest two seconds after the lease.
+    dies in between, another one runs the delivery, at the latest two seconds after the lease. A
+    process that is alone and is started again waits for a whole lease from its start.
+
+    The tables are made by your migrations or `create_all`: `add_tables(Base.metadata)`. What is due
+    runs in applications with `EventContextMiddleware` from the end of their start-up on, in a
+    process of its own with `run` or the command `eventkit relay`, and in `run_due`.
 
     Also a context manager that detaches at the end of the block.
 
@@ -88,7 +93,7 @@ class Outbox:
         lease: Seconds after which others take over what a process has not renewed.
         relay: Whether durable handlers run in this process. With False it only writes rows.
         concurrency: How many deliveries run at once from the table; by default as many as the
-            middleware's `concurrency`.
+            middleware's `concurrency`, else 4.
         schema: Where the tables are; by default where the engine's connections find them.
         store: The engine for the outbox's own connections, at most three; by default a twin of
             `engine`, which shares nothing of its pool.
@@ -370,6 +375,9 @@ class Outbox:
     async def run(self, *, shutdown_timeout: float = 20.0) -> None:
         """Be a relay until cancelled: run what is due, for a process that serves no requests.
 
+        The command `eventkit relay` does so until SIGTERM. Durable handlers run here even where
+        the outbox was made with `relay=False`.
+
         Handlers get their dependencies as in a job. What runs when it is cancelled may go on for
         `shutdown_timeout` seconds; the rest is given back to the table.
 
@@ -439,7 +447,7 @@ class Outbox:
     async def deliveries(
         self, state: str | None = "dead", handler: str | None = None, limit: int = 100
     ) -> list[StoredDelivery]:
-        """What is kept, without payloads, the oldest first.
+        """What is kept, without payloads, the ones first that are or were due first.
 
         Args:
             state: "ready", "leased", "dead" or "unreadable"; None for all.
@@ -572,10 +580,9 @@ def _engine_of(given: Any) -> Engine | AsyncEngine:  # Any: as `deliver_on_commi
         found = found.kw.get("bind")
     if isinstance(found, Engine | AsyncEngine):
         return found
-    if isinstance(given, str):
-        given = "a str"  # a URL may have a password
+    shown = "a str" if isinstance(given, str) else repr(given)  # a URL may have a password
     raise ValueError(
-        f"Outbox() needs an engine, and {given!r} leads to none: give it the engine itself"
+        f"Outbox() needs an engine, and {shown} leads to none: give it the engine itself"
     )
 
 

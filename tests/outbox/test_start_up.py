@@ -14,7 +14,7 @@ from sqlalchemy import Engine, MetaData, create_engine
 from sqlalchemy.orm import Session
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from eventkit import EventBus
+from eventkit import Durable, EventBus
 from eventkit.exceptions import NoOutboxError, OutboxSchemaError
 from eventkit.outbox import Outbox, add_tables
 from eventkit.starlette import EventContextMiddleware
@@ -174,3 +174,37 @@ async def test_an_app_without_a_lifespan_is_refused_too(bus: EventBus) -> None:
 
     assert failed.trace == ["startup.failed"]
     assert isinstance(failed.error, NoOutboxError)
+
+
+async def test_the_table_that_has_the_outboxs_name_is_missed_first(
+    bus: EventBus, engine: Engine
+) -> None:
+    with Outbox(bus, engine):
+        failed = await started(served(bus))
+
+    assert str(failed.error) == (
+        "there is no table eventkit_outbox in schema 'main': add_tables(Base.metadata), then run "
+        "your migrations or create_all"
+    )
+
+
+async def test_a_failure_says_which_attempt_it_was(
+    bus: EventBus, engine: Engine, tables: MetaData, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def receipt(event: OrderPlaced) -> None:
+        raise ConnectionError
+
+    tables.create_all(engine)
+    bus.subscribe(OrderPlaced, receipt, name="shop:receipt", durable=Durable(attempts=2))
+    with Outbox(bus, engine) as outbox:
+        async with bus.context():
+            with Session(engine) as session, session.begin():
+                bus.publish(OrderPlaced(1))
+        await outbox.run_due(within=3600)
+
+    said = [
+        (record.levelname, record.getMessage().rpartition(" attempt=")[2])
+        for record in caplog.records
+        if record.getMessage().startswith("event handler failed")
+    ]
+    assert said == [("WARNING", "1 of 2"), ("ERROR", "2 of 2")]
