@@ -358,7 +358,7 @@ CASES = (
     ),
     Case(
         "A warehouse that is down for three attempts",
-        "It answers 503. The customer has tea, mail and an answer anyway; the report is sent again.",
+        "It answers 503. The customer has tea, mail and answer anyway; the report is sent again.",
         _down,
     ),
     Case(

@@ -2,6 +2,10 @@
 
 from uuid import UUID
 
+import pytest
+
+pytest.importorskip("greenlet")  # compiled: a new Python may be without it
+
 from sqlalchemy import text
 
 from eventkit.testing import EventCapture

@@ -3,6 +3,10 @@
 from pathlib import Path
 from uuid import UUID
 
+import pytest
+
+pytest.importorskip("greenlet")  # compiled: a new Python may be without it
+
 from fastapi.testclient import TestClient
 from httpx import HTTPStatusError, TransportError
 from sqlalchemy import create_engine

@@ -1,5 +1,9 @@
 """What the shop has wired to what, so that a change of it shows in a review."""
 
+import pytest
+
+pytest.importorskip("greenlet")  # compiled: a new Python may be without it
+
 from examples.shop.app import create_app
 from examples.shop.settings import Settings
 
