@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -26,25 +25,6 @@ class Said:
     status: int
 
 
-def _program() -> list[str]:
-    if importlib.util.find_spec("eventkit.__main__"):
-        return ["-m", "eventkit", "outbox"]
-    return ["-c", _BY_API]  # until the command is there
-
-
-_BY_API = """
-import sys, json, anyio, uuid
-from examples.shop.main import outbox
-async def main():
-    if sys.argv[1] == "list":
-        for d in await outbox.deliveries():
-            print(d.id, d.handler, d.error)
-    else:
-        print("retried", await outbox.retry([uuid.UUID(sys.argv[-1])]))
-anyio.run(main)
-"""
-
-
 class OutboxCommand:
     """Runs `eventkit outbox` for the shop that has these settings, each time in a new process."""
 
@@ -55,7 +35,7 @@ class OutboxCommand:
         """Run `eventkit outbox <verb>` for the shop."""
         words = ["eventkit", "outbox", verb, _OUTBOX, *arguments]
         ended = await anyio.run_process(
-            [sys.executable, *_program(), *words[2:]],
+            [sys.executable, "-m", *words],
             stderr=subprocess.STDOUT,
             cwd=_ROOT,
             env=self._environment,
