@@ -32,7 +32,7 @@ from eventkit._core.ambient import current
 from eventkit._core.bus import EventBus, state_of
 from eventkit._core.locations import caller
 from eventkit._core.log import log
-from eventkit._core.queue import Envelope
+from eventkit._core.queue import Envelope, Verdict
 from eventkit._core.state import Host
 from eventkit._core.subscriptions import Declaration
 from eventkit._core.transactions import End, Transaction
@@ -211,7 +211,8 @@ class Outbox:
             name=codec.name,
             payload=payload,
             headers=headers_of(envelope.event, self._state.observers),
-            place=caller(),
+            # Who delivers an event in any case knows that it waits for no commit.
+            place=None if envelope.verdict is Verdict.EVEN_ON_FAILURE else caller(),
         )
         for row in rows.rows.values():
             if row.key is None:
