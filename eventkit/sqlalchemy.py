@@ -597,7 +597,7 @@ def _commits_itself(connection: Connection) -> bool:
     level = connection.get_execution_options().get("isolation_level")
     if level is None:  # what `create_engine` was given can be had nowhere else
         level = connection.dialect._on_connect_isolation_level  # noqa: SLF001
-    return level == "AUTOCOMMIT"
+    return str(level).upper() == "AUTOCOMMIT"
 
 
 def _begins_savepoint(connection: Engine | Connection, session: Session) -> TypeGuard[Connection]:

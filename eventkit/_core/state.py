@@ -183,6 +183,7 @@ def log_failure(delivery: Delivery, error: Exception) -> None:
     While a durable delivery has attempts left, it is a warning.
     """
     again = delivery.attempt < delivery.attempts
+    kept = delivery.attempts > 1
     log(
         logging.WARNING if again else logging.ERROR,
         "event handler failed, and is tried again" if again else "event handler failed",
@@ -190,4 +191,5 @@ def log_failure(delivery: Delivery, error: Exception) -> None:
         event_type=type_name(type(delivery.event)),
         handler=delivery.handler,
         delivery_id=str(delivery.id),
+        **({"attempt": f"{delivery.attempt} of {delivery.attempts}"} if kept else {}),
     )

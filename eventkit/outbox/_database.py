@@ -51,7 +51,8 @@ class Database:
 
     Two are for `call` and `run`, and one is reserved. Where the pool has room for fewer, they take
     turns. All methods may be called in any thread. A forked child opens connections of its own,
-    and never touches, closes or frees those of its parent.
+    and never touches, closes or frees those of its parent. On SQLite do not fork while any
+    transaction is open: the child has a copy of the library's locks, which nobody ever releases.
 
     Attributes:
         dialect: That of the engine whose connections they are.

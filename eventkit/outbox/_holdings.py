@@ -14,7 +14,8 @@ from typing import Protocol
 from uuid import UUID
 from weakref import WeakValueDictionary
 
-from anyio import CancelScope, move_on_after, sleep, to_thread
+from anyio import CancelScope, Lock, move_on_after, sleep, to_thread
+from anyio.lowlevel import RunVar
 from sqlalchemy import Connection
 
 from eventkit._core.log import log
@@ -30,6 +31,9 @@ from eventkit.outbox._store import Store
 PAUSE_AFTER_ERROR = 0.5
 _SECONDS_TO_WRITE = 5.0
 _SECONDS_BETWEEN_COMPLAINTS = 60.0
+
+
+_locks: RunVar[Lock] = RunVar("eventkit_outbox_writing")
 
 
 class Looking(Protocol):
@@ -79,6 +83,7 @@ class Holdings:
         self._rows: WeakValueDictionary[UUID, Row] = WeakValueDictionary()
         self._running: set[Row] = set()
         self._outcomes: deque[Outcome] = deque()
+        self._writing = 0  # how many tasks write outcomes down
         self._relays: dict[object, Looking] = {}  # by event loop
         self._complained_at = -math.inf
         self.lease = Lease(database, store, seconds, self._known_ids)
@@ -118,6 +123,10 @@ class Holdings:
         """A run of a row's handler has begun. Thread-safe."""
         self._running.add(row)
 
+    def runs(self, row: Row) -> bool:
+        """Whether its handler runs now."""
+        return row in self._running
+
     def hear(self, outcome: Outcome) -> None:
         """A run of a row has ended: it is written down soon."""
         self._running.discard(outcome.row)
@@ -128,13 +137,24 @@ class Holdings:
 
     async def settle(self) -> None:
         """Write down what has become of deliveries, within five seconds. Is not cancelled."""
-        if self._outcomes:
+        if self._outcomes or self._writing:
             with move_on_after(_SECONDS_TO_WRITE, shield=True):
                 while not await self.flush():  # noqa: ASYNC110 - a database tells nobody
                     await sleep(PAUSE_AFTER_ERROR)
 
     async def flush(self) -> bool:
-        """Write down the outcomes that there are; False where the database would not have it."""
+        """Write down the outcomes that there are; False where the database would not have it.
+
+        It returns when those are written, too, that another task on this event loop writes down.
+        """
+        async with _one_at_a_time():
+            self._writing += 1
+            try:
+                return await self._flush()
+            finally:
+                self._writing -= 1
+
+    async def _flush(self) -> bool:
         outcomes: list[Outcome] = []
         while self._outcomes:
             outcomes.append(self._outcomes.popleft())
@@ -230,6 +250,14 @@ class Holdings:
         for relay in self.looking:
             relay.wake()
 
+    def place_tables(self) -> None:
+        """Know in which schema the tables are, before a user's transaction could change the way.
+
+        It is looked up once, on a connection of the outbox's own. A relay has done so at its start.
+        """
+        if not self.store.is_placed:
+            self.database.call(self.store.place, writes=False)
+
     async def check(self) -> None:
         """Refuse tables that are missing, or of another version.
 
@@ -246,6 +274,16 @@ class Holdings:
         if now - self._complained_at >= _SECONDS_BETWEEN_COMPLAINTS:
             self._complained_at = now
             log(logging.WARNING, text, error=error, bus=self._state.name)
+
+
+def _one_at_a_time() -> Lock:
+    """The lock of those who write on the event loop that calls."""
+    try:
+        return _locks.get()
+    except LookupError:
+        lock = Lock()
+        _locks.set(lock)
+        return lock
 
 
 def _say_dead(outcome: Outcome) -> None:

@@ -225,7 +225,7 @@ class Lease:
             self.given_back += count
             log(
                 logging.INFO,
-                "Deliveries that nobody here waits for were given back to the table",
+                "deliveries that nobody here waits for were given back to the table",
                 deliveries=count,
                 owner=process.owner,
             )
@@ -282,7 +282,7 @@ class Lease:
         process.warned = now
         log(
             logging.WARNING,
-            "The lease of this process cannot be renewed, and is tried again: without it no "
+            "the lease of this process cannot be renewed, and is tried again: without it no "
             "durable delivery starts here",
             owner=process.owner,
             error=error,

@@ -146,6 +146,15 @@ class Operations:
         self._schema = schema
         self._statements = Statements(dialect, schema)
 
+    @property
+    def is_placed(self) -> bool:
+        """Whether it is known in which schema the tables are."""
+        return self._statements.schema is not None
+
+    def place(self, connection: Connection) -> None:
+        """Look up in which schema the tables are, by the connection's search_path."""
+        self._statements.resolve(connection)
+
     def ddl(self) -> str:
         """The statements that create the tables, each ended by `;`."""
         return ddl_of(self._statements.dialect, self._schema)

@@ -77,7 +77,12 @@ class Outbox:
     It ties the bus to the engine as `deliver_on_commit` does. A delivery to a durable handler is
     an ordinary one that also has a row: the row is written right before the COMMIT of the
     transaction that decides the event, and deleted after the handler has ended. Where the process
-    dies in between, another one runs the delivery, at the latest two seconds after the lease.
+    dies in between, another one runs the delivery, at the latest two seconds after the lease. A
+    process that is alone and is started again waits for a whole lease from its start.
+
+    The tables are made by your migrations or `create_all`: `add_tables(Base.metadata)`. What is due
+    runs in applications with `EventContextMiddleware` from the end of their start-up on, in a
+    process of its own with `run` or the command `eventkit relay`, and in `run_due`.
 
     Also a context manager that detaches at the end of the block.
 
@@ -88,7 +93,7 @@ class Outbox:
         lease: Seconds after which others take over what a process has not renewed.
         relay: Whether durable handlers run in this process. With False it only writes rows.
         concurrency: How many deliveries run at once from the table; by default as many as the
-            middleware's `concurrency`.
+            middleware's `concurrency`, else 4.
         schema: Where the tables are; by default where the engine's connections find them.
         store: The engine for the outbox's own connections, at most three; by default a twin of
             `engine`, which shares nothing of its pool.
@@ -220,18 +225,26 @@ class Outbox:
         events = _deciding(transaction)
         marked = self._marked(connection, transaction)
         if events or marked:
+            self._holdings.place_tables()
             self._underway[transaction] = underway = _Underway(events)
+            leased = bool(events) and transaction.is_root and self._may_lease()
+            if (
+                leased
+            ):  # first, as those do who reap: the other way round the two could wait crosswise
+                self._renew(connection, underway)
             self._complete(connection, marked, underway)
-            self._write(connection, underway, visible=transaction.is_root)
+            self._write(connection, underway, leased=leased)
 
     def _marked(self, connection: Connection, transaction: Transaction) -> list[Row]:
-        """The rows that this commit is to complete."""
+        """The rows that this commit is to complete: of handlers that run still."""
         with self._lock:
             marks = [*self._marks.items()]
         return [
             row
             for session, row in marks
-            if session.bind is connection or self._tie.transaction_of(session) is transaction
+            if (session.bind is connection or self._tie.transaction_of(session) is transaction)
+            and not row.completed
+            and self._holdings.runs(row)
         ]
 
     def _complete(self, connection: Connection, marked: list[Row], underway: _Underway) -> None:
@@ -249,7 +262,20 @@ class Outbox:
                 )
         underway.completed = marked
 
-    def _write(self, connection: Connection, underway: _Underway, *, visible: bool) -> None:
+    def _may_lease(self) -> bool:
+        """Whether this process is to run what it writes: it does not if it has too much to do."""
+        crowded = any(host.is_crowded() for host in self._state.hosts)
+        return self._holdings.relays and not crowded
+
+    def _renew(self, connection: Connection, underway: _Underway) -> None:
+        """Have others know in the same transaction that this process is alive."""
+        lease = self._holdings.lease
+        lease.start()
+        if not lease.is_valid:
+            underway.renewed = lease.now()
+            self._holdings.store.beat(connection, lease.owner, lease.seconds)
+
+    def _write(self, connection: Connection, underway: _Underway, *, leased: bool) -> None:
         """Insert the rows of events in this transaction.
 
         They are leased, unless somebody else is to run them: a relay in another process, where
@@ -259,14 +285,7 @@ class Outbox:
         facts = [each.facts for each in underway.events if each.facts is not None]
         if not facts:
             return
-        leased = visible and self._holdings.relays and not self._is_crowded()
-        owner = None
-        if leased:
-            owner = self._holdings.lease.owner
-            self._holdings.lease.start()
-            if not self._holdings.lease.is_valid:
-                underway.renewed = self._holdings.lease.now()
-                self._holdings.store.beat(connection, owner, self._holdings.lease.seconds)
+        owner = self._holdings.lease.owner if leased else None
         self._holdings.store.insert(connection, facts, owner)
         for each in underway.events:
             each.write(leased=leased)
@@ -290,9 +309,6 @@ class Outbox:
         if underway.unowned:
             self._holdings.wake()
 
-    def _is_crowded(self) -> bool:
-        return any(host.is_crowded() for host in self._state.hosts)
-
     async def write(self, envelopes: Sequence[Envelope]) -> None:
         """Write the rows of what no transaction has decided. See the core's `Keeper`."""
         underway = _Underway([each.rows for each in envelopes if isinstance(each.rows, EventRows)])
@@ -306,11 +322,16 @@ class Outbox:
                     published_from=rows.place,
                     bus=self._state.name,
                 )
+        leased = self._may_lease()
+
+        def write(connection: Connection) -> None:
+            if leased:
+                self._renew(connection, underway)
+            self._write(connection, underway, leased=leased)
+
         try:
             with CancelScope(shield=True):
-                await self._holdings.database.run(
-                    partial(self._write, underway=underway, visible=True)
-                )
+                await self._holdings.database.run(write)
         except Exception as error:  # noqa: BLE001 - of a database, or of its driver
             for envelope in envelopes:
                 envelope.rows = None
@@ -332,8 +353,8 @@ class Outbox:
         row = self._holdings.row_of(delivery_id)
         if row is None:
             return
-        engine = session.get_bind().engine
-        if engine.pool is not self._engine.pool:
+        engine = None if session.bind is None else session.bind.engine  # None: it has several
+        if engine is not None and engine.pool is not self._engine.pool:
             raise ValueError(
                 f"complete_with() takes a session of the outbox's engine, {self._engine!r}, not of "
                 f"{engine!r}: the delivery's row is in another database"
@@ -353,6 +374,9 @@ class Outbox:
 
     async def run(self, *, shutdown_timeout: float = 20.0) -> None:
         """Be a relay until cancelled: run what is due, for a process that serves no requests.
+
+        The command `eventkit relay` does so until SIGTERM. Durable handlers run here even where
+        the outbox was made with `relay=False`.
 
         Handlers get their dependencies as in a job. What runs when it is cancelled may go on for
         `shutdown_timeout` seconds; the rest is given back to the table.
@@ -380,6 +404,9 @@ class Outbox:
 
     async def run_due(self, within: float = 0.0) -> DrainReport:
         """Run what is due, here and now, until nothing is; for tests, cron, and serverless.
+
+        Handlers get their dependencies from the application whose request or lifespan this is
+        called in, or whose lifespan is on this event loop.
 
         Args:
             within: Also what is due in so many seconds, as if they were over. With a large number
@@ -420,7 +447,7 @@ class Outbox:
     async def deliveries(
         self, state: str | None = "dead", handler: str | None = None, limit: int = 100
     ) -> list[StoredDelivery]:
-        """What is kept, without payloads, the oldest first.
+        """What is kept, without payloads, the ones first that are or were due first.
 
         Args:
             state: "ready", "leased", "dead" or "unreadable"; None for all.
@@ -553,16 +580,15 @@ def _engine_of(given: Any) -> Engine | AsyncEngine:  # Any: as `deliver_on_commi
         found = found.kw.get("bind")
     if isinstance(found, Engine | AsyncEngine):
         return found
-    if isinstance(given, str):
-        given = "a str"  # a URL may have a password
+    shown = "a str" if isinstance(given, str) else repr(given)  # a URL may have a password
     raise ValueError(
-        f"Outbox() needs an engine, and {given!r} leads to none: give it the engine itself"
+        f"Outbox() needs an engine, and {shown} leads to none: give it the engine itself"
     )
 
 
 def _deciding(transaction: Transaction) -> list[EventRows]:
     """The rows that a commit of the transaction decides, and that are not written yet."""
-    if not any(unit.queue.staged for unit in transaction.units):
+    if not any(unit.queue.staged for unit in [*transaction.units]):
         return []
     rows = (envelope.rows for envelope in transaction.decides())
     return [each for each in rows if isinstance(each, EventRows) and not each.written]

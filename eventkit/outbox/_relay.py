@@ -20,10 +20,11 @@ from functools import partial
 from anyio import CancelScope, Event, create_task_group, move_on_after, sleep
 from anyio.abc import TaskGroup
 
+from eventkit._core.ambient import current, origin
 from eventkit._core.awaited import run_all
 from eventkit._core.events import Delivery
 from eventkit._core.log import log
-from eventkit._core.loops.running import on_trio
+from eventkit._core.loops.running import current_loop, on_trio
 from eventkit._core.loops.tasks import tasks_here
 from eventkit._core.state import BusState, Host
 from eventkit._core.turns import DrainReport, Failure
@@ -271,7 +272,7 @@ async def run_due(
     handled = requeued = 0
     try:
         while await source.claim(within):
-            fed = Fed(state, source, None, lambda fed: None)
+            fed = Fed(state, source, _origin_here(state), lambda fed: None)
             try:
                 await fed.begin()
                 terms = fed.unit.terms(report, state.handler_timeout)
@@ -284,3 +285,18 @@ async def run_due(
         return DrainReport(handled, tuple(failures), requeued)
     finally:
         failures.clear()  # a traceback leads to `report`, which would close a reference cycle
+
+
+def _origin_here(state: BusState) -> object:
+    """The application that handlers get their dependencies from; None where there is none.
+
+    That of the unit of work or of the lifespan that the caller is in, or else the one that has its
+    lifespan on this event loop: a test client runs what it is given beside it.
+    """
+    unit = current()
+    if unit is not None:
+        return unit.origin
+    loop = current_loop()
+    return origin.get() or next(
+        (each.origin for each in state.hosts if each.entrance.loop is loop), None
+    )

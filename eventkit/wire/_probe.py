@@ -84,16 +84,15 @@ class Probe:
     def __init__(self, event_type: type, language: Format) -> None:
         self.fields: set[str] = set()
         self._language = language
+        self._by_msgspec = language.name == "msgspec"
         self._met: dict[object, Fits] = {}
         self.declared: dict[str, Hint] = {}
         self.fits = self._judge(event_type, event_type.__qualname__, {})
 
-    def blame(self) -> str:
-        """Say which field the package refuses, where the whole class was refused."""
-        for place, hint in reversed(self.declared.items()):  # inner ones come later
-            if not self._language.knows(hint):
-                return place
-        return ""
+    def blame(self) -> list[str]:
+        """List the fields that the package refuses, innermost first."""
+        inner_first = reversed(self.declared.items())
+        return [place for place, hint in inner_first if not self._language.knows(hint)]
 
     def _judge(self, hint: Hint, place: str, config: Config) -> Fits:
         """Refuse the type, or say which of its values are known to come back as they were."""
@@ -131,16 +130,15 @@ class Probe:
             _refuse(place, f"{hint!r} is no data: publish what it gives, as a list or a value")
         if not isinstance(origin, type):
             return self._judge_unknown(hint, place)
-        if _is_any(origin, collections.abc.Mapping) and arguments:
+        if _is_any(origin, collections.abc.Mapping):
             self._refuse_keys(arguments[0], place)
         fits = [self._judge(each, place, config) for each in arguments if each is not Ellipsis]
         if (make := _CONTAINERS.get(origin)) is not None and fits:
             return make(hint, fits)
         if _kind_of(origin) is not None:
             self._judge(origin, place, config)  # a generic class; its fields' types are open
-        elif not self._language.knows(hint):
-            return self._judge_unknown(hint, place)
-        return _never
+            return _never
+        return self._judge_unknown(hint, place)
 
     def _judge_union(self, arguments: tuple[Hint, ...], place: str, config: Config) -> Fits:
         fits = [self._judge(each, place, config) for each in arguments]
@@ -190,9 +188,11 @@ class Probe:
         for name, hint in _fields_of(kind, found, place):
             self.fields.add(name)
             inside = f"{kind.__qualname__}.{name}"
+            if found.leaves_out_private and name.startswith("_") and self._by_msgspec:
+                _refuse(inside, "msgspec leaves out a field with an underscore: rename the field")
             self.declared[inside] = hint
             fits[name] = self._judge(hint, inside, config)
-        if self._language.name == "pydantic" and not config and _is_plain(kind):
+        if not self._by_msgspec and not config and _is_plain(kind):
             self._met[key] = _record(kind, fits)
         return self._met[key]
 
@@ -205,7 +205,7 @@ class Probe:
         return fits
 
     def _judge_bytes(self, kind: type, place: str, config: Config) -> Fits:
-        if self._language.name == "pydantic" and not _keeps_bytes(config):
+        if not self._by_msgspec and not _keeps_bytes(config):
             _refuse(
                 place,
                 f"{kind.__name__} cannot be stored as JSON without loss: give the class "
@@ -221,8 +221,9 @@ class Probe:
                 _refuse(
                     place, f"{each!r} of {_shown(hint)} would not come back as it is: {_MEMBERS}"
                 )
+        kinds = {type(each) for each in members}  # asked first, as another value may have no hash
         same = {(type(each), each) for each in members}
-        return lambda value: (type(value), value) in same
+        return lambda value: type(value) in kinds and (type(value), value) in same
 
     def _comes_back(self, hint: Hint, value: object) -> bool:
         try:
@@ -272,12 +273,13 @@ class _Kind:
 
     called: str
     languages: tuple[str, ...]
+    leaves_out_private: bool = False
 
 
-_DATACLASS = _Kind("a dataclass", ("pydantic", "msgspec"))
+_DATACLASS = _Kind("a dataclass", ("pydantic", "msgspec"), leaves_out_private=True)
 _MODEL = _Kind("a pydantic model", ("pydantic",))
 _STRUCT = _Kind("a msgspec.Struct", ("msgspec",))
-_ATTRS = _Kind("an attrs class", ("msgspec",))
+_ATTRS = _Kind("an attrs class", ("msgspec",), leaves_out_private=True)
 _NAMED_TUPLE = _Kind("a NamedTuple", ("pydantic", "msgspec"))
 _TYPED_DICT = _Kind("a TypedDict", ("pydantic", "msgspec"))
 
@@ -292,7 +294,7 @@ def _kind_of(kind: Any) -> _Kind | None:
         return _STRUCT
     if hasattr(kind, "__attrs_attrs__"):
         return _ATTRS
-    if hasattr(kind, "__pydantic_fields__") and not dataclasses.is_dataclass(kind):
+    if hasattr(kind, "model_fields") and not dataclasses.is_dataclass(kind):
         return _MODEL
     if dataclasses.is_dataclass(kind):
         return _DATACLASS

@@ -31,7 +31,7 @@ from sqlalchemy.pool import (
 )
 from sqlalchemy.util import await_only
 
-from eventkit.outbox._database import Database
+from eventkit.outbox._database import Database, _Awaiting
 from tests.outbox.engines import KINDS, Place, place_of, processed_apart
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -100,6 +100,7 @@ def test_a_call_is_committed(database: Database, place: Place) -> None:
     database.call(place.insert("a"))
 
     assert database.call(place.names, writes=False) == ["a"]
+    assert database.awaits is place.awaits
 
 
 def test_a_call_that_raises_is_rolled_back(database: Database, place: Place) -> None:
@@ -608,6 +609,27 @@ def test_a_database_that_is_too_old_is_refused_as_it_connects(
         database.call(lambda connection: None)
 
 
+def test_an_engine_that_asks_its_server_just_now_is_looked_at_later(
+    place: Place, opened: Callable[..., Database]
+) -> None:
+    database = opened(place.engine())
+    known: list[Any] = []
+
+    def forget(connection: Connection) -> None:
+        known.append(connection.dialect.server_version_info)
+        connection.dialect.server_version_info = None
+
+    def find_out(connection: Connection) -> None:
+        connection.dialect.server_version_info = (3, 34) if place.schema is None else (11, 22)
+
+    opened(database._engine).call(forget)
+    database.call(find_out)
+
+    with pytest.raises(ValueError, match="use deliver_on_commit"):
+        database.call(lambda connection: None)
+    assert known[0] is not None
+
+
 # Its end
 
 
@@ -657,10 +679,54 @@ def test_transactions_that_do_not_end_are_cancelled_as_it_is_closed(
     with ThreadPoolExecutor(3) as threads:
         waiting = [threads.submit(database.call, hang, writes=False) for _ in range(3)]
         assert begun.wait(SECONDS)
+        late = waiting_for_its_turn(database)
+        late.cancel()
         database.close()
         for each in waiting:
             with pytest.raises(RuntimeError, match="closed meanwhile"):
                 each.result(SECONDS)
+
+    assert outbox_threads() == []
+
+
+def waiting_for_its_turn(database: Database) -> Future[None]:
+    link = database._link()
+    assert isinstance(link, _Awaiting)
+    return link.submit(lambda connection: None, reserved=False)
+
+
+def test_it_may_be_closed_by_the_thread_that_works_for_it(place: Place) -> None:
+    """As the garbage collector does, which runs in any thread."""
+    if not place.awaits:
+        pytest.skip("works in the thread that calls")
+    database = Database(place.engine())
+
+    def close(connection: Connection) -> list[threading.Thread]:
+        place.insert("a")(connection)
+        database.close()
+        return outbox_threads()
+
+    (thread,) = database.call(close)
+    thread.join(SECONDS)
+
+    assert not thread.is_alive()
+    assert database.call(place.names) == ["a"]
+    database.close()
+
+
+def test_connections_that_cannot_be_closed_do_not_keep_the_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiosqlite")
+    own = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'x.db'}", poolclass=NullPool)
+    database = Database(own, own)
+    database.call(lambda connection: None)
+
+    async def fail(*_: object) -> None:
+        raise OSError("the server is away")
+
+    monkeypatch.setattr(AsyncEngine, "dispose", fail)
+    database.close()
 
     assert outbox_threads() == []
 

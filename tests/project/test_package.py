@@ -13,7 +13,17 @@ import pytest
 import eventkit
 
 MODULES = sorted(Path(eventkit.__file__).parent.rglob("*.py"))
-OPTIONAL = {"aiosqlite", "fastapi", "httpx", "pydantic", "pytest", "sqlalchemy", "trio", "uvicorn"}
+OPTIONAL = {
+    "aiosqlite",
+    "fastapi",
+    "httpx",
+    "msgspec",
+    "pydantic",
+    "pytest",
+    "sqlalchemy",
+    "trio",
+    "uvicorn",
+}
 
 
 def test_the_front_door_lists_each_public_name_once_in_order() -> None:

@@ -5,8 +5,6 @@ from uuid import UUID
 
 import pytest
 
-pytest.importorskip("greenlet")  # compiled: a new Python may be without it
-
 from fastapi.testclient import TestClient
 from httpx import HTTPStatusError, TransportError
 from sqlalchemy import create_engine
@@ -121,7 +119,7 @@ def test_a_commit_is_one_also_in_a_tests_transaction_that_is_rolled_back_in_the_
 
     with engine.connect() as connection, deliver_on_commit(shop.bus, engine):
         everything = connection.begin()
-        shop.resources.database.sync_sessions.configure(
+        shop.resources.database.sessions.configure(
             bind=connection, join_transaction_mode="create_savepoint"
         )
         shop.client.post("/reservations", json={"email": "bob@example.com", "sku": "teapot"})

@@ -1,15 +1,11 @@
 """What the shop has wired to what, so that a change of it shows in a review."""
 
-import pytest
-
-pytest.importorskip("greenlet")  # compiled: a new Python may be without it
-
 from examples.shop.app import create_app
 from examples.shop.settings import Settings
 
 WIRING = """\
-eventkit.DomainEvent -> audit.write_row, 30 s
-examples.shop.orders.events.OrderPlaced -> orders.collect_payment, 30 s
+eventkit.DomainEvent -> audit.write_row, thread
+examples.shop.orders.events.OrderPlaced -> orders.collect_payment, thread
 examples.shop.orders.events.OrderPlaced -> orders.send_confirmation, thread
 examples.shop.orders.events.StockTaken -> orders.tell_warehouse, 30 s
 examples.shop.users.events.UserCreated -> users.send_welcome_mail, thread"""
