@@ -140,6 +140,7 @@ class RowSource:
         if room <= 0:
             return 0
         await holdings.hold_lease()
+        term = holdings.lease.term  # before: the process may stand still after it has claimed
         owner, known = holdings.lease.owner, holdings.catalog.known()
         claim = partial(
             holdings.store.claim, owner=owner, known=known, limit=room, within=within, busy=busy
@@ -151,7 +152,7 @@ class RowSource:
             )
             claimed = [] if one is None else [one]
         for each in claimed:
-            self._receive(each)
+            self._receive(each, term)
         return len(claimed)
 
     def suspect_is_done(self) -> bool:
@@ -162,7 +163,7 @@ class RowSource:
         self._suspect = None
         return True
 
-    def _receive(self, claimed: Claimed) -> None:
+    def _receive(self, claimed: Claimed, term: object | None) -> None:
         """Have it wait for its run; or write down at once why it does not run."""
         holdings, catalog = self._holdings, self._holdings.catalog
         codec = catalog.codec(claimed.event_type)
@@ -171,7 +172,7 @@ class RowSource:
             subscription = catalog.handler(claimed.handler, codec.event_type)
         durable = None if subscription is None else subscription.durable
         row = Row(claimed.id, claimed.handler, durable or _UNKNOWN, claimed.key, claimed.attempt)
-        row.leased = True
+        row.leased, row.term = True, term
         holdings.know(row)
         if claimed.suspect:
             self._suspect = row

