@@ -100,9 +100,9 @@ class Holdings:
 
     # Rows
 
-    def may_run(self) -> bool:
-        """Whether this process holds its lease."""
-        return self.lease.is_valid
+    def term(self) -> object | None:
+        """The term of the lease, whose rows this process may run; None if it has no lease."""
+        return self.lease.term
 
     def know(self, row: Row) -> None:
         """Somebody here has the row, for as long as the object lives."""

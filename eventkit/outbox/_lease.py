@@ -64,6 +64,7 @@ class _Times(NamedTuple):
 
     began: float  # valid since then without a break
     until: float
+    term: object  # another one after each break
 
 
 class _Process:
@@ -71,7 +72,7 @@ class _Process:
 
     def __init__(self) -> None:
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
-        self.times = _Times(0.0, 0.0)
+        self.times = _Times(0.0, 0.0, object())
         self.stops = 0  # how often `stop` was called
         self.beating = threading.Lock()
         self.unknown: dict[UUID, float] = {}  # when it was first seen so; under `beating`
@@ -84,17 +85,18 @@ class _Process:
         """Have the lease end then, unless `stop` was called since it was called this often."""
         with self._lock:
             if stops is None or stops == self.stops:
-                before = self.times
-                self.times = _Times(
-                    before.began if now < before.until else now,  # known only since now
-                    max(before.until, until),
-                )
+                began, ended, term = self.times
+                if now >= ended:
+                    began = now  # known only since now
+                    if ended:  # it was valid before
+                        term = object()
+                self.times = _Times(began, max(ended, until), term)
 
     def forget(self) -> None:
         """The lease is over."""
         with self._lock:
             self.stops += 1
-            self.times = _Times(0.0, 0.0)
+            self.times = _Times(0.0, 0.0, object())
 
     def stop(self) -> None:
         thread, self.thread = self.thread, None
@@ -159,6 +161,18 @@ class Lease:
         return process is not None and self.now() < process.times.until
 
     @property
+    def term(self) -> object | None:
+        """What the lease is, as long as it is valid without a break; None if it is not valid.
+
+        What was leased in another term may have been given to another process meanwhile.
+        """
+        process = self._processes.get(os.getpid())
+        if process is None:
+            return None
+        _, until, term = process.times
+        return term if self.now() < until else None
+
+    @property
     def steady(self) -> bool:
         """Whether it has been valid without a break for one whole lease.
 
@@ -168,7 +182,7 @@ class Lease:
         process = self._processes.get(os.getpid())
         if process is None:
             return False
-        began, until = process.times
+        began, until, _ = process.times
         return began + self.seconds <= self.now() < until
 
     def now(self) -> float:

@@ -59,12 +59,14 @@ class _Underway:
         events: Whose rows were written.
         completed: The rows that a handler's own commit completes.
         renewed: The local time before the process's lease was renewed in it, if it was.
+        term: That of the lease, if it was not.
         unowned: Whether some of the rows are for a relay to claim.
     """
 
     events: list[EventRows] = field(default_factory=list[EventRows])
     completed: list[Row] = field(default_factory=list[Row])
     renewed: float | None = None
+    term: object | None = None
     unowned: bool = False
 
 
@@ -294,9 +296,9 @@ class Outbox:
     def _renew(self, connection: Connection, underway: _Underway) -> None:
         """Have others know in the same transaction that this process is alive."""
         lease = self._holdings.lease
-        is_valid = lease.is_valid
-        lease.start(at_once=is_valid)
-        if not is_valid:
+        underway.term = lease.term
+        lease.start(at_once=underway.term is not None)
+        if underway.term is None:
             underway.renewed = lease.now()
             self._holdings.store.beat(connection, lease.owner, lease.seconds)
 
@@ -313,7 +315,7 @@ class Outbox:
         owner = self._holdings.lease.owner if leased else None
         self._holdings.store.insert(connection, facts, owner)
         for each in underway.events:
-            each.write(leased=leased)
+            each.write(leased=leased, term=underway.term)
         underway.unowned = any(
             not row.leased for each in underway.events for row in each.rows.values()
         )
@@ -329,10 +331,18 @@ class Outbox:
             return
         for row in underway.completed:
             row.completed = True
-        if underway.renewed is not None:
-            self._holdings.lease.extend(underway.renewed)
+        self._extend(underway)
         if underway.unowned:
             self._holdings.wake()
+
+    def _extend(self, underway: _Underway) -> None:
+        """What was renewed is, now that it is committed."""
+        if underway.renewed is not None:
+            lease = self._holdings.lease
+            lease.extend(underway.renewed)
+            term = lease.term
+            for each in underway.events:
+                each.enter(term)
 
     async def write(self, envelopes: Sequence[Envelope]) -> None:
         """Write the rows of what no transaction has decided. See the core's `Keeper`."""
@@ -368,8 +378,7 @@ class Outbox:
                 events=len(envelopes),
             )
             return
-        if underway.renewed is not None:
-            self._holdings.lease.extend(underway.renewed)
+        self._extend(underway)
         if underway.unowned:
             self._holdings.wake()
 

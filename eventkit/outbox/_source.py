@@ -142,17 +142,20 @@ class RowSource:
         if room <= 0:
             return 0
         await holdings.hold_lease()
+        term = holdings.lease.term  # before: the process may stand still after it has claimed
         owner, known = holdings.lease.owner, holdings.catalog.known()
         claim = partial(holdings.store.claim, owner=owner, known=known, within=within)
-        claimed = self._receive(await holdings.database.run(partial(claim, limit=room, busy=busy)))
+        claimed = self._receive(
+            await holdings.database.run(partial(claim, limit=room, busy=busy)), term
+        )
         rest = most - held.total() - claimed
         if busy and rest > 0:  # nobody else waits
-            claimed += self._receive(await holdings.database.run(partial(claim, limit=rest)))
+            claimed += self._receive(await holdings.database.run(partial(claim, limit=rest)), term)
         if not claimed and not held and not self._suspect_runs:
             one = await holdings.database.run(
                 partial(holdings.store.claim_suspect, owner=owner, known=known)
             )
-            claimed = self._receive([] if one is None else [one])
+            claimed = self._receive([] if one is None else [one], term)
         return claimed
 
     def suspect_is_done(self) -> bool:
@@ -167,11 +170,11 @@ class RowSource:
         suspect = None if self._suspect is None else self._suspect()
         return suspect is not None and not suspect.ended
 
-    def _receive(self, claimed: Sequence[Claimed]) -> int:
+    def _receive(self, claimed: Sequence[Claimed], term: object | None) -> int:
         """Have them wait for their run, or write down at once why not; returns how many."""
         for each in claimed:
             row = Row(each.id, each.handler, _UNKNOWN, each.key, each.attempt)
-            row.leased = True
+            row.leased, row.term = True, term
             self._holdings.know(row)
             if each.suspect:
                 self._suspect = weakref.ref(row)
