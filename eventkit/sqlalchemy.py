@@ -12,23 +12,21 @@ from threading import get_ident
 from typing import Any, TypeGuard
 from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
+from eventkit.exceptions import not_installed
+
 try:
     from sqlalchemy import Connection, Engine, event, select
-except ModuleNotFoundError as _missing:
-    raise ModuleNotFoundError(
-        f"eventkit.sqlalchemy needs {_missing.name}, which is not installed: install "
-        "fastapi-eventkit[sqlalchemy]",
-        name=_missing.name,
-    ) from _missing
+    from sqlalchemy.ext.asyncio import (
+        AsyncEngine,
+        async_scoped_session,
+        async_session,
+        async_sessionmaker,
+    )
+except ImportError as _missing:  # without greenlet SQLAlchemy raises one that has no name
+    raise not_installed(__name__, _missing.name or "greenlet", "sqlalchemy") from _missing
 from sqlalchemy.engine import ExceptionContext, RootTransaction
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import (
-    AsyncEngine,
-    async_scoped_session,
-    async_session,
-    async_sessionmaker,
-)
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session, sessionmaker
 
 from eventkit._core.bus import EventBus, state_of
@@ -44,10 +42,10 @@ _Sessions = _Factory | scoped_session[Any] | async_scoped_session[Any]
 
 _COMMIT_FAILED = "a commit failed, and may have happened all the same"
 _ANSWERED_ROLLBACK = "a statement had failed, so the database answered COMMIT with ROLLBACK"
-
 _OF_THE_DRIVER = "?"  # stands for a statement that is no text; it may write
 _DEADLOCK = 1213  # of MySQL and MariaDB
 
+_gone: Callable[[], None] = type(None)  # stands for a reference to nothing
 _ties: list[CommitTie] = []  # those that are not detached
 
 
@@ -576,10 +574,6 @@ class _Watched(Transaction):
             self.roll_back("the database answered COMMIT with ROLLBACK", _ANSWERED_ROLLBACK)
         else:
             self.commit()
-
-
-def _gone() -> None:
-    """Stand for a reference to nothing."""
 
 
 def root_of(bind: Any) -> Engine:  # Any: all that a session can be bound to

@@ -193,7 +193,7 @@ def log_failure(delivery: Delivery, error: Exception) -> None:
     kept = delivery.attempts > 1
     log(
         logging.WARNING if again else logging.ERROR,
-        "event handler failed, and is tried again" if again else "event handler failed",
+        "event handler failed",
         error=error,
         event_type=type_name(type(delivery.event)),
         handler=delivery.handler,

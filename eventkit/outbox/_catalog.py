@@ -5,13 +5,15 @@ Knows nothing of tables. Names lead to what is subscribed here; nothing is impor
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 from eventkit._core.bus import EventBus, registry_of
+from eventkit._core.log import log
 from eventkit._core.subscriptions import Declaration, Plan, Subscription
 from eventkit.outbox._store import Known
-from eventkit.wire import Codec, codec_for, names_of
+from eventkit.wire import Codec, codec_for, names_of, wire_name
 
 
 class Catalog:
@@ -22,6 +24,7 @@ class Catalog:
 
     def __init__(self, bus: EventBus) -> None:
         self._registry = registry_of(bus)
+        self._warned = False
 
     def admit(self, declaration: Declaration) -> None:
         """Refuse a durable handler of events that cannot be stored.
@@ -34,6 +37,20 @@ class Catalog:
         """
         if declaration.declared.durable is not None:
             codec_for(declaration.event_type)
+            self._warn_of_main(declaration)
+
+    def _warn_of_main(self, declaration: Declaration) -> None:
+        """Warn once of names that hold in one script alone, however it is started."""
+        stored = [declaration.declared.name, wire_name(declaration.event_type)]
+        of_a_script = [name for name in stored if name.startswith("__main__:")]
+        if of_a_script and not self._warned:
+            self._warned = True
+            log(
+                logging.WARNING,
+                "what is stored under these names is found by no process that imports the script: "
+                "name the event, @named(...), and the handler, name=, or move them to a module",
+                names=", ".join(of_a_script),
+            )
 
     def admit_all(self) -> None:
         """Do so for all that are subscribed already."""

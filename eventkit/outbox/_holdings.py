@@ -48,6 +48,9 @@ class Looking(Protocol):
     def hear(self) -> None:
         """An outcome waits to be written. On its event loop alone."""
 
+    def expect(self, seconds: float | None) -> None:
+        """A row is due in so many seconds; None where none is. Thread-safe."""
+
 
 class Holdings:
     """What one process holds of the table. Thread-safe.
@@ -184,6 +187,9 @@ class Holdings:
             self._outcomes.extendleft(reversed(outcomes))
             self.wake()
             raise
+        for relay in self.looking:
+            for outcome in outcomes:
+                relay.expect(outcome.pause)
         for outcome in outcomes:
             outcome.row.ended = True
             if outcome.is_death and outcome.row not in lost:

@@ -570,7 +570,7 @@ def complete_with(
     """Have the session's next commit complete the delivery of the handler that calls.
 
         @bus.on(OrderPlaced, durable=True)
-        async def reserve(event: OrderPlaced, session: Session) -> None:
+        async def reserve(event: OrderPlaced, session: AsyncSession) -> None:
             complete_with(session)
             session.add(Reservation(event.order_id))
             await session.commit()

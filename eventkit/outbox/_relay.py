@@ -89,6 +89,7 @@ class Relay:
         self._over = Event()  # it looks no more
         self._scope = CancelScope()
         self._poll = POLL
+        self._due_at = math.inf  # when a row is due that failed here
         self._looked_at = self._round_at = self._swept_at = -math.inf
         self._lapsed: frozenset[str] = frozenset()  # who looked dead the time before
         self._looks_twice = False  # whether it has to look at them again, soon
@@ -138,6 +139,12 @@ class Relay:
     def _look_now(self) -> None:
         self._wanted.set()
         self._heard.set()  # also what another task has left
+
+    def expect(self, seconds: float | None) -> None:
+        """Look into the table in so many seconds, too; None for no such wish. Thread-safe."""
+        if seconds is not None and seconds < self._poll:
+            self._due_at = min(self._due_at, self._holdings.lease.now() + seconds)
+            self.wake()
 
     def hear(self) -> None:
         """An outcome waits to be written. On the relay's event loop alone."""
@@ -208,7 +215,8 @@ class Relay:
         """Seconds until the next look, unless somebody wants one."""
         if self._looks_twice:
             return _SECOND_LOOK
-        return self._poll * random.uniform(1 - _SPREAD, 1 + _SPREAD)
+        until_due = max(0.0, self._due_at - self._holdings.lease.now())
+        return min(until_due, self._poll * random.uniform(1 - _SPREAD, 1 + _SPREAD))
 
     async def _look(self) -> bool:
         """Look into the table once, and do what there is to do; whether there was something."""
@@ -219,13 +227,15 @@ class Relay:
         if not lease.is_valid:
             await holdings.hold_lease()
         await self._make_round()
+        if self._due_at <= lease.now():
+            self._due_at = math.inf
         look = partial(holdings.store.look, owner=lease.owner, known=holdings.catalog.known())
         lapsed, due = await holdings.database.run(look, writes=False)
         found = await self._reap(frozenset(lapsed)) or due
         if found and not self._is_over:
             found = await self._source.claim() > 0
         self._feed()
-        return found
+        return found or bool(lapsed)  # who has lapsed is soon to be reaped
 
     async def _reap(self, lapsed: frozenset[str]) -> bool:
         """Have the rows of dead processes run by others; whether there were some.

@@ -21,7 +21,6 @@ OPTIONAL = {
     "msgspec",
     "pydantic",
     "pytest",
-    "rich",
     "sqlalchemy",
     "trio",
     "uvicorn",
