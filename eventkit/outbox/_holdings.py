@@ -14,7 +14,7 @@ from typing import Protocol
 from uuid import UUID
 from weakref import WeakValueDictionary
 
-from anyio import CancelScope, move_on_after, sleep, to_thread
+from anyio import CancelScope, get_cancelled_exc_class, move_on_after, sleep, to_thread
 from sqlalchemy import Connection
 
 from eventkit._core.log import log
@@ -128,6 +128,13 @@ class Holdings:
 
     async def settle(self) -> None:
         """Write down what has become of deliveries, within five seconds. Is not cancelled."""
+        try:
+            await self._settle()
+        except get_cancelled_exc_class():  # `Task.cancel()` knows no shields
+            await self._settle()
+            raise
+
+    async def _settle(self) -> None:
         if self._outcomes:
             with move_on_after(_SECONDS_TO_WRITE, shield=True):
                 while not await self.flush():  # noqa: ASYNC110 - a database tells nobody
@@ -148,6 +155,11 @@ class Holdings:
             self._outcomes.extendleft(reversed(outcomes))
             self.complain("outcomes of deliveries could not be written down, and wait", error)
             return False
+        except BaseException:  # as in `settle`; the writing goes on by itself, or has not begun
+            for each in outcomes:
+                each.in_doubt = True
+            self._outcomes.extendleft(reversed(outcomes))
+            raise
         for outcome in outcomes:
             outcome.row.ended = True
             if outcome.is_death and outcome.row not in lost:
@@ -173,7 +185,8 @@ class Holdings:
                 store.unreadable(*ending) if each.unreadable else store.fail(*ending, each.pause)
             ):
                 lost.append(each.row)
-        return lost
+        doubted = {each.row for each in outcomes if each.in_doubt}
+        return [row for row in lost if row not in doubted]
 
     def _tell_lost(self, rows: Sequence[Row]) -> None:
         self.lost += len(rows)

@@ -96,9 +96,10 @@ class Outcome:
         pause: Seconds until the next attempt; None where none follows.
         unreadable: Whether the payload could not be decoded here.
         unused: Whether it did not come to an end, so that the attempt does not count.
+        in_doubt: Whether it may be written already, since a cancellation came in between.
     """
 
-    __slots__ = ("error", "pause", "row", "unreadable", "unused")
+    __slots__ = ("error", "in_doubt", "pause", "row", "unreadable", "unused")
 
     def __init__(
         self,
@@ -114,6 +115,7 @@ class Outcome:
         self.pause = pause
         self.unreadable = unreadable
         self.unused = unused
+        self.in_doubt = False
 
     @property
     def is_success(self) -> bool:
