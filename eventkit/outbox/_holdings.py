@@ -101,6 +101,15 @@ class Holdings:
         """Those that somebody here has; the lease gives back the others."""
         return {*self._rows}
 
+    def locate(self) -> None:
+        """Look where the tables are, before a transaction of the user's may say it.
+
+        Its `search_path` may be a tenant's. A process that only writes has no connections of its
+        own to look with.
+        """
+        if self.relays and not self.store.is_located:
+            self.database.call(self.store.locate, writes=False)
+
     async def hold_lease(self) -> None:
         """Have this process be alive for the others, before it claims rows."""
         lease = self.lease

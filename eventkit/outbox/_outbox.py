@@ -225,6 +225,7 @@ class Outbox:
         events = _deciding(transaction)
         marked = self._marked(connection, transaction)
         if events or marked:
+            self._holdings.locate()
             self._underway[transaction] = underway = _Underway(events)
             self._complete(connection, marked, underway)
             self._write(connection, underway, visible=transaction.is_root)
@@ -576,10 +577,9 @@ def _engine_of(given: Any) -> Engine | AsyncEngine:  # Any: as `deliver_on_commi
         found = found.kw.get("bind")
     if isinstance(found, Engine | AsyncEngine):
         return found
-    if isinstance(given, str):
-        given = "a str"  # a URL may have a password
+    shown = "a str" if isinstance(given, str) else repr(given)  # a URL may have a password
     raise ValueError(
-        f"Outbox() needs an engine, and {given!r} leads to none: give it the engine itself"
+        f"Outbox() needs an engine, and {shown} leads to none: give it the engine itself"
     )
 
 

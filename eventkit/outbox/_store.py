@@ -170,6 +170,15 @@ class Store(Operations):
         super().__init__(dialect, schema)
         self._insert = Insert(self._statements)
 
+    @property
+    def is_located(self) -> bool:
+        """Whether it is known where the tables are."""
+        return self._statements.schema is not None
+
+    def locate(self, connection: Connection) -> None:
+        """Find out where they are, by the connection's `search_path`."""
+        self._statements.resolve(connection)
+
     def insert(self, connection: Connection, events: Sequence[NewEvent], owner: str | None) -> None:
         """Write the rows of events that the connection's transaction decides.
 
