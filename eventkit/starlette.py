@@ -32,7 +32,7 @@ from eventkit._core.loops.running import current_loop
 from eventkit._core.loops.threads import Entrance
 from eventkit._core.state import BusState, Host, Service
 from eventkit._core.units import Unit
-from eventkit.exceptions import EventKitError, NoOutboxError
+from eventkit.exceptions import NoOutboxError
 
 __all__ = ["EventContextMiddleware", "Origin", "Outcome", "succeeded"]
 
@@ -313,6 +313,7 @@ class EventContextMiddleware:
             await self.app(scope, receive, send)
             return
         lifespan, state = Lifespan(receive, send), self._state
+        refusal: Exception | None = None
         async with create_task_group() as tasks:
             drainer = Drainer(
                 state,
@@ -325,43 +326,62 @@ class EventContextMiddleware:
             host = Host(
                 Entrance(), drainer.submit, origin, lambda: drainer.is_crowded, drainer.begin
             )
-            service = await self._begin_service(host, tasks, receive, send)
-
-            async def close() -> None:
-                deadline = current_time() + self._shutdown_timeout
-                if service is not None:
-                    service.stop()
-                try:
-                    await drainer.close(self._shutdown_timeout)
-                finally:
-                    state.remove_host(host)  # units that end later deliver their events themselves
-                    if service is not None:
-                        await service.leave()
-                    await host.entrance.close(deadline - current_time())
-
-            state.add_host(host)
             try:
-                with self._running(drainer, origin), outside(state, _LIFESPAN, origin):
-                    await lifespan.run(self.app, scope, ready=self._announce, stopping=close)
-            finally:
-                await close()  # where no shutdown came: the app has ended, or was cancelled
-            if drainer.stuck:  # the group waits for these handlers, and the server need not
-                await lifespan.bid_farewell()
+                service = await self._begin_service(host, tasks)
+            except Exception as error:  # noqa: BLE001 - raised below, where no group wraps it
+                refusal = error
+                tasks.cancel_scope.cancel()
+            else:
+                await self._run_lifespan(lifespan, scope, host, drainer, service)
+        if refusal is not None:
+            await _refuse_to_start(receive, send, refusal)
         await lifespan.end()
 
-    async def _begin_service(
-        self, host: Host, tasks: TaskGroup, receive: Receive, send: Send
-    ) -> Service | None:
-        """Have an outbox run what is due, if the bus has one; where it cannot, refuse to start."""
-        keeper = self._state.keeper
+    async def _run_lifespan(
+        self,
+        lifespan: Lifespan,
+        scope: Scope,
+        host: Host,
+        drainer: Drainer,
+        service: Service | None,
+    ) -> None:
+        """Run the app's lifespan; at its end deliver what is left."""
+        state, origin = self._state, host.origin
+        assert isinstance(origin, Origin)
+
+        async def close() -> None:
+            deadline = current_time() + self._shutdown_timeout
+            if service is not None:
+                service.stop()
+            try:
+                await drainer.close(self._shutdown_timeout)
+            finally:
+                state.remove_host(host)  # units that end later deliver their events themselves
+                if service is not None:
+                    await service.leave()
+                await host.entrance.close(deadline - current_time())
+
+        state.add_host(host)
         try:
-            if keeper is None:
-                self._refuse_durable_handlers()
-                return None
-            service = keeper.serve(host, tasks, concurrency=self._concurrency)
-            await service.start()
-        except EventKitError as error:
-            await _refuse_to_start(receive, send, error)
+            with self._running(drainer, origin), outside(state, _LIFESPAN, origin):
+                await lifespan.run(self.app, scope, ready=self._announce, stopping=close)
+        finally:
+            await close()  # where no shutdown came: the app has ended, or was cancelled
+        if drainer.stuck:  # the group waits for these handlers, and the server need not
+            await lifespan.bid_farewell()
+
+    async def _begin_service(self, host: Host, tasks: TaskGroup) -> Service | None:
+        """Have an outbox run what is due, if the bus has one.
+
+        Raises:
+            Exception: It cannot.
+        """
+        keeper = self._state.keeper
+        if keeper is None:
+            self._refuse_durable_handlers()
+            return None
+        service = keeper.serve(host, tasks, concurrency=self._concurrency)
+        await service.start()
         return service
 
     def _refuse_durable_handlers(self) -> None:

@@ -244,8 +244,9 @@ class Outbox:
     def _show(self, connection: Connection) -> None:
         """The caller commits, so what was written in savepoints before is seen from now on."""
         root = connection.get_transaction()
+        assert root is not None
         with self._state.tally.lock:
-            self._state.unseen -= Counter(self._unseen.pop(root, {}))
+            self._state.unseen -= self._unseen.pop(root, Counter())
 
     def _marked(self, connection: Connection, transaction: Transaction) -> list[Row]:
         """The rows that this commit is to complete."""
