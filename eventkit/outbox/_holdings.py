@@ -15,7 +15,7 @@ from typing import Protocol
 from uuid import UUID
 from weakref import WeakValueDictionary
 
-from anyio import CancelScope, move_on_after, sleep, to_thread
+from anyio import CancelScope, get_cancelled_exc_class, move_on_after, sleep, to_thread
 from sqlalchemy import Connection
 
 from eventkit._core.log import log
@@ -150,8 +150,14 @@ class Holdings:
 
     async def settle(self) -> None:
         """Write down what has become of deliveries, within five seconds. Is not cancelled."""
-        if not self._outcomes and not self._flushes:
-            return
+        if self._outcomes or self._flushes:
+            try:
+                await self._settle()
+            except get_cancelled_exc_class():  # `Task.cancel()` knows no shields
+                await self._settle()
+                raise
+
+    async def _settle(self) -> None:
         with move_on_after(_SECONDS_TO_WRITE, shield=True):
             while not await self.flush():  # noqa: ASYNC110 - a database tells nobody
                 await sleep(PAUSE_AFTER_ERROR)
@@ -293,8 +299,9 @@ class Holdings:
         """Know in which schema the tables are, before a user's transaction could change the way.
 
         It is looked up once, on a connection of the outbox's own. A relay has done so at its start.
+        A process that only writes has no such connection: there `schema=` says it.
         """
-        if not self.store.is_placed:
+        if self.relays and not self.store.is_placed:
             self.database.call(self.store.place, writes=False)
 
     async def check(self) -> None:

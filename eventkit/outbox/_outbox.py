@@ -259,7 +259,7 @@ class Outbox:
         root = connection.get_transaction()
         assert root is not None
         with self._state.tally.lock:
-            self._state.unseen -= Counter(self._unseen.pop(root, {}))
+            self._state.unseen -= self._unseen.pop(root, Counter())
 
     def _marked(self, connection: Connection, transaction: Transaction) -> list[Row]:
         """The rows that this commit is to complete: of handlers that run still."""

@@ -18,7 +18,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
 from tests.crash.cluster import Cluster, cluster
-from tests.crash.nursery import Nursery, PATIENCE
+from tests.crash.nursery import PATIENCE, Nursery
 from tests.crash.processes import LEASE, Process, Workers, workers
 from tests.crash.tables import Count, count, prepare
 from tests.crash.worker import CONCURRENCY
