@@ -341,4 +341,5 @@ async def run_due(
             requeued += fed.unit.requeued
         return DrainReport(handled, tuple(failures), requeued)
     finally:
+        source.stock.clear()  # a cancellation's traceback leads here, and would hold the leases
         failures.clear()  # a traceback leads to `report`, which would close a reference cycle

@@ -21,7 +21,7 @@ from eventkit.outbox._rows import Outcome, Row
 from eventkit.outbox._store import State
 from tests.outbox.processes import event, holdings_of, keep, look, relay_of, warned
 from tests.outbox.scenes import Placed, Scene, until
-from tests.sqlalchemy.steps import done
+from tests.sqlalchemy.steps import done, put
 from tests.witness import freed_by_anyio, ignore
 
 pytestmark = pytest.mark.anyio
@@ -103,6 +103,7 @@ async def test_whatever_drops_an_event_frees_its_rows_without_the_collector(
         for end in ("rollback", "close", "discard", "raise"):
             try:
                 async with bus.context() as unit, scene.begun() as session:
+                    await put(session, end)
                     unit.publish(Placed())
                     if end == "rollback":
                         await done(session.rollback())
