@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from eventkit import Durable, EventBus, current_delivery, named
-from eventkit.exceptions import InvalidEventTypeError, InvalidHandlerError
+from eventkit.exceptions import DuplicateNameError, InvalidEventTypeError
 from eventkit.outbox import Outbox
 from eventkit.outbox._catalog import Catalog
 from eventkit.outbox._store import State
@@ -219,5 +219,5 @@ def late_with_outbox(bus: EventBus, outbox: Callable[[EventBus], Outbox]) -> Eve
 
 def test_two_durable_handlers_of_one_name_are_refused(bus: EventBus) -> None:
     handling(bus, Placed, [])
-    with pytest.raises(InvalidHandlerError):
+    with pytest.raises(DuplicateNameError):
         handling(bus, Placed, [])

@@ -161,7 +161,7 @@ async def test_what_ends_in_a_thread_does_not_disturb_a_farewell(
     class Meddling(Row):
         __slots__ = ("_id",)
 
-        @property  # type: ignore[override]
+        @property
         def id(self) -> UUID:
             holdings.begin(a_row())  # as a thread would at this moment
             return uuid4()

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -48,6 +49,14 @@ class Gate:
             self.may_end.release()
 
 
+def has_begun(gate: Gate, number: int) -> bool:
+    return len(gate.begun) == number
+
+
+def has_ended_more(gate: Gate, number: int) -> bool:
+    return len(gate.ended) > number
+
+
 # Room
 
 
@@ -60,7 +69,7 @@ async def test_a_handler_has_all_places_while_nobody_else_waits(
         await until(lambda: len(slow.begun) == 4)
         for more in range(5, 9):
             slow.may_end.release()
-            await until(lambda more=more: len(slow.begun) == more)
+            await until(partial(has_begun, slow, more))
             assert len(slow.ended) == more - 4
         slow.let_all_go()
         await until(lambda: not scene.table.rows())
@@ -83,7 +92,7 @@ async def test_a_slow_handler_holds_up_others_by_no_more_than_what_runs_and_leav
             most = relay._source.most_held()
             assert counted(scene, State.LEASED) <= 2 * most  # the others are for other processes
             slow.may_end.release()  # it ends, and a mail has its place
-            await until(lambda ended=ended: len(mail.ended) > ended)
+            await until(partial(has_ended_more, mail, ended))
         slow.let_all_go()
         await until(lambda: not bus.stats.running)
     assert counted(scene, State.LEASED) == 0
@@ -107,7 +116,7 @@ async def test_of_several_handlers_that_wait_each_has_half_of_the_places(
         second.let_all_go()
     stock = Stock(5)
     stock._running = Counter({"first": 2, "second": 2})
-    stock._waiting = {"first": [(0, None)], "second": [(1, None)]}  # type: ignore[assignment, dict-item]
+    stock._waiting = {"first": [(0, None)], "second": [(1, None)]}  # type: ignore[dict-item]
     assert stock.take() is None  # a place is left free
 
 
@@ -375,6 +384,25 @@ async def test_a_subscription_that_is_cancelled_leaves_its_rows_to_who_knows_the
         await until(lambda: bus.stats.requeued)
         await until(lambda: not bus.stats.running)
     assert scene.kept() == {"mail": (State.READY, 0)}
+
+
+async def test_a_subscription_that_is_cancelled_during_the_claim_leaves_its_row_alone(
+    scene: Scene, bus: EventBus, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def handle(event: Placed) -> None: ...
+
+    subscription = bus.subscribe(Placed, handle, durable=True, name="mail")
+    store: Any = holdings_of(outbox).store
+    real = store.claim
+
+    def claim(*args: Any, **options: Any) -> Any:
+        subscription.cancel()
+        return real(*args, **options)
+
+    monkeypatch.setattr(store, "claim", claim)
+    scene.table.insert(event("mail"))
+    await outbox.run_due()
+    assert scene.kept() == {"mail": (State.UNREADABLE, 0)}
 
 
 async def test_a_handler_that_takes_too_long_has_failed(scene: Scene) -> None:

@@ -97,7 +97,7 @@ def test_a_shutdown_in_the_midst_gives_all_back_and_the_next_process_does_it(
         publish(server, *names)
         server.wait_for("begins 1")
         assert {(state, attempt) for state, attempt, _ in rows(file)} == {(1, 1)}
-        assert len(look(file, "select owner, 1, 1 from eventkit_process")) == 1
+        assert len(look(file, "select 1, 1, owner from eventkit_process")) == 1
 
         begun = time.monotonic()
         server.signal()
@@ -107,7 +107,7 @@ def test_a_shutdown_in_the_midst_gives_all_back_and_the_next_process_does_it(
 
     assert took < SHUTDOWN_TIMEOUT + ALLOWANCE
     assert rows(file) == [(0, 0, None)] * 7
-    assert look(file, "select owner, 1, 1 from eventkit_process") == []
+    assert look(file, "select 1, 1, owner from eventkit_process") == []
     (closing_line,) = re.findall(r"^eventkit has stopped: .*$", output, re.MULTILINE)
     assert counted(closing_line, "requeued") == 7
     assert counted(closing_line, "left") == 0
@@ -160,4 +160,4 @@ def test_a_reload_leaves_no_row_to_nobody(
             time.sleep(0.01)  # another process, so there is nothing to await
         ((state, attempt, owner),) = rows(file)
         assert (state, attempt) == (1, 1)
-        assert look(file, "select owner, 1, 1 from eventkit_process") == [(owner, 1, 1)]
+        assert look(file, "select 1, 1, owner from eventkit_process") == [(1, 1, owner)]
