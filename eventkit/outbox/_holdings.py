@@ -16,6 +16,7 @@ from uuid import UUID
 from weakref import WeakValueDictionary
 
 from anyio import CancelScope, get_cancelled_exc_class, move_on_after, sleep, to_thread
+from anyio.lowlevel import checkpoint
 from sqlalchemy import Connection
 
 from eventkit._core.log import log
@@ -254,8 +255,9 @@ class Holdings:
                 relays.remove(relay)
                 if not relays:
                     del self._relays[loop]
-        while self._outcomes or self._flushes:
-            await self.settle()
+        await self.settle()
+        await checkpoint()  # no further, if the time is over
+        await self.settle()  # what another task was writing, and could not
         if self._relays or not (self.relays or self.lease.is_valid):
             return
         # Copied in one step, as above.

@@ -397,6 +397,8 @@ async def run_due(
         failures.append(Failure(delivery, error))
         state.report(delivery, error)
 
+    if holdings.database.is_in_memory:  # nothing is kept in it
+        return DrainReport(0, ())
     await holdings.check()
     source = RowSource(holdings, state, concurrency, lambda: None)
     handled = requeued = 0
@@ -413,6 +415,7 @@ async def run_due(
             requeued += fed.unit.requeued
         return DrainReport(handled, tuple(failures), requeued)
     finally:
+        source.stock.clear()  # a cancellation's traceback leads here, and would hold the leases
         failures.clear()  # a traceback leads to `report`, which would close a reference cycle
 
 
