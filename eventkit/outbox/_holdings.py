@@ -63,6 +63,7 @@ class Holdings:
         lost: How many leases were lost before the outcome was written.
         closed: Whether the outbox is detached, so that nothing is claimed any more.
         given_back: How many rows were given back as relays ended.
+        given_back: How many rows were given back: cancelled, or not begun as relays ended.
     """
 
     def __init__(
@@ -184,6 +185,7 @@ class Holdings:
             self._outcomes.extendleft(reversed(outcomes))
             self.wake()
             raise
+        self.given_back += sum(each.unused for each in outcomes)
         for outcome in outcomes:
             outcome.row.ended = True
             if outcome.is_death and outcome.row not in lost:
