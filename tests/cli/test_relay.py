@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine
 
+from eventkit import EventBus
 from eventkit._cli import _relay
+from eventkit.exceptions import OutboxSchemaError
+from eventkit.outbox import Outbox
 from eventkit.outbox._database import Database as Connections
+from eventkit.outbox._outbox import holdings_of
 from tests.cli.conftest import Shop
 
 if sys.platform == "win32":
@@ -272,6 +276,20 @@ def test_who_has_set_up_logging_keeps_it(small_shop: Shop) -> None:
     logging.getLogger().handlers.clear()
 
     assert "LookupError" not in small_shop.relay("broken").stderr
+
+
+@pytest.mark.anyio
+async def test_run_raises_what_is_missing_and_not_a_group_of_it(
+    tmp_path: Path, anyio_backend_name: str
+) -> None:
+    with Outbox(
+        EventBus(), create_engine(f"sqlite:///{tmp_path / 'empty.db'}"), relay=False
+    ) as box:
+        with pytest.raises(OutboxSchemaError, match="there is no table"):
+            await box.run()
+
+        assert holdings_of(box).relays
+        assert not holdings_of(box).slows_down
 
 
 def test_a_database_is_shown_without_its_password() -> None:
