@@ -67,6 +67,7 @@ class Holdings:
         lost: How many leases were lost before the outcome was written.
         closed: Whether the outbox is detached, so that nothing is claimed any more.
         given_back: How many rows were given back as relays ended.
+        given_back: How many rows were given back: cancelled, or not begun as relays ended.
     """
 
     def __init__(
@@ -197,6 +198,7 @@ class Holdings:
         for relay in self.looking:
             for outcome in outcomes:
                 relay.expect(outcome.pause)
+        self.given_back += sum(each.unused for each in outcomes)
         for outcome in outcomes:
             outcome.row.ended = True
             if outcome.is_death and outcome.row not in lost:
