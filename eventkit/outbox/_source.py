@@ -12,7 +12,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable
 from contextvars import copy_context
-from functools import partial
+from functools import cache, partial
 from itertools import count
 
 from anyio import current_time
@@ -23,6 +23,7 @@ from eventkit._core.log import log
 from eventkit._core.loops.running import current_loop
 from eventkit._core.state import BusState
 from eventkit._core.units import Ending, Unit, next_number
+from eventkit.outbox._catalog import Found
 from eventkit.outbox._holdings import Holdings
 from eventkit.outbox._rows import EventRows, Outcome, Row, StoredEnvelope, describe, restore
 from eventkit.outbox._store import Claimed
@@ -150,8 +151,9 @@ class RowSource:
                 partial(holdings.store.claim_suspect, owner=owner, known=known)
             )
             claimed = [] if one is None else [one]
+        find = cache(holdings.catalog.find)  # most rows of a claim are of few handlers
         for each in claimed:
-            self._receive(each)
+            self._receive(each, find(each.handler, each.event_type))
         return len(claimed)
 
     def suspect_is_done(self) -> bool:
@@ -162,27 +164,23 @@ class RowSource:
         self._suspect = None
         return True
 
-    def _receive(self, claimed: Claimed) -> None:
+    def _receive(self, claimed: Claimed, found: Found | None) -> None:
         """Have it wait for its run; or write down at once why it does not run."""
-        holdings, catalog = self._holdings, self._holdings.catalog
-        codec = catalog.codec(claimed.event_type)
-        subscription = None
-        if codec is not None:
-            subscription = catalog.handler(claimed.handler, codec.event_type)
-        durable = None if subscription is None else subscription.durable
+        holdings = self._holdings
+        durable = None if found is None else found.subscription.durable
         row = Row(claimed.id, claimed.handler, durable or _UNKNOWN, claimed.key, claimed.attempt)
         row.leased = True
         holdings.know(row)
         if claimed.suspect:
             self._suspect = row
-        if codec is None or subscription is None:
+        if found is None:
             reason = "no handler of this name takes such events here"
             holdings.hear(Outcome(row, reason, unreadable=True))
         elif claimed.attempt > row.durable.attempts:
             holdings.hear(Outcome(row, "its process ended, each time"))
         else:
             try:
-                event = codec.decode(claimed.payload, claimed.event_type)
+                event = found.codec.decode(claimed.payload, claimed.event_type)
             except Exception as error:  # noqa: BLE001 - also of the user's functions in `formerly`
                 self._complain(claimed, error)
                 holdings.hear(Outcome(row, describe(error), unreadable=True))
@@ -190,10 +188,10 @@ class RowSource:
             variables = self._variables.copy()
             if claimed.headers:
                 variables.run(restore, json.loads(claimed.headers), self._state.observers)
-            row.handler = subscription.name  # which may have been another one at the publish
+            row.handler = found.subscription.name  # which may have been another one at the publish
             rows = EventRows(holdings, {0: row}, None, None)
-            plan = catalog.plan(subscription)
-            self.stock.add(StoredEnvelope(claimed, event, plan, variables, next_number(), rows))
+            envelope = StoredEnvelope(claimed, event, found.plan, variables, next_number(), rows)
+            self.stock.add(envelope)
 
     def _complain(self, claimed: Claimed, error: Exception) -> None:
         log(
@@ -232,6 +230,9 @@ class Fed(Ending):
             self._taken = self._source.stock.take()
             if self._taken is None:
                 return super().next_turn()
+            (subscription,) = self._taken.plan
+            if not subscription.active:  # it was cancelled after the claim
+                self._taken.plan.valid = False
             unit.queue.feed(self._taken)
         return turn
 
