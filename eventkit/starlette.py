@@ -32,7 +32,7 @@ from eventkit._core.loops.running import current_loop
 from eventkit._core.loops.threads import Entrance
 from eventkit._core.state import BusState, Host, Service
 from eventkit._core.units import Unit
-from eventkit.exceptions import EventKitError, NoOutboxError
+from eventkit.exceptions import NoOutboxError
 
 __all__ = ["EventContextMiddleware", "Origin", "Outcome", "succeeded"]
 
@@ -325,14 +325,21 @@ class EventContextMiddleware:
             host = Host(
                 Entrance(), drainer.submit, origin, lambda: drainer.is_crowded, drainer.begin
             )
-            service = await self._begin_service(host, tasks, receive, send)
+            service: Service | None = None
+
+            async def begin() -> None:
+                nonlocal service
+                service = await self._begin_service(host, tasks)
+                self._announce()
 
             async def close() -> None:
-                deadline = current_time() + self._shutdown_timeout
+                timeout = self._shutdown_timeout
                 if service is not None:
+                    timeout = timeout if service.patience is None else service.patience
                     service.stop()
+                deadline = current_time() + timeout
                 try:
-                    await drainer.close(self._shutdown_timeout)
+                    await drainer.close(timeout)
                 finally:
                     state.remove_host(host)  # units that end later deliver their events themselves
                     if service is not None:
@@ -342,26 +349,25 @@ class EventContextMiddleware:
             state.add_host(host)
             try:
                 with self._running(drainer, origin), outside(state, _LIFESPAN, origin):
-                    await lifespan.run(self.app, scope, ready=self._announce, stopping=close)
+                    await lifespan.run(self.app, scope, ready=begin, stopping=close)
             finally:
                 await close()  # where no shutdown came: the app has ended, or was cancelled
             if drainer.stuck:  # the group waits for these handlers, and the server need not
                 await lifespan.bid_farewell()
         await lifespan.end()
 
-    async def _begin_service(
-        self, host: Host, tasks: TaskGroup, receive: Receive, send: Send
-    ) -> Service | None:
-        """Have an outbox run what is due, if the bus has one; where it cannot, refuse to start."""
+    async def _begin_service(self, host: Host, tasks: TaskGroup) -> Service | None:
+        """Have an outbox run what is due, if the bus has one.
+
+        Not before the application has started up: handlers need what it opens, and it may be what
+        makes the tables, the outbox, or the subscriptions.
+        """
         keeper = self._state.keeper
-        try:
-            if keeper is None:
-                self._refuse_durable_handlers()
-                return None
-            service = keeper.serve(host, tasks, concurrency=self._concurrency)
-            await service.start()
-        except EventKitError as error:
-            await _refuse_to_start(receive, send, error)
+        if keeper is None:
+            self._refuse_durable_handlers()
+            return None
+        service = keeper.serve(host, tasks, concurrency=self._concurrency)
+        await service.start()
         return service
 
     def _refuse_durable_handlers(self) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from inspect import Parameter
-from typing import Annotated, TypeVar, assert_type
+from typing import Annotated, Generic, TypeVar, assert_type
 from uuid import UUID
 
 from fastapi import Depends
@@ -35,6 +35,7 @@ from eventkit import (
     Subscription,
     Wiring,
     current_delivery,
+    named,
 )
 from eventkit.fastapi import Bus, CurrentContext, FastAPIResolver
 from eventkit.starlette import EventContextMiddleware, Origin, Outcome, succeeded
@@ -49,6 +50,7 @@ from eventkit.testing import (
     assert_handles,
     assert_no_orphans,
 )
+from eventkit.wire import Codec, codec_for, names_of, wire_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -506,3 +508,35 @@ assert_handles(bus, UserCreated, greet, "audit")
 assert_handles(bus, created, greet)  # type: ignore[arg-type]
 assert_no_orphans(bus, [UserCreated, OrderPaid])
 assert_no_orphans(bus, UserCreated)  # type: ignore[arg-type]
+
+
+def upcast(stored: dict[str, object]) -> dict[str, object]:
+    return stored
+
+
+@named("shop.order.placed.v2", formerly={"shop.order.placed.v1": upcast, "shop:Placed": None})
+@dataclass(frozen=True, slots=True)
+class NamedAbove(DomainEvent):
+    order_id: int
+
+
+@dataclass(frozen=True, slots=True)
+@named("shop.order.paid")
+class NamedBelow(Generic[T]):
+    content: T
+
+
+def names_and_codecs() -> None:
+    assert_type(NamedAbove(1).order_id, int)
+    assert_type(NamedBelow("x"), NamedBelow[str])
+    NamedAbove("x")  # type: ignore[arg-type]
+    NamedAbove(1).order_id = 2  # type: ignore[misc]
+    assert_type(wire_name(NamedAbove), str)
+    assert_type(names_of(NamedAbove), tuple[str, ...])
+    codec = codec_for(NamedAbove)
+    assert_type(codec, Codec[NamedAbove])
+    assert_type(codec.encode(NamedAbove(1)), str)
+    assert_type(codec.decode("{}", "shop:Placed"), NamedAbove)
+    codec.encode(created)  # type: ignore[arg-type]
+    named("x")(upcast)  # type: ignore[type-var]
+    named("x", formerly={"y": "z"})  # type: ignore[dict-item]

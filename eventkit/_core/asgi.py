@@ -69,13 +69,14 @@ class Lifespan:
         app: ASGIApp,
         scope: Scope,
         *,
-        ready: Callable[[], None],
+        ready: Callable[[], Awaitable[None]],
         stopping: Callable[[], Awaitable[None]],
     ) -> None:
         """Run the app's lifespan but for its end, which `end` brings about.
 
-        `ready` is called when the app has started up, before the server knows; `stopping` is
-        awaited when the server shuts down, before the app knows.
+        `ready` is awaited when the app has started up, before the server knows. If it raises, the
+        start has failed: the app is told by an exception, and closes what it has opened.
+        `stopping` is awaited when the server shuts down, before the app knows.
         """
 
         async def receive() -> Message:
@@ -88,8 +89,15 @@ class Lifespan:
 
         async def send(message: Message) -> None:
             self._answered = True
+            if self._failure is not None:  # of `ready`: `end` tells the server
+                return
             if message["type"] == "lifespan.startup.complete":
-                ready()
+                try:
+                    await ready()
+                except Exception as error:
+                    self._failure = error
+                    self._farewell = {"type": "lifespan.startup.failed", "message": str(error)}
+                    raise
                 self._ready = True
             if message["type"].startswith("lifespan.shutdown."):
                 self._farewell = message
@@ -101,13 +109,16 @@ class Lifespan:
         except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001
             # Kept for `end`, which raises it: the task group around it would wrap it.
             if self._asked or self._answered or not isinstance(error, Exception):
-                self._failure = error
+                self._failure = self._failure or error
                 return
             log(logging.INFO, "the app has no lifespan of its own", reason=repr(error))
         if not self._answered:
             if not self._heard:
                 await receive()
-            await send({"type": "lifespan.startup.complete"})
+            try:
+                await send({"type": "lifespan.startup.complete"})
+            except Exception as error:  # noqa: BLE001 - kept for `end`, as above
+                self._failure = error
         if self._ready and "lifespan.shutdown" not in self._heard:
             await receive()
             await send({"type": "lifespan.shutdown.complete"})

@@ -28,8 +28,8 @@ class Durable:
     Attributes:
         attempts: How often a delivery is tried before it is dead, the first time included.
         backoff: Called with the number of the attempt that failed, from 1 on, and its exception.
-            Returns the seconds until the next attempt, which up to 20 % more or less are put on,
-            or None to give up at once. By default 1, 2, 4 and so on, up to an hour.
+            Returns the seconds until the next attempt, which the outbox varies by up to 20 %, or
+            None to give up at once. By default 1, 2, 4 and so on, up to an hour: 13 hours in all.
         key: Called with the event at publish. Deliveries of this handler whose key is equal run
             one at a time, in the order of their commits; None for no key. A dead one, and one that
             cannot be read, does not hold up the next.

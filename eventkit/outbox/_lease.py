@@ -64,6 +64,7 @@ class _Times(NamedTuple):
 
     began: float  # valid since then without a break
     until: float
+    term: object  # another one after each break
 
 
 class _Process:
@@ -71,7 +72,7 @@ class _Process:
 
     def __init__(self) -> None:
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
-        self.times = _Times(0.0, 0.0)
+        self.times = _Times(0.0, 0.0, object())
         self.stops = 0  # how often `stop` was called
         self.beating = threading.Lock()
         self.unknown: dict[UUID, float] = {}  # when it was first seen so; under `beating`
@@ -84,17 +85,18 @@ class _Process:
         """Have the lease end then, unless `stop` was called since it was called this often."""
         with self._lock:
             if stops is None or stops == self.stops:
-                before = self.times
-                self.times = _Times(
-                    before.began if now < before.until else now,  # known only since now
-                    max(before.until, until),
-                )
+                began, ended, term = self.times
+                if now >= ended:
+                    began = now  # known only since now
+                    if ended:  # it was valid before
+                        term = object()
+                self.times = _Times(began, max(ended, until), term)
 
     def forget(self) -> None:
         """The lease is over."""
         with self._lock:
             self.stops += 1
-            self.times = _Times(0.0, 0.0)
+            self.times = _Times(0.0, 0.0, object())
 
     def stop(self) -> None:
         thread, self.thread = self.thread, None
@@ -159,6 +161,18 @@ class Lease:
         return process is not None and self.now() < process.times.until
 
     @property
+    def term(self) -> object | None:
+        """What the lease is, as long as it is valid without a break; None if it is not valid.
+
+        What was leased in another term may have been given to another process meanwhile.
+        """
+        process = self._processes.get(os.getpid())
+        if process is None:
+            return None
+        _, until, term = process.times
+        return term if self.now() < until else None
+
+    @property
     def steady(self) -> bool:
         """Whether it has been valid without a break for one whole lease.
 
@@ -168,15 +182,18 @@ class Lease:
         process = self._processes.get(os.getpid())
         if process is None:
             return False
-        began, until = process.times
+        began, until, _ = process.times
         return began + self.seconds <= self.now() < until
 
     def now(self) -> float:
         """The local clock, in seconds."""
         return self._clock()
 
-    def start(self) -> None:
-        """Have a thread send heartbeats from now on; the first one at once, without waiting for it.
+    def start(self, *, at_once: bool = True) -> None:
+        """Have a thread send heartbeats from now on, without waiting for the first one.
+
+        With `at_once` that is sent now, else in a third of the lease, for another transaction is
+        about to carry one: where that is REPEATABLE READ, two at a time are one too many.
 
         Does nothing where this process has one. After `stop` another one begins.
         """
@@ -186,7 +203,7 @@ class Lease:
                 process.over = self._event()
                 process.thread = Thread(
                     target=_keep,
-                    args=[weakref.ref(self), process.over],
+                    args=[weakref.ref(self), process.over, 0.0 if at_once else self.seconds / 3],
                     name="eventkit-lease",
                     daemon=True,
                 )
@@ -225,7 +242,7 @@ class Lease:
             self.given_back += count
             log(
                 logging.INFO,
-                "Deliveries that nobody here waits for were given back to the table",
+                "deliveries that nobody here waits for were given back to the table",
                 deliveries=count,
                 owner=process.owner,
             )
@@ -282,14 +299,16 @@ class Lease:
         process.warned = now
         log(
             logging.WARNING,
-            "The lease of this process cannot be renewed, and is tried again: without it no "
+            "the lease of this process cannot be renewed, and is tried again: without it no "
             "durable delivery starts here",
             owner=process.owner,
             error=error,
         )
 
 
-def _keep(lease: weakref.ref[Lease], over: Event) -> None:
+def _keep(lease: weakref.ref[Lease], over: Event, pause: float) -> None:
+    if pause and over.wait(pause):
+        return
     while not over.is_set() and (alive := lease()) is not None:
         pause = alive.take_turn()
         del alive

@@ -34,8 +34,8 @@ _JITTER = 0.2
 class Holder(Protocol):
     """Who holds the rows of this process."""
 
-    def may_run(self) -> bool:
-        """Whether this process holds its lease."""
+    def term(self) -> object | None:
+        """The term of the lease, whose rows this process may run; None if it has no lease."""
         ...
 
     def begin(self, row: Row) -> None:
@@ -54,7 +54,9 @@ class Row:
         durable: How often it is tried, and when.
         key: What orders it among others of the handler; None where nothing does.
         attempt: Which one it is at.
-        leased: Whether this process may run it.
+        leased: Whether it was leased by this process.
+        term: That of the lease in which it was. It runs in no other one: a process that has stood
+            still has lost what it held, though it has a lease again.
         completed: Whether a commit of the handler's own has completed it.
         lost: Whether another process was given it meanwhile.
         ended: Whether an outcome of it is written down.
@@ -71,6 +73,7 @@ class Row:
         "key",
         "leased",
         "lost",
+        "term",
     )
 
     def __init__(
@@ -82,6 +85,7 @@ class Row:
         self.key = key
         self.attempt = attempt
         self.leased = False
+        self.term: object | None = None
         self.completed = False
         self.lost = False
         self.ended = False
@@ -96,9 +100,10 @@ class Outcome:
         pause: Seconds until the next attempt; None where none follows.
         unreadable: Whether the payload could not be decoded here.
         unused: Whether it did not come to an end, so that the attempt does not count.
+        unsure: Whether it may be written already: who wrote it was cancelled meanwhile.
     """
 
-    __slots__ = ("error", "pause", "row", "unreadable", "unused")
+    __slots__ = ("error", "pause", "row", "unreadable", "unsure", "unused")
 
     def __init__(
         self,
@@ -114,6 +119,7 @@ class Outcome:
         self.pause = pause
         self.unreadable = unreadable
         self.unused = unused
+        self.unsure = False
 
     @property
     def is_success(self) -> bool:
@@ -131,7 +137,8 @@ class EventRows(Observer):
 
     Attributes:
         written: Whether they are in the table, or in a transaction that is being committed.
-        place: Where the event was published, as `file:line`; None for what comes from the table.
+        place: Where the event was published, as `file:line`; None for one that is delivered even on
+            failure, and for what comes from the table.
     """
 
     def __init__(
@@ -152,18 +159,27 @@ class EventRows(Observer):
         return self.written and index in self.rows
 
     def elsewhere(self) -> Sequence[int]:
-        """Those that are not to run here: a relay's, or all where the lease has run out."""
+        """Those that are not to run here: a relay's, or all where the lease has run out since."""
         if not self.written:
             return ()
-        if not self._holder.may_run():
-            return tuple(self.rows)
-        return [index for index, row in self.rows.items() if not row.leased]
+        term = self._holder.term()
+        return [
+            index
+            for index, row in self.rows.items()
+            if not row.leased or term is None or row.term is not term
+        ]
 
-    def write(self, *, leased: bool) -> None:
+    def write(self, *, leased: bool, term: object | None) -> None:
         """They are in the table from now on, or in a transaction that is being committed."""
         self.written = True
         for row in self.rows.values():
             row.leased = leased and row.key is None
+            row.term = term
+
+    def enter(self, term: object | None) -> None:
+        """They were leased in this term, which began in their transaction."""
+        for row in self.rows.values():
+            row.term = term
 
     def unwrite(self) -> None:
         """They are not: the transaction was not committed."""

@@ -95,7 +95,7 @@ def problem_of(connection: Connection, schema: str | None) -> str | None:
     database = inspect(connection)
     metadata = MetaData()
     add_tables(metadata)
-    for table in metadata.sorted_tables:
+    for table in metadata.tables.values():  # the one that gives the outbox its name first
         if not database.has_table(table.name, schema):
             return f"there is no table {table.name}{_place(connection, schema)}: {_REMEDY}"
         there = {column["name"] for column in database.get_columns(table.name, schema)}

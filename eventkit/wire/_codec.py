@@ -7,6 +7,7 @@ compared. No error carries the event: not in its text, its cause, or the frame i
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast
 
@@ -108,10 +109,7 @@ class Codec(Generic[E]):
             found = "its JSON" if part is None else f"the JSON of this {kind_of(part)}"
             problem = f"{found} could not be read again: {fault.reason}. {REMEDY}"
             return b"", Loss(path + self._shown(fault.steps), problem)
-        try:
-            return payload, loss_of(event, back, path)
-        except RecursionError:
-            return b"", Loss(path, "it is nested too deeply")
+        return payload, loss_of(event, back, path)
 
     def _unwritable(self, event: object, error: str) -> Loss:
         """Find the innermost part that cannot be written."""
@@ -124,9 +122,10 @@ class Codec(Generic[E]):
 
     def _cannot_write(self, path: str, part: object) -> bool:
         """Try a part alone, as what it is and as what it is declared to be."""
-        if isinstance(part, bytes | bytearray):
+        declared = self._probe.declared.get(path, object)
+        if isinstance(part, bytes | bytearray) and "bytes" in str(declared):
             return False  # how it is written depends on the class around it
-        for hint in (object, self._probe.declared.get(path, object)):
+        for hint in (object, declared):
             try:
                 self._format.open(hint).dump(part)
             except Exception:  # noqa: BLE001 - as above
@@ -232,7 +231,7 @@ def _opened(event_type: type, language: Format, probe: Probe) -> Pair:
     try:
         return language.open(event_type)
     except Exception as error:
-        place = probe.blame() or event_type.__qualname__
+        place = next(iter(probe.blame()), event_type.__qualname__)
         reason = str(error).partition("\n")[0]
         raise InvalidEventTypeError(
             f"{place}: {language.name} cannot store it: {reason}"
@@ -247,13 +246,9 @@ def _a_dict(stored: object) -> dict[str, Any]:
 
 def _place_of(error: BaseException) -> str:
     """Say where an error was raised; its message may quote what was stored."""
-    innermost = None
-    traceback = error.__traceback__
-    while traceback is not None:
-        innermost, traceback = traceback, traceback.tb_next
-    if innermost is None:
-        return ""
-    return f" at {innermost.tb_frame.f_code.co_filename}:{innermost.tb_lineno}"
+    *_, innermost = traceback.walk_tb(error.__traceback__)
+    frame, line = innermost
+    return f" at {frame.f_code.co_filename}:{line}"
 
 
 def _part_at(event: Any, steps: tuple[str | int, ...]) -> object | None:  # Any: any event
@@ -262,6 +257,6 @@ def _part_at(event: Any, steps: tuple[str | int, ...]) -> object | None:  # Any:
     for step in steps:
         try:
             part = part[step] if type(part) in (dict, list, tuple) else getattr(part, str(step))
-        except (AttributeError, LookupError):
+        except (AttributeError, LookupError, TypeError):
             return None
     return cast("object", part)

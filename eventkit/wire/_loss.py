@@ -14,12 +14,15 @@ from datetime import date, datetime, time
 from decimal import Decimal
 from enum import Enum
 from typing import Any, NamedTuple, cast
+from uuid import UUID
 from weakref import WeakKeyDictionary
 
 Part = tuple[str, object]
 
 REMEDY = "Declare the field as exactly what it holds, or convert the value before"
 
+_EASY = {str, int, bool, type(None), bytes, UUID, date}  # `==` tells any two of them apart
+_SETS = (set, frozenset)
 _SEQUENCES = (list, tuple, set, frozenset, deque)
 _ABSENT = object()  # stands for a field without a value
 
@@ -33,12 +36,14 @@ class Loss(NamedTuple):
 
 def loss_of(sent: object, back: object, path: str) -> Loss | None:
     """Say what of `sent` is another value or of another type in `back`, if anything."""
+    if type(sent) is type(back) and type(sent) in _EASY:
+        return None if sent == back else _other_value(sent, path)
     if type(sent) is not type(back) and not _is_accepted(sent, back):
         return Loss(
             path,
             f"stored as JSON, {kind_of(sent)} would come back as {kind_of(back)}. {REMEDY}",
         )
-    if isinstance(sent, set | frozenset):
+    if isinstance(sent, _SETS):
         return _loss_of_set(cast("set[object]", sent), cast("set[object]", back), path)
     mine = parts_of(sent)
     if mine is None:
@@ -107,8 +112,8 @@ def _fields_of(kind: Any) -> tuple[str, ...] | None:  # Any: a class of an optio
         return tuple(each.name for each in kind.__attrs_attrs__)
     if hasattr(kind, "__struct_fields__"):
         return tuple(kind.__struct_fields__)
-    if hasattr(kind, "__pydantic_fields__"):
-        return (*kind.__pydantic_fields__, "__pydantic_extra__", "__pydantic_private__")
+    if hasattr(kind, "model_fields"):
+        return (*kind.model_fields, "__pydantic_extra__", "__pydantic_private__")
     return tuple(kind._fields) if hasattr(kind, "_fields") else None
 
 
@@ -125,11 +130,11 @@ def _is_accepted(sent: object, back: object) -> bool:
 
 
 def _same(sent: Any, back: Any) -> bool:  # Any: two leaves of one type, or accepted as such
-    if isinstance(sent, float):
+    if isinstance(sent, (float, complex)):
         return repr(sent) == repr(cast("object", back))  # tells -0.0 and 0.0 apart
     if isinstance(sent, Decimal):
         return sent.as_tuple() == cast("Decimal", back).as_tuple()
-    if isinstance(sent, datetime | time):
+    if isinstance(sent, (datetime, time)):
         return _same_time(sent, back)
     if isinstance(sent, Enum):
         return sent is back

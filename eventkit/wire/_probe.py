@@ -89,12 +89,10 @@ class Probe:
         self.declared: dict[str, Hint] = {}
         self.fits = self._judge(event_type, event_type.__qualname__, {})
 
-    def blame(self) -> str:
-        """Say which field the package refuses, where the whole class was refused."""
-        for place, hint in reversed(self.declared.items()):  # inner ones come later
-            if not self._language.knows(hint):
-                return place
-        return ""
+    def blame(self) -> list[str]:
+        """List the fields that the package refuses, innermost first."""
+        inner_first = reversed(self.declared.items())
+        return [place for place, hint in inner_first if not self._language.knows(hint)]
 
     def _judge(self, hint: Hint, place: str, config: Config) -> Fits:
         """Refuse the type, or say which of its values are known to come back as they were."""
@@ -132,16 +130,15 @@ class Probe:
             _refuse(place, f"{hint!r} is no data: publish what it gives, as a list or a value")
         if not isinstance(origin, type):
             return self._judge_unknown(hint, place)
-        if _is_any(origin, collections.abc.Mapping) and arguments:
+        if _is_any(origin, collections.abc.Mapping):
             self._refuse_keys(arguments[0], place)
         fits = [self._judge(each, place, config) for each in arguments if each is not Ellipsis]
         if (make := _CONTAINERS.get(origin)) is not None and fits:
             return make(hint, fits)
         if _kind_of(origin) is not None:
             self._judge(origin, place, config)  # a generic class; its fields' types are open
-        elif not self._language.knows(hint):
-            return self._judge_unknown(hint, place)
-        return _never
+            return _never
+        return self._judge_unknown(hint, place)
 
     def _judge_union(self, arguments: tuple[Hint, ...], place: str, config: Config) -> Fits:
         fits = [self._judge(each, place, config) for each in arguments]
@@ -224,8 +221,9 @@ class Probe:
                 _refuse(
                     place, f"{each!r} of {_shown(hint)} would not come back as it is: {_MEMBERS}"
                 )
+        kinds = {type(each) for each in members}  # asked first, as another value may have no hash
         same = {(type(each), each) for each in members}
-        return lambda value: (type(value), value) in same
+        return lambda value: type(value) in kinds and (type(value), value) in same
 
     def _comes_back(self, hint: Hint, value: object) -> bool:
         try:
@@ -296,7 +294,7 @@ def _kind_of(kind: Any) -> _Kind | None:
         return _STRUCT
     if hasattr(kind, "__attrs_attrs__"):
         return _ATTRS
-    if hasattr(kind, "__pydantic_fields__") and not dataclasses.is_dataclass(kind):
+    if hasattr(kind, "model_fields") and not dataclasses.is_dataclass(kind):
         return _MODEL
     if dataclasses.is_dataclass(kind):
         return _DATACLASS

@@ -1,14 +1,15 @@
-"""Owns the tables and the ways to reach them. Knows nothing of events or HTTP."""
+"""Owns the tables and the way to reach them. Knows nothing of events or HTTP."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import CheckConstraint, create_engine, make_url
+from sqlalchemy import CheckConstraint, create_engine
 from sqlalchemy.dialects.sqlite import insert
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+
+from eventkit.outbox import add_tables
 
 
 class Base(DeclarativeBase):
@@ -77,6 +78,9 @@ class AuditRow(Base):
     payload: Mapped[str]
 
 
+add_tables(Base.metadata)  # of the outbox: `create_all` and Alembic see them from here on
+
+
 FIRST_STOCK = (
     {"sku": "tea", "price_cents": 450, "in_stock": 100},
     {"sku": "teapot", "price_cents": 3900, "in_stock": 1},
@@ -84,26 +88,20 @@ FIRST_STOCK = (
 
 
 class Database:
-    """One SQLite file with two doors: `sessions` to await, `sync_sessions` for a plain `def`.
-
-    Each has an engine of its own, and both engines are tied to the bus.
-    """
+    """One SQLite file, and the sessions that lead into it."""
 
     def __init__(self, url: str) -> None:
-        self.sync_engine = create_engine(url)
-        self.engine = create_async_engine(make_url(url).set(drivername="sqlite+aiosqlite"))
-        self.sync_sessions = sessionmaker(self.sync_engine)
-        self.sessions = async_sessionmaker(self.engine)
+        self.engine = create_engine(url)
+        self.sessions = sessionmaker(self.engine)
 
-    async def open(self) -> None:
+    def open(self) -> None:
         """Create what is missing: tables, and something to sell."""
-        async with self.engine.begin() as connection:
+        with self.engine.begin() as connection:
             # Readers and a writer get along; SQLite remembers it in the file.
-            await connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-            await connection.run_sync(Base.metadata.create_all)
-            await connection.execute(insert(ProductRow).on_conflict_do_nothing(), list(FIRST_STOCK))
+            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+            Base.metadata.create_all(connection)
+            connection.execute(insert(ProductRow).on_conflict_do_nothing(), list(FIRST_STOCK))
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Give all connections back."""
-        await self.engine.dispose()
-        self.sync_engine.dispose()
+        self.engine.dispose()

@@ -12,17 +12,17 @@ _ATTEMPTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Payments:
-    """A provider that collects once per `Idempotency-Key`, however often it is asked.
+    """A provider that collects once per `Idempotency-Key`, however often it is asked. Blocks.
 
     Attributes:
         http: The client to ask with.
         url: Where charges are made.
     """
 
-    http: httpx.AsyncClient
+    http: httpx.Client
     url: str
 
-    async def charge(self, order_id: int, cents: int, *, key: UUID) -> None:
+    def charge(self, order_id: int, cents: int, *, key: UUID) -> None:
         """Collect it, once for each key.
 
         Where an answer is lost nobody knows whether the money was taken: asking again with the
@@ -34,7 +34,7 @@ class Payments:
         charge = {"order_id": order_id, "cents": cents}
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                response = await self.http.post(
+                response = self.http.post(
                     self.url, json=charge, headers={"Idempotency-Key": str(key)}
                 )
             except httpx.TransportError:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from typing import Annotated
 
 import httpx
 from fastapi import Depends, Request
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from eventkit import EventBus, Publisher
-from eventkit.sqlalchemy import deliver_on_commit
+from eventkit.outbox import Outbox
 from examples.shop.database import Database
 from examples.shop.mail import Mailer
 from examples.shop.payments import Payments
@@ -26,21 +25,23 @@ class Resources:
         self.settings = settings
         self.bus = EventBus(name="shop")
         self.database = Database(settings.database_url)
-        deliver_on_commit(self.bus, self.database.engine)
-        deliver_on_commit(self.bus, self.database.sync_engine)
+        self.outbox = Outbox(self.bus, self.database.engine, lease=settings.lease_seconds)
         self.mailer = Mailer(settings.smtp_host, settings.smtp_port)
         self.http = httpx.AsyncClient(timeout=5.0)
-        self.payments = Payments(self.http, settings.payments_url)
+        self.blocking_http = httpx.Client(timeout=5.0)
+        self.payments = Payments(self.blocking_http, settings.payments_url)
 
     @asynccontextmanager
     async def opened(self) -> AsyncGenerator[None]:
         """Open what needs opening, and close everything at the end."""
-        await self.database.open()
+        self.database.open()
         try:
             yield
         finally:
             await self.http.aclose()
-            await self.database.close()
+            self.blocking_http.close()
+            self.outbox.detach()
+            self.database.close()
 
 
 async def get_resources(request: Request) -> Resources:
@@ -57,19 +58,14 @@ async def get_publisher(resources: FromApp) -> Publisher:
     return resources.bus
 
 
-async def get_session(resources: FromApp) -> AsyncIterator[AsyncSession]:
+def get_session(resources: FromApp) -> Iterator[Session]:
     """A transaction for one request or delivery: committed at its end, rolled back if it failed.
 
     FastAPI leaves a `yield` dependency after the response was sent, so this commit comes later
     than the answer; eventkit starts handlers later still, each with a transaction of its own.
+    A session blocks, so whoever takes one is a plain `def`, and runs in a worker thread.
     """
-    async with resources.database.sessions.begin() as session:
-        yield session
-
-
-def get_sync_session(resources: FromApp) -> Iterator[Session]:
-    """The same for a plain `def` endpoint, which FastAPI runs in a worker thread."""
-    with resources.database.sync_sessions.begin() as session:
+    with resources.database.sessions.begin() as session:
         yield session
 
 
@@ -84,7 +80,6 @@ async def get_payments(resources: FromApp) -> Payments:
 
 
 Events = Annotated[Publisher, Depends(get_publisher)]
-Transaction = Annotated[AsyncSession, Depends(get_session)]
-SyncTransaction = Annotated[Session, Depends(get_sync_session)]
+Transaction = Annotated[Session, Depends(get_session)]
 Post = Annotated[Mailer, Depends(get_mailer)]
 Till = Annotated[Payments, Depends(get_payments)]

@@ -18,6 +18,7 @@ class Settings:
         warehouse_url: Whom to tell when something leaves the stock.
         payments_url: Where charges are collected.
         credit_limit_cents: Orders above it are declined.
+        lease_seconds: How long nobody else does the work of a process that was killed.
     """
 
     database_url: str = "sqlite:///shop.db"
@@ -26,6 +27,7 @@ class Settings:
     warehouse_url: str = "http://127.0.0.1:8001/stock"
     payments_url: str = "http://127.0.0.1:8002/charges"
     credit_limit_cents: int = 30_000
+    lease_seconds: float = 15.0
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -40,6 +42,7 @@ class Settings:
             credit_limit_cents=int(
                 environ.get("SHOP_CREDIT_LIMIT_CENTS", default.credit_limit_cents)
             ),
+            lease_seconds=float(environ.get("SHOP_LEASE_SECONDS", default.lease_seconds)),
         )
 
     def to_env(self) -> dict[str, str]:

@@ -229,6 +229,10 @@ class Witness(Observer):
         """Note that they will not run, or not to their end."""
         self.seen += [f"undelivered {delivery.event}" for delivery in deliveries]
 
+    def requeued(self, deliveries: Sequence[Delivery]) -> None:
+        """Note that they run later, or elsewhere."""
+        self.seen += [f"requeued {delivery.event}" for delivery in deliveries]
+
 
 def witnessed(bus: EventBus) -> list[str]:
     """What a new witness of the bus has seen, as it grows."""
@@ -260,7 +264,7 @@ def outcomes(bus: EventBus) -> tuple[int, int, int]:
 def assert_conserved(bus: EventBus) -> None:
     """Each accepted delivery waits, runs, or has ended in one way."""
     stats = bus.stats
-    ended = stats.handled + stats.failed + stats.discarded + stats.undelivered
+    ended = stats.handled + stats.failed + stats.discarded + stats.undelivered + stats.requeued
     assert stats.accepted == ended + stats.pending + stats.running, f"not conserved: {stats}"
     assert stats.pending >= 0, f"ended more than once: {stats}"
 

@@ -12,10 +12,17 @@ pytest.importorskip("greenlet")  # compiled: a new Python may be without it
 
 from sqlalchemy import Engine, MetaData, create_engine, event, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import QueuePool
 from sqlalchemy.schema import CreateSchema, DropSchema
 
+from eventkit import EventBus
+from eventkit.outbox import Outbox
 from eventkit.outbox._store import Store, add_tables
+from tests.databases import postgres as postgres_of
+from tests.databases import sqlite as sqlite_in
+from tests.databases import to_await
 from tests.outbox.rows import Database
+from tests.outbox.scenes import Scene, make_tables, scene_on
 
 DRIVERS = {
     "sqlite": "sqlite+pysqlite",
@@ -23,6 +30,63 @@ DRIVERS = {
     "psycopg": "postgresql+psycopg",
     "asyncpg": "postgresql+asyncpg",
 }
+
+# Drivers that are awaited know asyncio alone.
+BLOCKING = ["sqlite", "psycopg"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run each scene on the event loops that its driver knows."""
+    items[:] = [item for item in items if _can_run(item)]
+
+
+def _can_run(item: pytest.Item) -> bool:
+    chosen: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+    if "used_scene" not in chosen or "anyio_backend" not in chosen:
+        return True
+    loop, _ = chosen["anyio_backend"]
+    return loop == "asyncio" or chosen["used_scene"] in BLOCKING
+
+
+@pytest.fixture(scope="module", params=DRIVERS)
+def used_scene(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    service_url: Callable[[str], str],
+) -> Iterator[Scene]:
+    """A database of each kind with all tables, used through each driver."""
+    kind: str = request.param
+    if kind.endswith("sqlite"):
+        opened = sqlite_in(tmp_path_factory.mktemp("outbox") / "test.db")
+    else:
+        opened = postgres_of(service_url("postgres"), QueuePool)
+    with opened as engine:
+        make_tables(engine)
+        yield scene_on(engine, engine if kind in BLOCKING else to_await(engine))
+
+
+@pytest.fixture
+def scene(used_scene: Scene) -> Iterator[Scene]:
+    """A database with one row of business and nothing in the outbox; `scene.outbox(bus)` has one.
+
+    At the end no delivery may be lost, on any bus that has had an outbox of the scene.
+    """
+    used_scene.clear()
+    used_scene.table.clear()
+    yield used_scene
+    used_scene.close()
+    used_scene.check()
+
+
+@pytest.fixture
+def bus() -> EventBus:
+    return EventBus()
+
+
+@pytest.fixture
+def outbox(scene: Scene, bus: EventBus) -> Outbox:
+    """The outbox of `bus` on the scene's database."""
+    return scene.outbox(bus)
 
 
 @pytest.fixture(scope="module", params=DRIVERS)

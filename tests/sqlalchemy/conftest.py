@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _is_worth_it(item: pytest.Item) -> bool:
     chosen = getattr(item, "callspec", None)
-    if chosen is None or "used_database" not in chosen.params:
+    if chosen is None or not {"used_database", "anyio_backend"} <= chosen.params.keys():
         return True
     loop, _ = chosen.params["anyio_backend"]
     return loop == "asyncio" or chosen.params["used_database"] in ON_OTHER_LOOPS

@@ -1,18 +1,17 @@
 """Structs and attrs classes, which msgspec writes: as they were, or refused."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
-from enum import Enum, IntEnum
 from typing import Annotated, Any, Generic, Literal, TypeVar
 from uuid import UUID, uuid4
 
 import attrs
-import pydantic
 import pytest
 
 from eventkit.exceptions import EventEncodingError
 from eventkit.wire import EventDecodingError, codec_for, named
+from tests.wire.ids import shown
 from tests.wire.test_codec import (
     NOT_UTF8,
     SECRET,
@@ -29,14 +28,15 @@ from tests.wire.test_codec import (
     Row,
     Size,
     assert_exact,
+    attrs_class_of,
+    codec_of,
     everything_about,
     refused,
     refused_class,
 )
 
-msgspec = pytest.importorskip("msgspec")
-if True:
-    import msgspec
+pytest.importorskip("msgspec")
+import msgspec
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ class Refunded(msgspec.Struct, frozen=True, tag="refunded"):
 
 class Tree(msgspec.Struct):
     value: int
-    children: "list[Tree]" = []  # noqa: RUF012 - msgspec copies it
+    children: "list[Tree]" = []
 
 
 class Omitting(msgspec.Struct, omit_defaults=True, rename="camel"):
@@ -137,7 +137,7 @@ def struct_holding(hint: Any) -> Any:
 
 
 def attrs_holding(hint: Any) -> Any:
-    return named("attrs")(attrs.make_class("Holding", {"value": attrs.field(type=hint)}))
+    return named("attrs")(attrs_class_of("Holding", {"value": hint}))
 
 
 KINDS = pytest.mark.parametrize("holding", [struct_holding, attrs_holding])
@@ -182,7 +182,7 @@ KINDS = pytest.mark.parametrize("holding", [struct_holding, attrs_holding])
         (float, 1e300),
         (msgspec.Raw, msgspec.Raw(b"1")),
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_it_comes_back_as_it_was(holding: Any, hint: Any, value: Any) -> None:
     assert_exact(holding(hint)(value))
@@ -203,7 +203,7 @@ def test_it_comes_back_as_it_was(holding: Any, hint: Any, value: Any) -> None:
         (Literal["a"], "b", "it is not valid"),
         (list[Any], [object()], "object cannot be written as JSON"),
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_what_would_change_is_refused_with_the_field(
     holding: Any, hint: Any, value: Any, why: str
@@ -227,7 +227,7 @@ def test_what_would_change_is_refused_with_the_field(
         (dict[tuple[int, int], int], "cannot be the key of a JSON object"),
         (complex, "complex cannot be stored"),
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_what_json_cannot_hold_is_refused_at_once(holding: Any, hint: Any, why: str) -> None:
     message = refused_class(holding(hint))
@@ -252,7 +252,7 @@ def test_what_json_cannot_hold_is_refused_at_once(holding: Any, hint: Any, why: 
         Positive(1),
         HoldsAttrs(Ordered(1, []), Paid(2)),
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_every_kind_of_class_comes_back(event: Any) -> None:
     assert_exact(event)
@@ -320,7 +320,7 @@ def test_an_error_says_where_and_why() -> None:
 def test_no_error_of_encoding_carries_the_value() -> None:
     event = struct_holding(dict[str, Any])({SECRET: {SECRET: {1}}})
     with pytest.raises(EventEncodingError) as caught:
-        codec_for(type(event)).encode(event)
+        codec_of(event).encode(event)
     error = caught.value
     assert error.__traceback__ is not None
 

@@ -5,17 +5,29 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 from uuid import UUID
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from eventkit.exceptions import EventEncodingError, InvalidEventTypeError
 from eventkit.wire import codec_for, named
-from tests.wire.test_codec import Address, Card, Cash, Colour, Level, Line, Node, Status, Wire
+from tests.wire.test_codec import (
+    Address,
+    Card,
+    Cash,
+    Colour,
+    Level,
+    Line,
+    Node,
+    Status,
+    Wire,
+    attrs_class_of,
+    codec_of,
+)
 
 # A type and values of it.
 Kind = tuple[Any, SearchStrategy[Any]]
@@ -28,7 +40,7 @@ ZONES = st.one_of(
 )
 TEXT = st.text(max_size=5)
 DECIMALS = st.one_of(
-    st.decimals(),
+    st.decimals().filter(lambda number: not number.is_snan()),  # has no hash
     st.integers(-(10**40), 10**40).map(Decimal),
     st.tuples(st.integers(-99, 99), st.integers(-6000, 6000)).map(
         lambda d: Decimal(d[0]).scaleb(d[1])
@@ -72,8 +84,13 @@ ANYTHING: SearchStrategy[Any] = st.recursive(
 )
 
 
+def of(form: Any, *arguments: Any) -> Any:
+    first, *others = arguments
+    return form[first, *others] if others else form[first]
+
+
 def is_hashable(kind: Kind) -> bool:
-    return isinstance(kind[0], type) and kind[0] not in (Address, Node, list, dict, set)
+    return isinstance(kind[0], type) and kind[0] not in (Any, Address, Node)
 
 
 def containers(inner: SearchStrategy[Kind]) -> SearchStrategy[Kind]:
@@ -85,18 +102,18 @@ def containers(inner: SearchStrategy[Kind]) -> SearchStrategy[Kind]:
 
     keys = inner.filter(is_hashable)
     return st.one_of(
-        inner.map(lambda k: (list[k[0]], st.lists(k[1], max_size=3))),
-        inner.map(lambda k: (tuple[k[0], ...], st.lists(k[1], max_size=3).map(tuple))),
+        inner.map(lambda k: (of(list, k[0]), st.lists(k[1], max_size=3))),
+        inner.map(lambda k: (of(tuple, k[0], ...), st.lists(k[1], max_size=3).map(tuple))),
         st.tuples(inner, inner).map(
-            lambda k: (tuple[k[0][0], k[1][0]], st.tuples(k[0][1], k[1][1]))
+            lambda k: (of(tuple, k[0][0], k[1][0]), st.tuples(k[0][1], k[1][1]))
         ),
-        keys.map(lambda k: (set[k[0]], st.sets(k[1], max_size=3))),
-        keys.map(lambda k: (frozenset[k[0]], st.frozensets(k[1], max_size=3))),
+        keys.map(lambda k: (of(set, k[0]), st.sets(k[1], max_size=3))),
+        keys.map(lambda k: (of(frozenset, k[0]), st.frozensets(k[1], max_size=3))),
         st.tuples(keys, inner).map(
-            lambda k: (dict[k[0][0], k[1][0]], st.dictionaries(k[0][1], k[1][1], max_size=3))
+            lambda k: (of(dict, k[0][0], k[1][0]), st.dictionaries(k[0][1], k[1][1], max_size=3))
         ),
-        inner.map(lambda k: (k[0] | None, st.none() | k[1])),
-        st.lists(inner.filter(lambda k: k[0] is not Literal), min_size=2, max_size=3).map(union),
+        inner.map(lambda k: (of(Optional, k[0]), st.none() | k[1])),
+        st.lists(inner, min_size=2, max_size=3).map(union),
     )
 
 
@@ -121,11 +138,11 @@ def canonical(value: Any) -> Any:
     if dataclasses.is_dataclass(value) or isinstance(value, Address):
         names = getattr(value, "__dataclass_fields__", None) or Address.model_fields
         return kind, [(name, canonical(getattr(value, name))) for name in names]
-    if isinstance(value, dict):
+    if kind == "dict":
         return kind, [(canonical(key), canonical(part)) for key, part in value.items()]
-    if isinstance(value, list | tuple):
+    if kind in {"list", "tuple"}:
         return kind, [canonical(part) for part in value]
-    if isinstance(value, set | frozenset):
+    if kind in {"set", "frozenset"}:
         return kind, sorted(repr(canonical(part)) for part in value)
     return kind, repr(value)
 
@@ -136,16 +153,22 @@ def event_of(hints: list[Any], values: list[Any]) -> Any:
     return made(*values)
 
 
-def assert_exact_or_refused(event: Any) -> None:
+def there_and_back(event: Any) -> tuple[Any, str | None]:
+    """Give what comes back, or why it is refused."""
     try:
-        codec = codec_for(type(event))
+        codec = codec_of(event)
         payload = codec.encode(event)
     except (InvalidEventTypeError, EventEncodingError) as error:
-        assert any(f".field{index}" in str(error) for index in range(3)) or "Line." in str(error), (
-            error
-        )
-        return
-    assert canonical(codec.decode(payload, "made")) == canonical(event)
+        return None, str(error)
+    return codec.decode(payload, "made"), None
+
+
+def assert_exact_or_refused(event: Any) -> None:
+    back, refusal = there_and_back(event)
+    if refusal is None:
+        assert canonical(back) == canonical(event)
+    else:
+        assert ".field" in refusal or "Line." in refusal, refusal
 
 
 @SLOW
@@ -161,9 +184,13 @@ def test_a_value_of_the_declared_type_comes_back_or_is_refused(
 @SLOW
 @given(kind=KINDS, value=ANYTHING)
 def test_a_value_of_another_type_comes_back_or_is_refused(kind: Kind, value: Any) -> None:
-    assume(not (type(value) is int and "float" in repr(kind[0])))  # comes back as a float
-
-    assert_exact_or_refused(event_of([kind[0]], [value]))
+    event = event_of([kind[0]], [value])
+    back, refusal = there_and_back(event)
+    if refusal is not None:
+        assert ".field" in refusal or "Line." in refusal, refusal
+    elif canonical(back) != canonical(event):
+        assert "float" in repr(kind[0])  # where an int may stand, and comes back as an equal float
+        assert back == event
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,24 +240,19 @@ def test_usual_values_are_never_refused_and_are_not_compared(event: Usual) -> No
 
 
 @SLOW
-@given(data=st.data(), kinds=st.lists(KINDS, min_size=1, max_size=3), attrs_class=st.booleans())
-def test_so_it_is_with_msgspec(
-    data: st.DataObject, kinds: list[Kind], *, attrs_class: bool
-) -> None:
-    attrs, msgspec = pytest.importorskip("attrs"), pytest.importorskip("msgspec")
+@given(data=st.data(), kinds=st.lists(KINDS, min_size=1, max_size=3), by_attrs=st.booleans())
+def test_so_it_is_with_msgspec(data: st.DataObject, kinds: list[Kind], *, by_attrs: bool) -> None:
+    msgspec = pytest.importorskip("msgspec")
     hints = {f"field{index}": hint for index, (hint, _) in enumerate(kinds)}
     made: Any = named("made")(
-        attrs.make_class("Made", {name: attrs.field(type=hint) for name, hint in hints.items()})
-        if attrs_class
+        attrs_class_of("Made", hints)
+        if by_attrs
         else msgspec.defstruct("Made", list(hints.items()))
     )
     event = made(*[data.draw(values) for _, values in kinds])
-    try:
-        codec = codec_for(made)
-        payload = codec.encode(event)
-    except (InvalidEventTypeError, EventEncodingError) as error:
-        assert "Made" in str(error) or "Line." in str(error)
-        return
-    back = codec.decode(payload, "made")
-    for name in hints:
-        assert canonical(getattr(back, name)) == canonical(getattr(event, name))
+    back, refusal = there_and_back(event)
+    if refusal is None:
+        for name in hints:
+            assert canonical(getattr(back, name)) == canonical(getattr(event, name))
+    else:
+        assert ".field" in refusal or "Line." in refusal, refusal

@@ -1,12 +1,13 @@
-"""Owns what can happen while something is sold."""
+"""Owns what can happen while something is sold. For the names see `users/events.py`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from eventkit import DomainEvent
+from eventkit import DomainEvent, named
 
 
+@named("shop.stock.taken.v1")
 @dataclass(frozen=True, slots=True)
 class StockTaken(DomainEvent):
     """Something was taken from the shelf for an order."""
@@ -16,6 +17,7 @@ class StockTaken(DomainEvent):
     left: int
 
 
+@named("shop.order.placed.v1")
 @dataclass(frozen=True, slots=True)
 class OrderPlaced(DomainEvent):
     """An order is complete."""
@@ -25,6 +27,7 @@ class OrderPlaced(DomainEvent):
     total_cents: int
 
 
+@named("shop.waitinglist.joined.v1")
 @dataclass(frozen=True, slots=True)
 class WaitingListJoined(DomainEvent):
     """Somebody wants something that was out of stock."""
@@ -33,6 +36,7 @@ class WaitingListJoined(DomainEvent):
     sku: str
 
 
+@named("shop.payment.declined.v1")
 @dataclass(frozen=True, slots=True)
 class PaymentDeclined(DomainEvent):
     """An order was too large for us to trust."""

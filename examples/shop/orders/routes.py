@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from examples.shop.orders.storage import SqlOrders
 from examples.shop.orders.usecases import Declined, Line, OutOfStock, PlaceOrder, Reserve
-from examples.shop.resources import Events, FromApp, SyncTransaction
+from examples.shop.resources import Events, FromApp, Transaction
 
 router = APIRouter()
 
@@ -54,7 +54,7 @@ class Reserved(BaseModel):
     waiting: bool
 
 
-def get_place_order(session: SyncTransaction, events: Events, resources: FromApp) -> PlaceOrder:
+def get_place_order(session: Transaction, events: Events, resources: FromApp) -> PlaceOrder:
     """The use case, with what this request gives it to work with."""
     return PlaceOrder(SqlOrders(session), events, resources.settings.credit_limit_cents)
 
@@ -77,7 +77,7 @@ def place_order(
 def check_order(
     form: OrderForm,
     use_case: Annotated[PlaceOrder, Depends(get_place_order)],
-    session: SyncTransaction,
+    session: Transaction,
 ) -> Checked:
     """Say whether this order could be placed: it is placed for a moment, and rolled back.
 
@@ -94,7 +94,7 @@ def check_order(
     return Checked(possible=True)
 
 
-def get_reserve(session: SyncTransaction, events: Events) -> Reserve:
+def get_reserve(session: Transaction, events: Events) -> Reserve:
     """The use case, with what this request gives it to work with."""
     return Reserve(SqlOrders(session), events)
 

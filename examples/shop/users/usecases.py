@@ -18,7 +18,7 @@ class EmailTaken(Exception):
 class Users(Protocol):
     """Where users are kept."""
 
-    async def add(self, name: str, email: str) -> int:
+    def add(self, name: str, email: str) -> int:
         """Keep a new user and return its id.
 
         Raises:
@@ -34,12 +34,12 @@ class CreateUser:
         self._users = users
         self._events = events
 
-    async def execute(self, name: str, email: str) -> int:
+    def execute(self, name: str, email: str) -> int:
         """Return the new user's id.
 
         Raises:
             EmailTaken: Somebody has this address already.
         """
-        user_id = await self._users.add(name, email)
+        user_id = self._users.add(name, email)
         self._events.publish(UserCreated(user_id, email, name))
         return user_id

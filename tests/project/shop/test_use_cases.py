@@ -18,7 +18,7 @@ class UsersInMemory:
     def __init__(self) -> None:
         self._emails: list[str] = []
 
-    async def add(self, name: str, email: str) -> int:
+    def add(self, name: str, email: str) -> int:
         if email in self._emails:
             raise EmailTaken(email)
         self._emails.append(email)
@@ -49,20 +49,18 @@ def place_order(events: Publisher, credit_limit_cents: int = 10_000) -> PlaceOrd
     return PlaceOrder(OrdersInMemory({"tea": 5, "teapot": 1}), events, credit_limit_cents)
 
 
-@pytest.mark.anyio
-async def test_creating_a_user_says_so(told: EventRecorder) -> None:
-    user_id = await CreateUser(UsersInMemory(), told).execute("Ada", "ada@example.com")
+def test_creating_a_user_says_so(told: EventRecorder) -> None:
+    user_id = CreateUser(UsersInMemory(), told).execute("Ada", "ada@example.com")
 
     assert told.published == [UserCreated(user_id, "ada@example.com", "Ada")]
 
 
-@pytest.mark.anyio
-async def test_a_taken_address_is_refused_in_silence(told: EventRecorder) -> None:
+def test_a_taken_address_is_refused_in_silence(told: EventRecorder) -> None:
     create_user = CreateUser(UsersInMemory(), told)
-    await create_user.execute("Ada", "ada@example.com")
+    create_user.execute("Ada", "ada@example.com")
 
     with pytest.raises(EmailTaken, match=r"ada@example\.com has signed up already"):
-        await create_user.execute("Another Ada", "ada@example.com")
+        create_user.execute("Another Ada", "ada@example.com")
 
     assert told.published == [UserCreated(1, "ada@example.com", "Ada")]
 
