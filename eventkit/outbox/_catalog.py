@@ -7,13 +7,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from eventkit._core.bus import EventBus, registry_of
 from eventkit._core.log import log
 from eventkit._core.subscriptions import Declaration, Plan, Subscription
 from eventkit.outbox._store import Known
 from eventkit.wire import Codec, codec_for, names_of, wire_name
+
+
+class Found(NamedTuple):
+    """What it takes to run a stored delivery.
+
+    Attributes:
+        codec: How to decode its event.
+        subscription: Its handler.
+        plan: A plan of this handler alone.
+    """
+
+    codec: Codec[Any]
+    subscription: Subscription
+    plan: Plan
 
 
 class Catalog:
@@ -85,11 +99,13 @@ class Catalog:
                     return codec_for(event_type)
         return None
 
-    def plan(self, subscription: Subscription) -> Plan:
-        """A plan of this handler alone, which is looked at anew when its turn comes."""
-        plan = Plan.of([(subscription,)])
-        plan.valid = False
-        return plan
+    def find(self, handler: str, event_type: str) -> Found | None:
+        """What it takes to run what is stored under these names; None where nobody can."""
+        codec = self.codec(event_type)
+        subscription = None if codec is None else self.handler(handler, codec.event_type)
+        if codec is None or subscription is None:
+            return None
+        return Found(codec, subscription, Plan.of([(subscription,)]))
 
     def _durable(self) -> Iterator[Subscription]:
         return (each for each in self._registry if each.declared.durable is not None)
