@@ -355,7 +355,7 @@ def have_commits_raise(engine: Engine | AsyncEngine) -> None:
         commit(connection)
         if raises.get():
             raises.set(False)
-            raise dialect.dbapi.OperationalError("the answer was lost")
+            raise ConnectionResetError("the answer was lost")
 
     dialect.do_commit = commit_and_raise
 
