@@ -223,7 +223,7 @@ IMPORT_ALL = """
 import importlib, pkgutil, sys
 import eventkit
 
-optional = {"fastapi", "pydantic", "pytest", "sqlalchemy", "trio"}
+optional = {"click", "fastapi", "pydantic", "pytest", "rich", "sqlalchemy", "trio"}
 if pulled := optional & sys.modules.keys():
     sys.exit(f"import eventkit pulls in {sorted(pulled)}")
 for module in pkgutil.walk_packages(eventkit.__path__, "eventkit."):

@@ -333,11 +333,13 @@ class EventContextMiddleware:
                 self._announce()
 
             async def close() -> None:
-                deadline = current_time() + self._shutdown_timeout
+                timeout = self._shutdown_timeout
                 if service is not None:
+                    timeout = timeout if service.patience is None else service.patience
                     service.stop()
+                deadline = current_time() + timeout
                 try:
-                    await drainer.close(self._shutdown_timeout)
+                    await drainer.close(timeout)
                 finally:
                     state.remove_host(host)  # units that end later deliver their events themselves
                     if service is not None:

@@ -447,6 +447,11 @@ def _fastapi_resolver() -> Resolver:
     return FastAPIResolver()
 
 
+def all_buses() -> list[EventBus]:
+    """Those of this process, in the order in which they were made, for the command."""
+    return [bus for each in _buses.valuerefs() if (bus := each()) is not None]
+
+
 def registry_of(bus: EventBus) -> Registry:
     """Who is subscribed to the bus, for the testing kit."""
     return bus._registry  # noqa: SLF001 - the one door to it

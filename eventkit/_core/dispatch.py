@@ -275,11 +275,14 @@ class Run(ABC):
 
         That is what the turn asks for, or a checkpoint, so that other tasks have their turn.
         """
-        interlude, self.turn.interlude = self.turn.interlude, None
-        if interlude is None and self._quiet_events >= EVENTS_BETWEEN_CHECKPOINTS:
-            interlude = None if self.exhausted else checkpoint
+        interlude = self.turn.interlude
         if interlude is not None:
-            self._quiet_events = 0
+            self.turn.interlude = None
+        elif self._quiet_events >= EVENTS_BETWEEN_CHECKPOINTS and not self.exhausted:
+            interlude = checkpoint
+        else:
+            return None
+        self._quiet_events = 0
         return interlude
 
     def get_help(self) -> None:

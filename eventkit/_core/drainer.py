@@ -79,7 +79,7 @@ class Drainer:
         self._loop = current_loop()
         self._thread = get_ident()
         self._tasks = tasks_here(f"eventkit drains {state.name!r}")
-        self._concurrency = concurrency
+        self._places = concurrency  # how many runs there may be
         self._max_pending = math.inf if max_pending is None else max_pending
         self._watch = watch
         self._open: set[Unit] = set()
@@ -87,7 +87,6 @@ class Drainer:
         self._waiting_deliveries = 0
         self.full = False
         self._draining: set[BackgroundRun] = set()
-        self._beside = 0  # how many of them were not submitted
         self._starting = False  # what waits: see `_start_waiting`
         self._closing = False
         self.closed = False
@@ -146,7 +145,7 @@ class Drainer:
 
         It takes no room of theirs, so whoever begins it sees to it that there are few.
         """
-        self._beside += 1
+        self._places += 1
         self._start(ending)
 
     @property
@@ -236,15 +235,12 @@ class Drainer:
 
     def _take(self, ending: Ending) -> None:
         """Start a unit, or have it wait for its turn."""
-        if self._has_room():
+        if len(self._draining) < self._places:
             self._start(ending)
         else:
             deliveries = ending.unit.queue.waiting
             self._waiting.append((ending, deliveries))
             self._count_waiting(deliveries)
-
-    def _has_room(self) -> bool:
-        return len(self._draining) - self._beside < self._concurrency
 
     def _count_waiting(self, more: int) -> None:
         self._waiting_deliveries += more
@@ -265,7 +261,7 @@ class Drainer:
         """
         self._starting = True
         try:
-            while self._waiting and self._has_room():
+            while self._waiting and len(self._draining) < self._places:
                 ending, deliveries = self._waiting.popleft()
                 self._count_waiting(-deliveries)
                 self._start(ending)
@@ -279,7 +275,7 @@ class Drainer:
         if run.fatal:
             log(logging.CRITICAL, "a drain was ended", error=run.fatal.pop(), bus=self._state.name)
         self._draining.remove(run)
-        self._beside -= run.ending.is_beside
+        self._places -= run.ending.is_beside
         if self._waiting and not self._starting:
             self._start_waiting()
         if self._closing or self.closed:  # as in `forget`

@@ -3,10 +3,12 @@
 # No `from __future__ import annotations` here: who evaluates the annotations of a DomainEvent looks
 # names up in the module it says it is from, and the front door has neither UUID nor datetime.
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from hashlib import sha1
 from typing import Protocol
-from uuid import UUID, uuid4, uuid5
+from uuid import UUID, uuid4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,20 +44,24 @@ class Publisher(Protocol):
         ...
 
 
-_run_of_this_program = uuid4()
+_run_of_this_program = uuid4().bytes
+# Of 128 bits, those that say which kind of UUID it is; and what they say: version 5, RFC 9562.
+_KIND = 0xF000 << 64 | 0xC000 << 48
+_VERSION_5 = 0x5000 << 64 | 0x8000 << 48
+_ROOM = 0xFFFF  # for the handlers of one event
 
 
-def delivery_id(published_ns: int, number: tuple[int, int]) -> UUID:
-    """The id of the delivery of this number, which is the event's and the handler's."""
+def ids_of(published_ns: int, number: int, indexes: Iterable[int]) -> list[UUID]:
+    """The id of the publish of this number, then those of its deliveries to these handlers.
+
+    All come from one hash, because hashes are the dearest part of them: the deliveries are counted
+    from the publish on.
+    """
     # A forked worker goes on with its parent's numbers, so the process is part of it.
-    return uuid5(_run_of_this_program, f"{os.getpid()}:{published_ns}:{number}")
-
-
-def event_id(event: object, published_ns: int, number: int) -> UUID:
-    """The id of the publish of this number; the event's own, if it is a `DomainEvent`."""
-    if isinstance(event, DomainEvent):
-        return event.event_id
-    return uuid5(_run_of_this_program, f"{os.getpid()}:{published_ns}:{number}")
+    name = f"{os.getpid()}:{published_ns}:{number}".encode()
+    digest = sha1(_run_of_this_program + name, usedforsecurity=False).digest()
+    first = int.from_bytes(digest[:16]) & ~(_KIND | _ROOM) | _VERSION_5
+    return [UUID(int=first), *[UUID(int=first + 1 + index) for index in indexes]]
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -90,7 +96,10 @@ class Delivery:
         Fit for an idempotency key. Computed when asked, because random ids would be the most
         expensive part of a publish.
         """
-        return self._kept[0] if self._kept else delivery_id(self._published_ns, self._number)
+        if self._kept:
+            return self._kept[0]
+        number, index = self._number
+        return ids_of(self._published_ns, number, [index])[1]
 
     @property
     def event_id(self) -> UUID:
@@ -100,7 +109,9 @@ class Delivery:
         """
         if self._kept:
             return self._kept[1]
-        return event_id(self.event, self._published_ns, self._number[0])
+        if isinstance(self.event, DomainEvent):
+            return self.event.event_id
+        return ids_of(self._published_ns, self._number[0], ())[0]
 
     @property
     def published_at(self) -> datetime:

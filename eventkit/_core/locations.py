@@ -18,7 +18,7 @@ def place_of(file: str, line: int | None) -> str:
 
 
 def _is_ours(package: str | None) -> bool:
-    return package is not None and package.partition(".")[0] == "eventkit"
+    return package is not None and (package == "eventkit" or package.startswith("eventkit."))
 
 
 def calling() -> tuple[str, int | None]:

@@ -6,7 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from anyio.abc import TaskGroup
@@ -76,6 +76,11 @@ class Keeper(Protocol):
 class Service(Protocol):
     """Runs deliveries that are kept, on the event loop of one application."""
 
+    @property
+    def patience(self) -> float | None:
+        """Seconds that deliveries may go on at shutdown; None where the application says so."""
+        ...
+
     async def start(self) -> None:
         """Begin.
 
@@ -116,7 +121,7 @@ class BusState:
 
     The bus makes it and changes `observers` and `report_failure`; `add_host` and `remove_host`
     change `hosts`; drainers that close change `losses`; who ties a database to the bus sets
-    `decisions`; an outbox sets `keeper`; everything else is fixed.
+    `decisions`; an outbox sets `keeper` and changes `unseen`; everything else is fixed.
     """
 
     bus: object  # whose they are, for those above who know what it is
@@ -135,6 +140,8 @@ class BusState:
     decisions: Decisions | None = None  # where transactions decide
     keeper: Keeper | None = None  # where durable deliveries are kept
     told_of_no_keeper: bool = False
+    # By handler, the rows in transactions of callers that were not committed: nobody sees them.
+    unseen: Counter[str] = field(default_factory=Counter[str])
 
     def report(self, delivery: Delivery, error: Exception) -> None:
         """Tell the bus's owner of a failure that nobody awaits."""

@@ -226,6 +226,10 @@ class Transaction(ABC):
         """Whether its commit is the database's, and not that of a savepoint."""
         return True
 
+    def with_those_inside(self) -> Sequence[Transaction]:
+        """Itself, and those that are parts of it, which its commit commits, too."""
+        return [self]
+
     @abstractmethod
     def look(self) -> None:
         """Find out what nobody has said of it so far."""
@@ -323,8 +327,9 @@ class Transaction(ABC):
     def decides(self) -> list[Envelope]:
         """What would be released by its commit, in the order of publish."""
         with self.state.tally.lock:
-            ends = [level.end for level in self.levels]
-            for level in self.levels:
+            levels = [level for each in self.with_those_inside() for level in each.levels]
+            ends = [level.end for level in levels]
+            for level in levels:
                 level.end = End.KEPT
             self.levels[0].end = End.COMMITTED
             released = [
@@ -333,7 +338,7 @@ class Transaction(ABC):
                 for envelope in unit.queue.staged
                 if _verdict_on(envelope) is Verdict.RELEASED
             ]
-            for level, end in zip(self.levels, ends, strict=True):
+            for level, end in zip(levels, ends, strict=True):
                 level.end = end
         return sorted(released, key=_number)
 

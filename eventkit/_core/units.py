@@ -246,9 +246,10 @@ class Unit:
             Envelope(event, plan_for(event), variables, cause, now, next(_numbers), verdict, place)
             for event in events
         ]
-        for envelope in envelopes:
-            if envelope.plan.durable and self.keeps:
-                self._keep(envelope)
+        if self.keeps:
+            for envelope in envelopes:
+                if envelope.plan.durable:
+                    self._keep(envelope)
         decisions, tag = state.decisions, None
         if decisions is not None:
             decisions.look(self)

@@ -100,6 +100,11 @@ class Database:
         return isinstance(self._engine if self._own is None else self._own, AsyncEngine)
 
     @property
+    def address(self) -> str:
+        """The engine's URL as people may see it: without its password, and without its query."""
+        return self._url.set(query={}).render_as_string(hide_password=True)
+
+    @property
     def is_in_memory(self) -> bool:
         """Whether it is SQLite without a file: then each connection may be a database of its own.
 

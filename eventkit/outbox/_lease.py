@@ -189,8 +189,11 @@ class Lease:
         """The local clock, in seconds."""
         return self._clock()
 
-    def start(self) -> None:
-        """Have a thread send heartbeats from now on; the first one at once, without waiting for it.
+    def start(self, *, at_once: bool = True) -> None:
+        """Have a thread send heartbeats from now on, without waiting for the first one.
+
+        With `at_once` that is sent now, else in a third of the lease, for another transaction is
+        about to carry one: where that is REPEATABLE READ, two at a time are one too many.
 
         Does nothing where this process has one. After `stop` another one begins.
         """
@@ -200,7 +203,7 @@ class Lease:
                 process.over = self._event()
                 process.thread = Thread(
                     target=_keep,
-                    args=[weakref.ref(self), process.over],
+                    args=[weakref.ref(self), process.over, 0.0 if at_once else self.seconds / 3],
                     name="eventkit-lease",
                     daemon=True,
                 )
@@ -303,7 +306,9 @@ class Lease:
         )
 
 
-def _keep(lease: weakref.ref[Lease], over: Event) -> None:
+def _keep(lease: weakref.ref[Lease], over: Event, pause: float) -> None:
+    if pause and over.wait(pause):
+        return
     while not over.is_set() and (alive := lease()) is not None:
         pause = alive.take_turn()
         del alive

@@ -259,6 +259,26 @@ class Operations:
         selection = _selection("drop", states, ids, handler, before)
         return self._batch(connection, _DROP, selection, after, limit)
 
+    def count(
+        self,
+        connection: Connection,
+        *,
+        ids: Iterable[UUID] | None = None,
+        handler: str | None = None,
+        before: timedelta | float | None = None,
+    ) -> dict[tuple[str, str], int]:
+        """Count rows by handler and state: those that are chosen as for `drop`, or all."""
+        chosen = _chosen(ids, handler, before)
+        conditions = " and ".join(["1 = 1", *map(_CONDITIONS.__getitem__, chosen)])
+        statement = f"""
+            select handler, state, count(*) from {{outbox}} where {conditions}
+            group by handler, state order by handler, state
+        """
+        counts = defaultdict[tuple[str, str], int](int)
+        for name, state, count in self._statements.run(connection, statement, **chosen):
+            counts[name, _WORDS[State(state)]] += count
+        return dict(counts)
+
     def stats(self, connection: Connection, known: Known) -> OutboxStats:
         """Count all rows. Reads the whole table once."""
         rows = self._statements.run(
@@ -341,13 +361,20 @@ def _selection(
     handler: str | None,
     before: timedelta | float | None,
 ) -> dict[str, object]:
-    if ids is None and handler is None and before is None:
+    chosen = _chosen(ids, handler, before)
+    if not chosen:
         raise ValueError(f"{operation} which deliveries? Give ids, handler= or before= (their age)")
+    return {"states": tuple(map(int, states)), **chosen}
+
+
+def _chosen(
+    ids: Iterable[UUID] | None, handler: str | None, before: timedelta | float | None
+) -> dict[str, object]:
+    """The values that choose rows, by the name of their condition."""
     if isinstance(before, timedelta):
         before = before.total_seconds()
     chosen = {"ids": None if ids is None else tuple(ids), "handler": handler, "before": before}
-    given = {name: value for name, value in chosen.items() if value is not None}
-    return {"states": tuple(map(int, states)), **given}
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def _states(state: str | None) -> tuple[State, ...]:

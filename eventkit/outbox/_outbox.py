@@ -6,7 +6,8 @@ Knows no HTTP and no SQL text.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -16,9 +17,9 @@ from typing import Any, cast
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from anyio import CancelScope, create_task_group, sleep_forever
+from anyio import CancelScope
 from anyio.abc import TaskGroup
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, RootTransaction, event
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -29,11 +30,9 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from eventkit._core.ambient import current
 from eventkit._core.bus import EventBus, state_of
-from eventkit._core.drainer import Drainer
 from eventkit._core.locations import caller
 from eventkit._core.log import log
-from eventkit._core.loops.threads import Entrance
-from eventkit._core.queue import Envelope
+from eventkit._core.queue import Envelope, Verdict
 from eventkit._core.state import Host
 from eventkit._core.subscriptions import Declaration
 from eventkit._core.transactions import End, Transaction
@@ -42,13 +41,13 @@ from eventkit.exceptions import LeaseLostError
 from eventkit.outbox._catalog import Catalog
 from eventkit.outbox._database import Database
 from eventkit.outbox._holdings import Holdings
-from eventkit.outbox._relay import POLL, Relay, run_due
+from eventkit.outbox._relay import POLL, Relay, run_due, run_until_cancelled
 from eventkit.outbox._rows import EventRows, Row, headers_of, rows_of
 from eventkit.outbox._store import Batch, OutboxStats, Store, StoredDelivery, in_batches
 from eventkit.sqlalchemy import CommitTie, deliver_on_commit
 from eventkit.wire import codec_for
 
-_CONCURRENCY = 4  # as the middleware's
+CONCURRENCY = 4  # as the middleware's
 _LARGE = 1_000_000  # characters of a payload that is worth a warning
 
 
@@ -100,6 +99,10 @@ class Outbox:
         store: The engine for the outbox's own connections, at most three; by default a twin of
             `engine`, which shares nothing of its pool.
 
+    Attributes:
+        bus: As given.
+        concurrency: As given; what is assigned holds for relays that begin later.
+
     Raises:
         TypeError: An argument is of another kind.
         ValueError: The bus has an outbox, or is tied to the engine; or the engine commits each
@@ -132,7 +135,8 @@ class Outbox:
             raise ValueError(
                 f"{bus!r} has an outbox already: one per bus, where the application is wired"
             )
-        self._bus, self._state = bus, state
+        self.bus: EventBus = bus
+        self._state = state
         catalog = Catalog(bus)
         catalog.admit_all()
         found = _engine_of(engine)
@@ -145,6 +149,8 @@ class Outbox:
         self._engine: Engine = found.sync_engine if isinstance(found, AsyncEngine) else found
         self._marks: WeakKeyDictionary[Session, Row] = WeakKeyDictionary()
         self._underway: WeakKeyDictionary[Transaction, _Underway] = WeakKeyDictionary()
+        # By the transaction of their caller's connection: rows that its commit is to show.
+        self._unseen: WeakKeyDictionary[RootTransaction, Counter[str]] = WeakKeyDictionary()
         self._lock = Lock()
         self._memory = 0  # how many `in_memory` blocks are open
         self._told: set[object] = set()  # what was warned of
@@ -165,8 +171,7 @@ class Outbox:
         self._tie.detach()
         event.remove(Session, "before_commit", self._before_session_commit)
         self._state.keeper = None
-        self._holdings.lease.stop()
-        self._holdings.database.close()
+        self._holdings.close()
 
     def __enter__(self) -> Outbox:
         return self
@@ -175,7 +180,7 @@ class Outbox:
         self.detach()
 
     def __repr__(self) -> str:
-        return f"<Outbox of {self._bus!r}>"
+        return f"<Outbox of {self.bus!r}>"
 
     # The way into the user's transaction
 
@@ -208,7 +213,8 @@ class Outbox:
             name=codec.name,
             payload=payload,
             headers=headers_of(envelope.event, self._state.observers),
-            place=caller(),
+            # Who delivers an event in any case knows that it waits for no commit.
+            place=None if envelope.verdict is Verdict.EVEN_ON_FAILURE else caller(),
         )
         for row in rows.rows.values():
             if row.key is None:
@@ -224,18 +230,36 @@ class Outbox:
         """Write what this commit decides; what it raises comes out of the user's `commit()`."""
         if connection.engine.pool is not self._engine.pool:
             return
+        if transaction.is_root and self._unseen:
+            self._show(connection)
         events = _deciding(transaction)
         marked = self._marked(connection, transaction)
         if events or marked:
             self._holdings.place_tables()
             self._underway[transaction] = underway = _Underway(events)
             leased = bool(events) and transaction.is_root and self._may_lease()
-            if (
-                leased
-            ):  # first, as those do who reap: the other way round the two could wait crosswise
+            if leased:  # first, as those do who reap: the other way round both could wait
                 self._renew(connection, underway)
             self._complete(connection, marked, underway)
             self._write(connection, underway, leased=leased)
+            if not transaction.is_root:
+                self._note_unseen(connection, events)
+
+    def _note_unseen(self, connection: Connection, events: Sequence[EventRows]) -> None:
+        """Note rows that nobody sees before the caller of this savepoint commits."""
+        root = connection.get_transaction()
+        assert root is not None
+        names = Counter(row.handler for each in events for row in each.rows.values())
+        with self._state.tally.lock:
+            self._unseen.setdefault(root, Counter()).update(names)
+            self._state.unseen.update(names)
+
+    def _show(self, connection: Connection) -> None:
+        """The caller commits, so what was written in savepoints before is seen from now on."""
+        root = connection.get_transaction()
+        assert root is not None
+        with self._state.tally.lock:
+            self._state.unseen -= Counter(self._unseen.pop(root, {}))
 
     def _marked(self, connection: Connection, transaction: Transaction) -> list[Row]:
         """The rows that this commit is to complete: of handlers that run still."""
@@ -272,8 +296,8 @@ class Outbox:
     def _renew(self, connection: Connection, underway: _Underway) -> None:
         """Have others know in the same transaction that this process is alive."""
         lease = self._holdings.lease
-        lease.start()
         underway.term = lease.term
+        lease.start(at_once=underway.term is not None)
         if underway.term is None:
             underway.renewed = lease.now()
             self._holdings.store.beat(connection, lease.owner, lease.seconds)
@@ -395,22 +419,8 @@ class Outbox:
             OutboxSchemaError: The tables are missing, or of another version.
             RuntimeError: An `AsyncEngine` on trio.
         """
-        self._holdings.relays = True
-        concurrency = self.concurrency or _CONCURRENCY
-        async with create_task_group() as tasks:
-            drainer = Drainer(self._state, tasks, concurrency=concurrency, max_pending=None)
-            host = Host(Entrance(), drainer.submit, None, lambda: drainer.is_crowded, drainer.begin)
-            relay = Relay(self._holdings, self._state, host, tasks, concurrency, slows_down=False)
-            await relay.start()
-            self._state.add_host(host)
-            try:
-                await sleep_forever()
-            finally:
-                relay.stop()
-                with CancelScope(shield=True):
-                    await drainer.close(shutdown_timeout)
-                    self._state.remove_host(host)
-                    await relay.leave()
+        concurrency = self.concurrency or CONCURRENCY
+        await run_until_cancelled(self._holdings, self._state, concurrency, shutdown_timeout)
 
     async def run_due(self, within: float = 0.0) -> DrainReport:
         """Run what is due, here and now, until nothing is; for tests, cron, and serverless.
@@ -422,7 +432,7 @@ class Outbox:
             within: Also what is due in so many seconds, as if they were over. With a large number
                 a delivery that fails is tried until its attempts are used up.
         """
-        return await run_due(self._holdings, self._state, self.concurrency or _CONCURRENCY, within)
+        return await run_due(self._holdings, self._state, self.concurrency or CONCURRENCY, within)
 
     # Operations
 
@@ -431,7 +441,8 @@ class Outbox:
         """Whether this process runs what is due: for readiness, never for liveness.
 
         The lease is valid by the local clock, and each relay has looked into the table within
-        three polls. Asks no database.
+        three polls. Asks no database. False where nothing is run: with `relay=False`, and before
+        an application has started up.
         """
         relays = self._holdings.looking
         valid = self._holdings.lease.is_valid
@@ -457,7 +468,7 @@ class Outbox:
     async def deliveries(
         self, state: str | None = "dead", handler: str | None = None, limit: int = 100
     ) -> list[StoredDelivery]:
-        """What is kept, without payloads, the ones first that are or were due first.
+        """What is kept, without payloads, ordered by when it is or was due.
 
         Args:
             state: "ready", "leased", "dead" or "unreadable"; None for all.
@@ -508,19 +519,38 @@ class Outbox:
         *,
         handler: str | None = None,
         before: timedelta | float | None = None,
+        state: str | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> int:
-        """Delete deliveries that are not running. Arguments and errors as of `retry`."""
-        chosen = _chosen(ids, handler=handler, before=before)
+        """Delete deliveries, also those that are still to run, but for those that are running.
+
+        With `state`, only those that are "ready", "dead" or "unreadable". Other arguments, result
+        and errors are as of `retry`.
+        """
+        chosen = _chosen(ids, handler=handler, before=before, state=state)
         return await in_batches(
             self._change, partial(self._holdings.store.drop, **chosen), progress
         )
+
+    async def count(
+        self,
+        ids: Iterable[UUID] | None = None,
+        *,
+        handler: str | None = None,
+        before: timedelta | float | None = None,
+    ) -> Mapping[tuple[str, str], int]:
+        """How many deliveries there are, by handler and state: what `drop` would meet.
+
+        The arguments are those of `retry`, and without any it counts all.
+        """
+        read = partial(self._holdings.store.count, ids=ids, handler=handler, before=before)
+        return await self._holdings.database.run(read, writes=False)
 
     async def _change(self, function: Callable[[Connection], Batch]) -> Batch:
         return await self._holdings.database.run(function)
 
     async def stats(self) -> OutboxStats:
-        """How many deliveries are in which state, in all and by handler."""
+        """How many deliveries are in which state, in all and by handler. Reads the whole table."""
         read = partial(self._holdings.store.stats, known=self._holdings.catalog.known())
         return replace(
             await self._holdings.database.run(read, writes=False), lost=self._holdings.lost
@@ -570,6 +600,11 @@ def complete_with(
     if unit is None or unit.delivery is None or not isinstance(unit.state.keeper, Outbox):
         return
     unit.state.keeper.mark(found, unit.delivery.id)
+
+
+def holdings_of(outbox: Outbox) -> Holdings:
+    """What its process holds of the table, for the command."""
+    return outbox._holdings  # noqa: SLF001 - the one door to it
 
 
 def _tied(bus: EventBus, engine: Any) -> CommitTie:  # Any: as `deliver_on_commit`

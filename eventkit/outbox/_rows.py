@@ -19,7 +19,7 @@ from uuid import UUID
 from structlog.contextvars import bind_contextvars, get_contextvars
 
 from eventkit._core.durable import Durable, doubling
-from eventkit._core.events import Delivery, delivery_id, event_id
+from eventkit._core.events import Delivery, DomainEvent, ids_of
 from eventkit._core.log import log
 from eventkit._core.observers import Observer, contained
 from eventkit._core.queue import Envelope, Verdict
@@ -100,9 +100,10 @@ class Outcome:
         pause: Seconds until the next attempt; None where none follows.
         unreadable: Whether the payload could not be decoded here.
         unused: Whether it did not come to an end, so that the attempt does not count.
+        unsure: Whether it may be written already: who wrote it was cancelled meanwhile.
     """
 
-    __slots__ = ("error", "pause", "row", "unreadable", "unused")
+    __slots__ = ("error", "pause", "row", "unreadable", "unsure", "unused")
 
     def __init__(
         self,
@@ -118,6 +119,7 @@ class Outcome:
         self.pause = pause
         self.unreadable = unreadable
         self.unused = unused
+        self.unsure = False
 
     @property
     def is_success(self) -> bool:
@@ -135,7 +137,8 @@ class EventRows(Observer):
 
     Attributes:
         written: Whether they are in the table, or in a transaction that is being committed.
-        place: Where the event was published, as `file:line`; None for what comes from the table.
+        place: Where the event was published, as `file:line`; None for one that is delivered even on
+            failure, and for what comes from the table.
     """
 
     def __init__(
@@ -280,18 +283,20 @@ def rows_of(
     Raises:
         TypeError: `key` of a handler gave something else than a text or None.
     """
-    plan, number, published_ns = envelope.plan, envelope.number, envelope.published_ns
+    plan, event, published_ns = envelope.plan, envelope.event, envelope.published_ns
+    # Not those whose subscription was cancelled.
+    indexes = [index for index in plan.durable if index in plan.indexes]
+    event_id, *ids = ids_of(published_ns, envelope.number, indexes)
+    if isinstance(event, DomainEvent):
+        event_id = event.event_id
     rows: dict[int, Row] = {}
-    for index in plan.durable:
-        if index not in plan.indexes:  # its subscription was cancelled
-            continue
+    for index, id_ in zip(indexes, ids, strict=True):
         declared = plan[index].declared
         durable = declared.durable
         assert durable is not None
-        id_ = delivery_id(published_ns, (number, index))
         rows[index] = Row(id_, declared.name, durable, key_of(declared.name, durable, envelope))
     facts = NewEvent(
-        event_id=event_id(envelope.event, published_ns, number),
+        event_id=event_id,
         event_type=name,
         payload=payload,
         headers=headers,

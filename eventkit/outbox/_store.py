@@ -54,6 +54,7 @@ _UNREADABLE_AGAIN = 600.0  # seconds
 # The states stand as they do in the index's condition, or SQLite would not use it.
 _KNOWN_AND_DUE = (
     "state in (0, 3, 4) and due_at <= {now} + :seconds"
+    " and (state <> 3 or due_at <= {now})"  # else `within` would find it again and again
     " and handler in :handlers and event_type in :event_types"
 )
 _UNCOUNTED = "attempt = case when attempt > 0 then attempt - 1 else 0 end"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -120,6 +121,8 @@ class EventCapture(Recording):
         TypeError: `bus` is none.
         UnexpectedFailures: At the end: a handler failed in a drain, not by a fake, and nobody has
             looked at `failures` since, or called `allow_failures`.
+        AssertionError: At the end: an outbox has kept deliveries in a transaction of the test's
+            own that was not committed, so nobody would ever run them.
         TimeoutError: At the end: deliveries still go on.
     """
 
@@ -133,6 +136,7 @@ class EventCapture(Recording):
         self._unexpected: list[Exception] = []
         self._failures_allowed = False
         self._in_flight_before = 0
+        self._unseen_before = Counter[str]()
         self._restore: list[Callable[[], object]] = []
 
     @property
@@ -160,6 +164,12 @@ class EventCapture(Recording):
         """The events that did not reach a handler, or not to its end: one for each delivery."""
         with self._ledger.changed:
             return DeliveryList(self._ledger.losses, what="undelivered", names_of=self._names_of)
+
+    @property
+    def requeued(self) -> DeliveryList:
+        """The events that an outbox keeps for later, or for another process: one per delivery."""
+        with self._ledger.changed:
+            return DeliveryList(self._ledger.returns, what="requeued", names_of=self._names_of)
 
     @property
     def failures(self) -> FailureList:
@@ -314,6 +324,7 @@ class EventCapture(Recording):
 
     def __enter__(self) -> Self:
         bus, core = self.bus, state_of(self.bus)
+        self._unseen_before = core.unseen.copy()
         report, stats = bus.report_failure, bus.stats
         self._in_flight_before = stats.pending + stats.running
         self._restore = [
@@ -322,6 +333,7 @@ class EventCapture(Recording):
             self._fakes.end_all,
             registry_of(bus).keep(),
             partial(_rewind, core.tally, stats),
+            partial(setattr, core, "unseen", self._unseen_before),
         ]
 
         def note(delivery: Delivery, error: Exception) -> None:
@@ -339,6 +351,7 @@ class EventCapture(Recording):
         traceback: TracebackType | None,
     ) -> None:
         late = None if exc else self._wait_for_end()
+        unseen = state_of(self.bus).unseen - self._unseen_before
         for restore in self._restore:
             restore()
         if exc is not None:
@@ -350,6 +363,8 @@ class EventCapture(Recording):
                 "@pytest.mark.eventkit_allow_failures",
                 self._unexpected,
             ) from late
+        if unseen:
+            raise AssertionError(_unseen(unseen)) from late
         if late is not None:
             raise late
 
@@ -429,6 +444,15 @@ class EventCapture(Recording):
 
     def _names_of(self, handler: Named) -> set[str]:
         return {each.name for each in subscriptions_of(self.bus, handler)}
+
+
+def _unseen(by_handler: Counter[str]) -> str:
+    handlers = ", ".join(f"{name} x{times}" for name, times in by_handler.items())
+    return (
+        "deliveries were kept in a transaction that began outside of their session and was not "
+        f"committed, so nobody would ever run them: {handlers}. Where a test rolls back an outer "
+        "transaction, run it in `with outbox.in_memory():`"
+    )
 
 
 def _rewind(tally: Tally, then: Stats) -> None:

@@ -60,6 +60,7 @@ class Ledger(Observer):
         dropped: The events that their units of work withdrew, in that order.
         successes: The deliveries that ended well, in the order of their ends.
         losses: Those that were not run, or not to their end.
+        returns: Those that an outbox keeps, and that run later or elsewhere.
         failures: Those that failed, and how.
         pending: Those that have not ended.
     """
@@ -70,6 +71,7 @@ class Ledger(Observer):
         self.dropped: list[object] = []
         self.successes: list[Delivery] = []
         self.losses: list[Delivery] = []
+        self.returns: list[Delivery] = []
         self.failures: list[Failure] = []
         self.pending: dict[Delivery, Pending] = {}
         # A thread may be told of its publish when others have been told what became of it.
@@ -124,6 +126,12 @@ class Ledger(Observer):
         """Note that these were not run to their end."""
         with self._change():
             self.losses += deliveries
+            self._end(*deliveries)
+
+    def requeued(self, deliveries: Sequence[Delivery]) -> None:
+        """Note that these run later, or elsewhere."""
+        with self._change():
+            self.returns += deliveries
             self._end(*deliveries)
 
     @contextmanager

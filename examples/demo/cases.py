@@ -6,16 +6,20 @@ machine does not fail it. Waiting ends when the trace says so. Knows nothing of 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import anyio
 import httpx
 
-from examples.demo.neighbours import Mail, MailServer, Warehouse
+from examples.demo.command import OutboxCommand, Said
+from examples.demo.neighbours import Mail, MailServer, Neighbourhood
 from examples.demo.trace import Run, Story, Trace, clock_ns
 
 _SECONDS_TO_FINISH = 5.0
+_IDS = re.compile(r"\b[0-9a-f]{8}-[0-9a-f-]{27}\b")
+_SECONDS_TO_TRY_AGAIN = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +52,12 @@ class Shot:
 class Stage:
     """Where cases play: the shop's door, its neighbours, and the trace."""
 
-    def __init__(
-        self, client: httpx.AsyncClient, trace: Trace, mails: MailServer, warehouse: Warehouse
-    ) -> None:
-        self.warehouse = warehouse
+    def __init__(self, client: httpx.AsyncClient, trace: Trace, around: Neighbourhood) -> None:
+        self.mails = around.mails
+        self.warehouse = around.warehouse
+        self.outbox = OutboxCommand(around.settings)
         self._client = client
         self._trace = trace
-        self._mails = mails
 
     async def sign_up(self, name: str) -> Shot:
         """Become a user of the shop."""
@@ -78,6 +81,10 @@ class Stage:
         """Have one put aside, or wait for it."""
         return await self._finished(await self._send("/reservations", name, {"sku": sku}))
 
+    async def until(self, condition: Callable[[], bool]) -> bool:
+        """Wait for what new attempts bring about, or for too long."""
+        return await self._trace.until(condition, seconds=_SECONDS_TO_TRY_AGAIN)
+
     async def _send(self, path: str, name: str, form: dict[str, object]) -> Shot:
         """Send one request, and return with the answer."""
         begun_ns = clock_ns()
@@ -92,7 +99,7 @@ class Stage:
             begun_ns=begun_ns,
             received_ns=received_ns,
             story=self._trace.story(name),
-            mail_server=self._mails,
+            mail_server=self.mails,
         )
 
     async def _finished(self, shot: Shot) -> Shot:
@@ -112,10 +119,19 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """What a case did, and what came of it."""
+    """What a case did, and what came of it.
+
+    Attributes:
+        shots: The requests that were sent.
+        checks: What must be true.
+        moments: What else happened meanwhile, each with a name.
+        said: What was typed at a terminal, and the answers.
+    """
 
     shots: Sequence[Shot]
     checks: Sequence[Check]
+    moments: Mapping[str, int] = field(default_factory=dict[str, int])
+    said: Sequence[Said] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,35 +163,78 @@ async def _conflict(stage: Stage) -> Played:
     return Played([shot], [_answered(409, shot), *_came_to_nothing(shot, heard)])
 
 
-async def _failure(stage: Stage) -> Played:
+async def _down(stage: Stage) -> Played:
     stage.warehouse.down = True
+    before = len(stage.warehouse.reports)
     shot = await stage.order("cleo", tea=1)
+    await stage.until(lambda: _outcomes_of(shot, _WEBHOOK).count("failed") == 3)
     stage.warehouse.down = False
-    failed = [run for run in shot.story.runs if run.outcome == "failed"]
-    ended_well = [run.handler for run in shot.story.runs if run.outcome == "ok"]
+    await stage.until(lambda: _outcomes_of(shot, _WEBHOOK)[-1] == "ok")
+    attempts = shot.story.of(_WEBHOOK)
+    others = [run for run in shot.story.runs if run.handler != _WEBHOOK]
     return Played(
         [shot],
         [
             _answered(201, shot),
             Check(
-                "only the webhook failed, with the warehouse's 503",
-                [(run.handler, run.error) for run in failed]
-                == [("orders.tell_warehouse", "HTTPStatusError")],
+                "three attempts failed with the warehouse's 503, and the fourth did not",
+                [(run.attempt, run.error) for run in attempts]
+                == [
+                    (1, "HTTPStatusError"),
+                    (2, "HTTPStatusError"),
+                    (3, "HTTPStatusError"),
+                    (4, ""),
+                ],
                 _outcomes(shot),
             ),
+            Check("the report has arrived once", len(stage.warehouse.reports) == before + 1),
             Check(
-                "its sibling and the handlers of the next event finished",
-                sorted(ended_well)
+                "its sibling and the handlers of the next event ran once, and finished",
+                sorted((run.handler, run.outcome) for run in others)
                 == [
-                    "audit.write_row",
-                    "audit.write_row",
-                    "orders.collect_payment",
-                    "orders.send_confirmation",
+                    ("audit.write_row", "ok"),
+                    ("audit.write_row", "ok"),
+                    ("orders.collect_payment", "ok"),
+                    ("orders.send_confirmation", "ok"),
                 ],
                 _outcomes(shot),
             ),
             Check("the confirmation has arrived", len(shot.mails) == 1),
         ],
+    )
+
+
+async def _refused(stage: Stage) -> Played:
+    stage.warehouse.unknown.add("tea")
+    before = len(stage.warehouse.reports)
+    shot = await stage.order("gwen", tea=1)
+    found_dead = [run.outcome for run in shot.story.of(_WEBHOOK)] == ["failed"]
+    listed = await stage.outbox.run("list")
+    letters = _IDS.findall(listed.output)
+    mended_ns = clock_ns()
+    stage.warehouse.unknown.clear()
+    retried_ns = clock_ns()
+    retried = await stage.outbox.run("retry", *letters)
+    await stage.until(lambda: _outcomes_of(shot, _WEBHOOK)[-1] == "ok")
+    return Played(
+        [shot],
+        [
+            _answered(201, shot),
+            Check(
+                "422 is no matter of time: it is dead after one attempt, and nothing else is",
+                found_dead and len(letters) == 1 and _WEBHOOK in listed.output,
+                f"{listed.output}; {_outcomes(shot)}",
+            ),
+            Check(
+                "the command had it run again",
+                listed.status == retried.status == 0
+                and _outcomes_of(shot, _WEBHOOK) == ["failed", "ok"],
+                _outcomes(shot),
+            ),
+            Check("the report has arrived", len(stage.warehouse.reports) == before + 1),
+        ],
+        moments={"the warehouse is mended": mended_ns, "eventkit outbox retry": retried_ns},
+        said=[listed, retried],
     )
 
 
@@ -255,8 +314,38 @@ def last_words(shot: Shot) -> list[Check]:
             "no request waited for them, so it was the application's shutdown that did",
             bool(starts) and 0 < shot.story.returned_ns < min(starts),
         ),
-        _all_ended_well(shot, "users.send_welcome_mail", "audit.write_row"),
+        _all_ended_well(shot, _WELCOME, _AUDIT),
         Check("the mail that was on its way has arrived", len(shot.mails) == 1),
+    ]
+
+
+async def until_its_mail_is_on_its_way(stage: Stage, shot: Shot) -> bool:
+    """Wait until a sign-up is audited, and its mail is at the server, who thinks about it."""
+    thinks = await anyio.to_thread.run_sync(stage.mails.thinking.wait, _SECONDS_TO_FINISH)
+    return thinks and await stage.until(lambda: _outcomes_of(shot, _AUDIT) == ["ok"])
+
+
+async def until_its_mail_has_arrived(stage: Stage, shot: Shot) -> None:
+    """Wait until a mail is sent in a second attempt."""
+    await stage.until(lambda: _outcomes_of(shot, _WELCOME)[1:] == ["ok"])
+
+
+def recovered(shot: Shot) -> list[Check]:
+    """What must be true of a sign-up whose mail was on its way when the shop was killed."""
+    return [
+        _answered(201, shot),
+        Check(
+            "the mail was on its way when the shop was killed, and another process sent it again",
+            [(run.attempt, run.outcome) for run in shot.story.of(_WELCOME)]
+            == [(1, "killed"), (2, "ok")],
+            _outcomes(shot),
+        ),
+        Check("it has arrived once", _subjects(shot) == [f"Welcome, {shot.name.title()}!"]),
+        Check(
+            "the audit row's commit was its completion, so that did not run again",
+            _outcomes_of(shot, _AUDIT) == ["ok"],
+            _outcomes(shot),
+        ),
     ]
 
 
@@ -268,9 +357,9 @@ CASES = (
         _conflict,
     ),
     Case(
-        "A handler that fails",
-        "The warehouse answers 503. The customer has the tea, the mail and an answer anyway.",
-        _failure,
+        "A warehouse that is down for three attempts",
+        "It answers 503. The customer has tea, mail and answer anyway; the report is sent again.",
+        _down,
     ),
     Case(
         "A plain def endpoint",
@@ -292,7 +381,15 @@ CASES = (
         "Each keeps its own events and its own order. The stairs: SQLite has one writer.",
         _ten_at_once,
     ),
+    Case(
+        "A report that is refused",
+        "The warehouse knows no tea: 422, a dead letter. It learns, and somebody sends it again.",
+        _refused,
+    ),
 )
+
+
+_WEBHOOK, _AUDIT, _WELCOME = "orders.tell_warehouse", "audit.write_row", "users.send_welcome_mail"
 
 
 def _address(name: str) -> str:
@@ -330,6 +427,10 @@ def _came_to_nothing(shot: Shot, heard: int) -> Sequence[Check]:
 def _outcomes(shot: Shot) -> str:
     runs = shot.story.runs
     return ", ".join(f"{run.handler}: {run.outcome or 'no end'}" for run in runs) or "none ran"
+
+
+def _outcomes_of(shot: Shot, handler: str) -> list[str]:
+    return [run.outcome for run in shot.story.of(handler)]
 
 
 def _ended_well(shot: Shot) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from email import message_from_bytes, policy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Self
 
 from aiosmtpd.controller import Controller
@@ -27,6 +27,7 @@ from examples.shop.settings import Settings
 
 # How long they take. The shop and eventkit know nothing of it; it makes bars that can be seen.
 _MAIL_SECONDS, _WAREHOUSE_SECONDS, _PAYMENT_SECONDS = 0.040, 0.015, 0.020
+_LEASE_SECONDS = 1.5  # the least that there is, so that others take over soon
 _POLL_SECONDS = 0.01  # how soon an HTTP server notices that it should close
 
 
@@ -47,11 +48,18 @@ class MailServer:
     """Accepts every mail, after thinking about it for `delay` seconds.
 
     `on_mail` is called in the server's thread before the sender hears that the mail was accepted.
+    A sender who leaves before is not heard to the end: the mail has not come.
+
+    Attributes:
+        mails: What was accepted.
+        delay: Seconds, for the mails to come.
+        thinking: Set while it thinks about a mail.
     """
 
     def __init__(self, *, delay: float = 0.0, on_mail: Callable[[Mail], None] = _ignore) -> None:
         self.mails: list[Mail] = []
-        self._delay = delay
+        self.delay = delay
+        self.thinking = Event()
         self._on_mail = on_mail
         self._controller = _FreePortController(self, hostname="127.0.0.1", port=0)
 
@@ -74,7 +82,11 @@ class MailServer:
     async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802
         """Called by aiosmtpd for each mail, under this name; what it returns is the answer."""
         del server, session
-        await asyncio.sleep(self._delay)
+        self.thinking.set()
+        try:
+            await asyncio.sleep(self.delay)
+        finally:
+            self.thinking.clear()
         assert isinstance(envelope.content, bytes)
         subject = str(message_from_bytes(envelope.content, policy=policy.default)["Subject"])
         for address in envelope.rcpt_tos:
@@ -136,14 +148,20 @@ class _HttpServer:
 
 
 class Warehouse(_HttpServer):
-    """Takes reports on stock, after `delay` seconds; answers 503 while it is down.
+    """Takes reports on stock, after `delay` seconds.
 
     `POST /down` and `POST /up` switch it from outside.
+
+    Attributes:
+        down: Answers 503.
+        unknown: It does not know these, and answers 422.
+        reports: What was taken.
     """
 
     def __init__(self, *, delay: float = 0.0) -> None:
         super().__init__()
         self.down = False
+        self.unknown: set[str] = set()
         self.reports: list[object] = []
         self._delay = delay
 
@@ -155,7 +173,10 @@ class Warehouse(_HttpServer):
         time.sleep(self._delay)
         if self.down:
             return 503
-        self.reports.append(json.loads(body))
+        report = json.loads(body)
+        if report["sku"] in self.unknown:
+            return 422
+        self.reports.append(report)
         return 204
 
 
@@ -218,6 +239,7 @@ class Neighbourhood:
             smtp_port=self.mails.port,
             warehouse_url=f"{self.warehouse.url}/stock",
             payments_url=f"{self.payments.url}/charges",
+            lease_seconds=_LEASE_SECONDS,
         )
 
 

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import signal
 import sqlite3
-from collections.abc import Sequence
-from contextlib import closing
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from typing import IO
 
 import httpx
+from anyio.abc import Process
 from rich.console import Console
 
-from examples.demo.cases import CASES, Check, Shot, Stage, last_words
+from examples.demo.cases import (
+    CASES,
+    Check,
+    Shot,
+    Stage,
+    last_words,
+    recovered,
+    until_its_mail_has_arrived,
+    until_its_mail_is_on_its_way,
+)
 from examples.demo.neighbours import Neighbourhood, neighbourhood
-from examples.demo.process import ShopDidNotStart, shop_process
+from examples.demo.process import ShopDidNotStart, kill, shop_process
 from examples.demo.report import Report
 from examples.demo.timeline import Overview, Timeline
 from examples.demo.trace import Trace, clock_ns
+
+_FOR_EVER = 60.0  # seconds, which nobody waits for
 
 
 async def play(console: Console) -> bool:
@@ -24,41 +38,93 @@ async def play(console: Console) -> bool:
     report = Report(console)
     with neighbourhood() as around:
         try:
-            await _play_all(report, around)
+            with around.log.open("w") as log:
+                await _play_all(report, around, log)
+                await _play_killed(report, around, log)
         except* (ShopDidNotStart, httpx.HTTPError) as errors:
             gone = Check("the shop is there and answers", holds=False, found=repr(errors))
             report.results.append(("The shop", [gone]))
         return report.summary(around.log)
 
 
-async def _play_all(report: Report, around: Neighbourhood) -> None:
+async def _play_all(report: Report, around: Neighbourhood, log: IO[str]) -> None:
+    """Play the cases, and end the shop as a server does that is asked to."""
     trace = Trace()
     shots: list[Shot] = []
-    with around.log.open("w") as log:
-        async with shop_process(around.settings, trace, log) as process:
-            url = f"http://127.0.0.1:{trace.port}"
-            report.opening(f"The shop runs at {url} in process {process.pid}.")
-            async with httpx.AsyncClient(base_url=url) as client:
-                stage = Stage(client, trace, around.mails, around.warehouse)
-                for number, case in enumerate(CASES, start=1):
-                    played = await case.play(stage)
-                    shots += played.shots
-                    one = len(played.shots) == 1
-                    drawing = Timeline(played.shots[0]) if one else Overview(played.shots)
-                    report.section(f"{number}  {case.title}", case.about, drawing, played.checks)
-                shots.append(await stage.start_sign_up("zoe"))
-            sigterm_ns = clock_ns()
+    async with _staged(around, trace, log) as (stage, process):
+        report.opening(f"The shop runs at {_url(trace)} in process {process.pid}.")
+        for number, case in enumerate(CASES, start=1):
+            played = await case.play(stage)
+            shots += played.shots
+            one = len(played.shots) == 1
+            drawing = Timeline(played.shots[0], played.moments) if one else Overview(played.shots)
+            title = f"{number}  {case.title}"
+            report.section(title, case.about, drawing, played.checks, played.said)
+        shots.append(await stage.start_sign_up("zoe"))
+        sigterm_ns = clock_ns()
     report.section(
-        "The end",
-        "The shop is told to end while a mail may still be on its way.",
+        f"{len(CASES) + 1}  Told to end",
+        "SIGTERM comes while a mail may still be on its way: it is waited for.",
         Timeline(shots[-1], {"SIGTERM": sigterm_ns, "the shop has ended": clock_ns()}),
         [
             *last_words(shots[-1]),
             Check("the shop ended on SIGTERM", process.returncode in (0, -signal.SIGTERM)),
             _nothing_lost(trace.stats, shots),
             _all_audited(around.database, shots),
+            _nothing_kept(around.database),
         ],
     )
+
+
+async def _play_killed(report: Report, around: Neighbourhood, log: IO[str]) -> None:
+    """End the shop as a machine does that loses its power, and start it again."""
+    trace = Trace()
+    around.mails.delay, usual_delay = _FOR_EVER, around.mails.delay
+    async with _staged(around, trace, log) as (stage, process):
+        shot = await stage.start_sign_up("nora")
+        on_its_way = await until_its_mail_is_on_its_way(stage, shot)
+        killed_ns = clock_ns()
+        await kill(process)
+    shot.story.cut_off(killed_ns)
+    kept, lapses_ns = _kept(around.database), _lapses_ns(around.database)
+    around.mails.delay = usual_delay
+    async with _staged(around, trace, log) as (stage, again):
+        started_ns = clock_ns()
+        await until_its_mail_has_arrived(stage, shot)
+    moments = {
+        "SIGKILL": killed_ns,
+        "the lease runs out": lapses_ns,
+        "the shop is up again": started_ns,
+        "recovery": max(run.started_ns for run in shot.story.runs),
+    }
+    report.section(
+        f"{len(CASES) + 2}  Killed, and started again",
+        "SIGKILL comes while a mail is on its way. The database still has it, leased for 1.5 s.",
+        Timeline(shot, moments),
+        [
+            Check("SIGKILL ended the shop", process.returncode == -signal.SIGKILL),
+            Check("of all that was to do the mail alone was kept", on_its_way and kept == 1),
+            *recovered(shot),
+            Check("the new process ended on SIGTERM", again.returncode in (0, -signal.SIGTERM)),
+            _nothing_kept(around.database),
+        ],
+    )
+
+
+@asynccontextmanager
+async def _staged(
+    around: Neighbourhood, trace: Trace, log: IO[str]
+) -> AsyncGenerator[tuple[Stage, Process]]:
+    """Run the shop during the block, with everything that cases need."""
+    async with (
+        shop_process(around.settings, trace, log) as process,
+        httpx.AsyncClient(base_url=_url(trace)) as client,
+    ):
+        yield Stage(client, trace, around), process
+
+
+def _url(trace: Trace) -> str:
+    return f"http://127.0.0.1:{trace.port}"
 
 
 def _nothing_lost(stats: dict[str, int], shots: Sequence[Shot]) -> Check:
@@ -67,7 +133,7 @@ def _nothing_lost(stats: dict[str, int], shots: Sequence[Shot]) -> Check:
     ended = {name: stats.get(name, 0) for name in ("handled", "failed", "discarded")}
     counts = ", ".join(f"{count} {name}" for name, count in ended.items())
     return Check(
-        f"none of {seen} deliveries was lost: {counts}",
+        f"none of {seen} attempts was lost: {counts}",
         holds=seen == stats.get("accepted") == sum(ended.values()),
         found=f"the bus has counted {stats}",
     )
@@ -75,12 +141,33 @@ def _nothing_lost(stats: dict[str, int], shots: Sequence[Shot]) -> Check:
 
 def _all_audited(database: Path, shots: Sequence[Shot]) -> Check:
     """Look into the database for what every delivered event must have left there."""
-    runs = [run for shot in shots for run in shot.story.runs]
-    audited = [run for run in runs if run.handler == "audit.write_row" and run.outcome == "ok"]
-    with closing(sqlite3.connect(database)) as connection:
-        (rows,) = connection.execute("SELECT count(*) FROM audit").fetchone()
+    runs = [run for shot in shots for run in shot.story.of("audit.write_row")]
+    audited = [run for run in runs if run.outcome == "ok"]
+    rows = _scalar(database, "SELECT count(*) FROM audit")
     return Check(
         f"the audit log holds {len(audited)} rows, one for each event that was delivered",
         holds=rows == len(audited),
         found=f"{rows} rows",
     )
+
+
+def _nothing_kept(database: Path) -> Check:
+    kept = _kept(database)
+    return Check("nothing is left in the outbox", kept == 0, f"{kept} deliveries")
+
+
+def _kept(database: Path) -> int:
+    """How many deliveries wait in the outbox, or are being run."""
+    return int(_scalar(database, "SELECT count(*) FROM eventkit_outbox"))
+
+
+def _lapses_ns(database: Path) -> int:
+    """When the lease of the process ends that was killed, by `clock_ns`."""
+    alive_until = _scalar(database, "SELECT max(alive_until) FROM eventkit_process")
+    return clock_ns() + int((alive_until - time.time()) * 1e9)
+
+
+def _scalar(database: Path, query: str) -> float:
+    with closing(sqlite3.connect(database)) as connection:
+        (value,) = connection.execute(query).fetchone()
+    return float(value)

@@ -36,13 +36,15 @@ async def shop_process(
 
     Args:
         settings: How the shop is configured.
-        trace: Knows the port when the block begins, and everything when it has ended.
+        trace: Knows the port when the block begins, and everything when it has ended. It may have
+            heard of a process before.
         log: Where the shop's stderr goes; None for ours.
         port: Where to listen; 0 for a free one.
 
     Raises:
         ShopDidNotStart: It ended, or took too long, before it could take requests.
     """
+    trace.begin()
     async with await anyio.open_process(
         [sys.executable, "-m", "examples.demo.server", str(port)],
         stdout=subprocess.PIPE,
@@ -60,6 +62,12 @@ async def shop_process(
                 yield process
             finally:
                 await _stop(process)
+
+
+async def kill(process: Process) -> None:
+    """End it with SIGKILL, which gives it no time for anything."""
+    process.kill()
+    await process.wait()
 
 
 @asynccontextmanager

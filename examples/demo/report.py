@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from examples.demo.cases import Check
+from examples.demo.command import Said
 from examples.demo.timeline import LEGEND
 
 _LOG_LINES = 30
@@ -27,12 +28,22 @@ class Report:
         self._console.print("", text, LEGEND, sep="\n")
 
     def section(
-        self, title: str, about: str, drawing: RenderableType, checks: Sequence[Check]
+        self,
+        title: str,
+        about: str,
+        drawing: RenderableType,
+        checks: Sequence[Check],
+        said: Sequence[Said] = (),
     ) -> None:
-        """Show one case: what it is about, what happened, what was checked."""
+        """Show one case: what it is about, what happened, what was said, what was checked."""
         self.results.append((title, checks))
         self._heading(title)
         self._console.print(about, "", drawing, "", sep="\n")
+        for each in said:
+            self._console.print(Text(f"$ {each.line}", "bold"))
+            for line in each.output.splitlines():
+                self._console.print(Text(line, "dim"), no_wrap=True, overflow="ellipsis")
+            self._console.print()
         for check in checks:
             self._console.print(_line(check))
 

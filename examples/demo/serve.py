@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import datetime
 
 from rich.console import Console
@@ -25,7 +26,11 @@ The shop is up, with all its neighbours beside it. In another terminal:
       To {shop}/orders/check: 200, and nobody hears of it.
 
   curl -X POST {warehouse}/down
-      The webhook fails from now on, and nothing else does; /up mends it.
+      The webhook fails from now on, and is tried again; nothing else fails. /up mends it.
+
+  SHOP_DATABASE_URL={database} \\
+    {python} -m eventkit outbox list --state all examples.shop.main:outbox
+      What is owed still. `stats` counts it, and `retry` has what is dead tried again.
 
 Ctrl-C ends everything. What happens:
 """
@@ -46,7 +51,16 @@ async def serve(console: Console, *, port: int) -> bool:
         try:
             async with shop_process(around.settings, trace, log=None, port=port) as process:
                 shop = f"http://127.0.0.1:{trace.port}"
-                live.print(Text(_TRY.format(shop=shop, warehouse=around.warehouse.url)))
+                live.print(
+                    Text(
+                        _TRY.format(
+                            shop=shop,
+                            warehouse=around.warehouse.url,
+                            database=around.settings.database_url,
+                            python=sys.executable,
+                        )
+                    )
+                )
                 async with until_signal():
                     await process.wait()
                 asked_to_end = process.returncode is None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict
@@ -29,7 +29,7 @@ from examples.shop.settings import Settings
 
 # On whose behalf we are at work. Set here, seen in endpoints, worker threads and handlers.
 _request: ContextVar[str] = ContextVar("_request", default="")
-_delivery: ContextVar[str] = ContextVar("_delivery", default="")
+_delivery: ContextVar[Delivery | None] = ContextVar("_delivery", default=None)
 
 _stdout = Lock()
 
@@ -59,10 +59,22 @@ class Witness(Observer):
         for delivery in deliveries:
             tell_delivery("skipped", delivery, outcome="undelivered")
 
+    def requeued(self, deliveries: Sequence[Delivery]) -> None:
+        for delivery in deliveries:
+            tell_delivery("skipped", delivery, outcome="requeued")
+
+    def headers(self, event: object) -> Mapping[str, str]:
+        """What the outbox keeps beside the event: on whose behalf it was published."""
+        return {"request": _request.get()}
+
+    def restored(self, headers: Mapping[str, str]) -> None:
+        """A delivery comes from the outbox, after an attempt that failed or a process that died."""
+        _request.set(headers["request"])
+
     @contextmanager
     def delivery(self, delivery: Delivery) -> Generator[None]:
         """Tell start and end, and mark what the handler does in between as its own."""
-        _delivery.set(str(delivery.id))
+        _delivery.set(delivery)
         tell_delivery("started", delivery)
         try:
             yield
@@ -88,6 +100,7 @@ def tell_delivery(
             delivery=str(delivery.id),
             event=type(delivery.event).__name__,
             handler=delivery.handler,
+            attempt=delivery.attempt,
             outcome=outcome,
             error=error,
             in_worker_thread=in_worker_thread,
@@ -97,7 +110,11 @@ def tell_delivery(
 
 def tell_commit(_: Session) -> None:
     """Called by SQLAlchemy after each commit, of the request's session and of handlers' own."""
-    tell(Record(what="committed", request=_request.get(), delivery=_delivery.get()))
+    delivery = _delivery.get()
+    if delivery is None:
+        tell(Record(what="committed", request=_request.get()))
+    else:
+        tell_delivery("committed", delivery)
 
 
 class Wiretap:

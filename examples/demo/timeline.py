@@ -1,4 +1,4 @@
-"""Owns how a request looks: what happened, drawn on one axis of milliseconds.
+"""Owns how a request looks: what happened, drawn on one axis of milliseconds, or of seconds.
 
 Everything is readable without colour. Knows nothing of how the times came about.
 """
@@ -20,6 +20,7 @@ _SENT, _COMMITTED, _MAIL = ("◇", "cyan"), ("◆", "yellow"), ("●", "magenta"
 _OTHER = ("▲", "blue")
 _THIN, _THICK = "╴╶─", "╸╺━"  # left half, right half, whole cell
 _CELLS_PER_TICK = 7
+_LONG_NS = 2_000_000_000
 
 LEGEND = Text.assemble(
     *(("─", "cyan"), " the client waits   "),
@@ -32,38 +33,45 @@ LEGEND = Text.assemble(
 
 
 class _Axis:
-    """Says at which cell a moment is drawn."""
+    """Says at which cell a moment is drawn, and how long that is since the start.
+
+    Attributes:
+        cells: How wide it is.
+        unit: "ms", or "s" where it is long.
+    """
 
     def __init__(self, start_ns: int, end_ns: int, cells: int) -> None:
         self.cells = cells
+        long = end_ns - start_ns > _LONG_NS
+        self.unit, self._unit_ns, self._digits = ("s", 1e9, 2) if long else ("ms", 1e6, 1)
         self._start_ns = start_ns
-        self._span_ms = max((end_ns - start_ns) / 1e6, 1.0)
+        self._span = max(self.since(end_ns), 1.0)
 
-    def ms(self, at_ns: int) -> float:
-        """Milliseconds since the start."""
-        return (at_ns - self._start_ns) / 1e6
+    def since(self, at_ns: int) -> float:
+        """How long after the start, in its unit."""
+        return (at_ns - self._start_ns) / self._unit_ns
 
     def label(self, at_ns: int) -> str:
         """The same in words; 0 is what has not come."""
-        return f"{self.ms(at_ns):.1f}" if at_ns else "never"
+        return f"{self.since(at_ns):.{self._digits}f}" if at_ns else "never"
 
-    def position(self, ms: float) -> float:
+    def position(self, since: float) -> float:
         """Cells from the left, between 0 and the last one."""
-        return min(max(ms, 0.0) / self._span_ms, 1.0) * (self.cells - 1)
+        return min(max(since, 0.0) / self._span, 1.0) * (self.cells - 1)
 
     def ticks(self) -> Text:
-        """The milliseconds themselves, at round numbers."""
+        """Its units, at round numbers."""
         line = ""
-        for ms in range(0, int(self._span_ms) + 1, self._step()):
-            cell = round(self.position(ms))
-            if cell + len(str(ms)) <= self.cells:
-                line = f"{line:{cell}}{ms}"
+        for since in range(0, int(self._span) + 1, self._step()):
+            cell = round(self.position(since))
+            if cell + len(str(since)) <= self.cells:
+                line = f"{line:{cell}}{since}"
         return Text(line, style="dim", no_wrap=True)
 
     def _step(self) -> int:
         most = max(self.cells // _CELLS_PER_TICK, 1)
         steps: Iterator[int] = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
-        return next(step for step in steps if self._span_ms / step <= most)
+        return next(step for step in steps if self._span / step <= most)
 
 
 class _Track:
@@ -77,7 +85,7 @@ class _Track:
     def bar(self, start_ns: int, end_ns: int, pen: str, style: str) -> None:
         """Draw from one moment to another, to half a cell."""
         start, end = (
-            round(self._axis.position(self._axis.ms(at)) * 2) for at in (start_ns, end_ns)
+            round(self._axis.position(self._axis.since(at)) * 2) for at in (start_ns, end_ns)
         )
         end = max(end, start + 1)
         for cell in range(start // 2, (end + 1) // 2):
@@ -88,7 +96,7 @@ class _Track:
         """Put a sign at a moment that has come, beside one that stands there already."""
         if not at_ns:
             return
-        cell = int(self._axis.position(self._axis.ms(at_ns)))
+        cell = int(self._axis.position(self._axis.since(at_ns)))
         while cell in self._marked and cell < self._axis.cells - 1:
             cell += 1
         self._marked.add(cell)
@@ -112,15 +120,17 @@ class Timeline:
         shot = self._shot
         end_ns = max([_end_of(shot), *self._moments.values()])
         axis = _Axis(shot.begun_ns, end_ns, options.max_width - _LABEL - _NOTE - 2)
-        grid = _grid(axis, "  from     to  ms")
+        grid = _grid(axis, f"  from     to  {axis.unit}")
         _add_answer(grid, axis, shot)
         for event, runs in groupby(shot.story.runs, key=lambda run: run.event):
             grid.add_row(Text(event, style="bold"))
+            before = ""
             for run in runs:
-                _add_run(grid, axis, run)
+                _add_run(grid, axis, run, again=run.delivery == before)
+                before = run.delivery
         for mail in shot.mails:
             _add_moment(grid, axis, "mail received", mail.received_ns, _MAIL)
-        for label, at_ns in self._moments.items():
+        for label, at_ns in sorted(self._moments.items(), key=lambda moment: moment[1]):
             _add_moment(grid, axis, label, at_ns, _OTHER)
         yield grid
 
@@ -137,7 +147,7 @@ class Overview:
             max(_end_of(shot) for shot in self._shots),
             options.max_width - _LABEL - _NOTE - 2,
         )
-        grid = _grid(axis, "answer   mail  ms")
+        grid = _grid(axis, f"answer   mail  {axis.unit}")
         for shot in self._shots:
             mailed_ns = max((mail.received_ns for mail in shot.mails), default=0)
             note = _from_to(axis, shot.received_ns, mailed_ns, str(shot.status))
@@ -172,8 +182,8 @@ def _add_moment(grid: Table, axis: _Axis, label: str, at_ns: int, mark: tuple[st
     grid.add_row(label, track.text(), f"{axis.label(at_ns):>6}")
 
 
-def _add_run(grid: Table, axis: _Axis, run: Run) -> None:
-    label = f"  {run.handler}"
+def _add_run(grid: Table, axis: _Axis, run: Run, *, again: bool) -> None:
+    label = f"    attempt {run.attempt}" if again else f"  {run.handler}"
     if not run.ended_ns:
         grid.add_row(Text(label, style="dim"), "", Text(run.outcome or "no end", style="yellow"))
         return
@@ -182,8 +192,9 @@ def _add_run(grid: Table, axis: _Axis, run: Run) -> None:
     track.bar(run.started_ns, run.ended_ns, _THICK, style)
     if run.committed_ns:
         track.mark(run.committed_ns, _COMMITTED)
-    note = _from_to(axis, run.started_ns, run.ended_ns, run.error)
-    grid.add_row(label, track.text(), Text(note, style="red" if run.error else ""))
+    trouble = run.error or ("killed" if run.outcome == "killed" else "")
+    note = _from_to(axis, run.started_ns, run.ended_ns, trouble)
+    grid.add_row(label, track.text(), Text(note, style="red" if trouble else ""))
 
 
 def _whole_track(axis: _Axis, shot: Shot) -> Text:

@@ -36,8 +36,9 @@ class Record:
         delivery: The delivery's id.
         event: The name of the event's type.
         handler: The handler's name.
+        attempt: Which attempt of the delivery it is.
         in_worker_thread: Whether it was published from one.
-        outcome: How the delivery ended: ok, failed, discarded or undelivered.
+        outcome: How the attempt ended: ok, failed, discarded, undelivered or requeued.
         error: The type of the exception that the handler raised.
         port: Where the shop listens.
         stats: The bus's counters.
@@ -51,6 +52,7 @@ class Record:
     delivery: str = ""
     event: str = ""
     handler: str = ""
+    attempt: int = 0
     in_worker_thread: bool = False
     outcome: str = ""
     error: str = ""
@@ -69,10 +71,12 @@ class Record:
 
 @dataclass(slots=True)
 class Run:
-    """What became of one delivery: one run of one handler for one event."""
+    """What became of one attempt of a delivery: one run of one handler for one event."""
 
+    delivery: str
     event: str
     handler: str
+    attempt: int
     in_worker_thread: bool
     started_ns: int = 0
     committed_ns: int = 0
@@ -81,7 +85,7 @@ class Run:
     error: str = ""
 
     def add(self, record: Record) -> None:
-        """Take in one more record of this delivery."""
+        """Take in one more record of this attempt."""
         match record.what:
             case "started":
                 self.started_ns = record.at_ns
@@ -107,11 +111,24 @@ class Story:
 
     @property
     def finished(self) -> bool:
-        """The request is over, and so is everything that follows from it."""
+        """The request is over, and so is everything that follows from it, but for new attempts."""
         return self.returned_ns > 0 and all(run.outcome for run in self.runs)
+
+    def of(self, handler: str) -> list[Run]:
+        """The attempts of a handler, in order."""
+        return [run for run in self.runs if run.handler == handler]
+
+    def cut_off(self, at_ns: int) -> None:
+        """Nothing more will be told of what was running then: its process was killed."""
+        for run in self.runs:
+            if run.started_ns and not run.outcome:
+                run.ended_ns, run.outcome = at_ns, "killed"
 
     def add(self, record: Record) -> None:
         """Take in one more record of this request."""
+        if record.delivery:
+            self._run_of(record).add(record)
+            return
         match record.what:
             case "sent":
                 self.sent_ns = record.at_ns
@@ -122,26 +139,39 @@ class Story:
             case _:
                 pass
 
+    def _run_of(self, record: Record) -> Run:
+        """The attempt at hand; a new one stands below the last one of the same delivery."""
+        places = [place for place, run in enumerate(self.runs) if run.delivery == record.delivery]
+        if places and not (record.what == "started" and self.runs[places[-1]].outcome):
+            return self.runs[places[-1]]
+        worker = self.runs[places[0]].in_worker_thread if places else record.in_worker_thread
+        run = Run(record.delivery, record.event, record.handler, record.attempt, worker)
+        self.runs.insert(places[-1] + 1 if places else len(self.runs), run)
+        return run
+
 
 def _ignore(_: Record) -> None:
     """Do nothing with a record but take it in."""
 
 
 class Trace:
-    """All stories, growing while the shop talks."""
+    """All stories, growing while the shop talks: one process of it after the other."""
 
     def __init__(self, on_record: Callable[[Record], None] = _ignore) -> None:
         self.port = 0
         self.stats: dict[str, int] = {}
         self.over = False
         self._stories: dict[str, Story] = {}
-        self._runs: dict[str, Run] = {}
         self._on_record = on_record
         self._news = anyio.Event()
 
     def story(self, request: str) -> Story:
         """The story of one request, which may not have begun."""
         return self._stories.setdefault(request, Story())
+
+    def begin(self) -> None:
+        """Another process of the shop is going to talk."""
+        self.port, self.stats, self.over = 0, {}, False
 
     async def collect(self, lines: AsyncIterable[str]) -> None:
         """Take in what the shop says until it says no more."""
@@ -164,12 +194,6 @@ class Trace:
                 self.port = record.port
             case "stats":
                 self.stats = record.stats
-            case "accepted":
-                run = Run(record.event, record.handler, record.in_worker_thread)
-                self._runs[record.delivery] = run
-                self.story(record.request).runs.append(run)
-            case _ if record.delivery:
-                self._runs[record.delivery].add(record)
             case _:
                 self.story(record.request).add(record)
         self._on_record(record)

@@ -1,7 +1,7 @@
 """The shop by a name that other programs can be given, configured by the environment.
 
-    uvicorn examples.shop.main:app
-    python -m eventkit outbox list examples.shop.main:outbox
+uvicorn examples.shop.main:app
+python -m eventkit outbox list examples.shop.main:outbox
 """
 
 from examples.shop.app import create_app

@@ -18,4 +18,4 @@ def unless_refused(attempt: int, error: BaseException) -> float | None:
         response = error.response
         if response.is_client_error and response.status_code not in _PASSING:
             return None
-    return min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE)
+    return min(_FIRST_PAUSE * 2.0 ** (attempt - 1), _LONGEST_PAUSE)

@@ -48,10 +48,12 @@ class Scene(steps.Database):
     Attributes:
         table: What is in the outbox's tables, for a look from outside of any unit of work.
         schema: Where the tables are; None for the one that there is.
+        is_counted: Whether nobody sets back the counters of its buses, as a capture does.
     """
 
     table: rows.Database
     schema: str | None
+    is_counted: bool = True
     _outboxes: list[tuple[EventBus, Outbox, Witness]] = field(
         default_factory=list[tuple[EventBus, Outbox, Witness]]
     )
@@ -72,8 +74,11 @@ class Scene(steps.Database):
     def check(self) -> None:
         """The law of every bus: each accepted delivery has ended in one way, and was told so."""
         outboxes, self._outboxes = self._outboxes, []
+        is_counted, self.is_counted = self.is_counted, True
         for bus, _, witness in outboxes:
             assert_settled(bus)
+            if not is_counted:
+                continue
             stats = bus.stats
             told = Counter(each.split()[0] for each in witness.seen)
             for outcome in ("handled", "failed", "discarded", "undelivered", "requeued"):

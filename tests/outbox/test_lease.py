@@ -389,6 +389,22 @@ def test_the_thread_sends_heartbeats_and_tries_failed_ones_sooner(anywhere: Wire
     assert all(thread.daemon for thread in lease_threads())
 
 
+def test_its_first_heartbeat_may_be_left_to_a_transaction_that_carries_one(wired: Wired) -> None:
+    """Two at a time fail the one that is REPEATABLE READ."""
+    wired.lease.start(at_once=False)
+
+    assert wired.steps.pauses.get(timeout=SECONDS) == LEASE / 3
+    assert wired.store.beats == []
+    wired.steps.go_on()
+    assert wired.steps.pauses.get(timeout=SECONDS) == LEASE / 3
+    assert len(wired.store.beats) == 1
+
+    wired.lease.stop()
+    wired.lease.start(at_once=False)
+    wired.lease.stop()
+    assert lease_threads() == []
+
+
 def test_what_fails_is_warned_of_once_a_minute(
     wired: Wired, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from anyio import Event, create_task_group
 from anyio.abc import TaskGroup
 from fastapi import Depends, FastAPI, Request
-from sqlalchemy import Engine, MetaData, create_engine
+from sqlalchemy import Engine, MetaData, create_engine, event
 from sqlalchemy.orm import Session
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -174,6 +174,27 @@ async def test_an_app_without_a_lifespan_is_refused_too(bus: EventBus) -> None:
 
     assert failed.trace == ["startup.failed"]
     assert isinstance(failed.error, NoOutboxError)
+
+
+async def test_a_process_that_only_writes_keeps_no_connection(
+    bus: EventBus, engine: Engine, tables: MetaData
+) -> None:
+    opened: list[object] = []
+    tables.create_all(engine)
+    engine.dispose()
+
+    @event.listens_for(engine, "connect")
+    def note_open(connection: object, record: object) -> None:
+        opened.append(connection)
+
+    @event.listens_for(engine, "close")
+    def note_close(connection: object, record: object) -> None:
+        opened.remove(connection)
+
+    with Outbox(bus, engine, relay=False) as outbox:
+        async with lifespan_of(served(bus)):
+            assert opened == []
+            assert not outbox.healthy
 
 
 async def test_the_table_that_has_the_outboxs_name_is_missed_first(

@@ -2,27 +2,41 @@
 
 import ast
 import inspect
+import io
 import math
+import os
 import pkgutil
 import re
+import shlex
+import signal
 import sys
+import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from datetime import datetime, timedelta
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+from uuid import UUID
 
 import anyio
 import pytest
 from anyio import create_memory_object_stream, create_task_group
+from sqlalchemy import Engine, text
+from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 from starlette.types import Message, Scope
 
 import eventkit
-from eventkit import _core
+from eventkit import Durable, _core
 from eventkit._core.endings import abandon
+from eventkit.outbox import Outbox, StoredDelivery
 from eventkit.streams import end_at_shutdown
+from eventkit.wire import codec_for
 from tests.filters import filter_options
+from tests.serving import HOST, PATIENCE, ask, serving
 from tests.witness import entered, unit_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -40,14 +54,19 @@ pytestmark = pytest.mark.filterwarnings(rf"error:::(.*/)?({OURS})(\.md)?$")
 COMPILED = {"greenlet": "sqlalchemy.ext.asyncio", "msgspec": "msgspec"}
 
 
-def run_page(page: Path) -> ModuleType:
-    """Run all Python blocks of a page one after the other, as one module."""
+def run_page(page: Path, instead: Mapping[str, str] = {}) -> ModuleType:
+    """Run all Python blocks of a page one after the other, as one module.
+
+    Args:
+        page: Its file.
+        instead: What to run instead of some of its texts.
+    """
     for package, imported in COMPILED.items():
         if re.search(rf"^(import|from) {re.escape(imported)}\b", page.read_text(), re.MULTILINE):
             pytest.importorskip(package)
     module = ModuleType(page.stem)
     sys.modules[page.stem] = module
-    text = page.read_text()
+    text = replaced(page.read_text(), instead)
     for block in FENCED.finditer(text):
         if A_FILE.match(block[1]):  # of a project, whose tests are run below
             continue
@@ -67,15 +86,38 @@ def run_page(page: Path) -> ModuleType:
     return module
 
 
+def replaced(text: str, instead: Mapping[str, str]) -> str:
+    for old, new in instead.items():
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
 @pytest.fixture(autouse=True)
-def modules_as_before() -> Iterator[None]:
-    """Give back the name of each page that has run; `benchmarks` is a package's, too."""
+def modules_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run pages in a folder of their own, and leave nothing of them.
+
+    Their names are given back: `benchmarks` is a package's, too.
+    """
     before = {page.stem: sys.modules.get(page.stem) for page in PAGES}
+    monkeypatch.chdir(tmp_path)
     yield
     for name, module in before.items():
-        sys.modules.pop(name, None)
+        page = sys.modules.pop(name, None)
+        if page is not module:
+            close(vars(page))
         if module is not None:
             sys.modules[name] = module
+
+
+def close(opened: dict[str, Any]) -> None:  # Any: whatever a page has
+    """Close what a page has opened, but for engines that are awaited: these have opened nothing."""
+    for name in ("outbox", "engine", "patient"):
+        each = opened.get(name)
+        if isinstance(each, Outbox):
+            each.detach()
+        elif isinstance(each, Engine):
+            each.dispose()
 
 
 @pytest.fixture(params=PAGES, ids=[page.name for page in PAGES])
@@ -237,6 +279,218 @@ def test_the_fixture_of_the_commits_page_tests_the_pages_program(
     (pytester.path / "test_orders.py").write_text(f"{tests}\n\n{again}")
 
     run_project(pytester, monkeypatch, passed=2)  # the number is free again
+
+
+DURABLE = ROOT / "docs" / "durable.md"
+
+
+def durable_blocks(instead: Mapping[str, str] = {}) -> tuple[str, dict[str, str]]:
+    """The program of the page about durable deliveries, and its files by name."""
+    text = replaced(DURABLE.read_text(), instead)
+    program, *blocks = [block[1] for block in FENCED.finditer(text)]
+    return program, {name[1]: block for block in blocks if (name := A_FILE.match(block))}
+
+
+@pytest.fixture
+def durable() -> ModuleType:
+    """The page about durable deliveries, run, with a handler that does not take its time."""
+    page = run_page(DURABLE, {"sleep(3)": "sleep(0)"})
+    page.Base.metadata.create_all(page.engine)
+    return page
+
+
+def publish(page: ModuleType, *events: object) -> None:
+    """Publish events in a transaction, and wait for their handlers."""
+    with page.bus.context(), Session(page.engine) as session, session.begin():
+        page.bus.publish(*events)
+
+
+def kept(page: ModuleType) -> list[StoredDelivery]:
+    deliveries: list[StoredDelivery] = anyio.run(page.outbox.deliveries, None)
+    return deliveries
+
+
+def test_a_killed_server_of_the_quick_start_is_followed_by_one_that_sends_the_receipt(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("uvicorn")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def write(seconds: int) -> None:
+        program, _ = durable_blocks(
+            {
+                "sleep(3)": f"sleep({seconds})",
+                "Outbox(bus, engine)\napp": "Outbox(bus, engine, lease=1.5)\napp",
+                "sqlite:///shop.db": f"sqlite:///{tmp_path / 'shop.db'}",
+            }
+        )
+        (tmp_path / "shop.py").write_text(program)
+
+    def command(port: int) -> list[str]:
+        where = ["--app-dir", str(tmp_path), "--host", HOST, "--port", str(port)]
+        return [sys.executable, "-m", "uvicorn", "shop:app", *where]
+
+    write(seconds=600)
+    with serving(command, env=env) as server:
+        with closing(server.connect()) as connection:
+            ask(connection, "POST", "/orders/7")
+        server.wait_for("writing the receipt of order 7")
+        server.signal(signal.SIGKILL)
+        server.wait()
+
+    write(seconds=0)
+    with serving(command, env=env) as server:
+        server.wait_for("the receipt of order 7 is sent")
+
+
+def test_the_handlers_of_the_durable_page_run_behind_the_commit_and_leave_no_row(
+    durable: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with TestClient(durable.app, raise_server_exceptions=False) as client:
+        for _ in range(2):
+            client.post("/orders/7")
+
+    assert capsys.readouterr().out.count("the receipt of order 7 is sent") == 1
+    with Session(durable.engine) as session:
+        assert [each.order_number for each in session.query(durable.Reservation)] == [7]
+    assert kept(durable) == []
+
+
+def test_the_page_that_asks_whether_the_outbox_is_healthy_hears_of_it(durable: ModuleType) -> None:
+    with TestClient(durable.app) as client:
+        deadline = time.monotonic() + PATIENCE
+        while client.get("/ready").status_code != 200:
+            assert time.monotonic() < deadline
+    assert TestClient(durable.app).get("/ready").status_code == 503
+
+
+def test_a_reminder_of_the_durable_page_fires_once(durable: ModuleType) -> None:
+    now = datetime.fromisoformat("2026-11-29T12:00")
+    with Session(durable.engine) as session, session.begin():
+        session.add(durable.Reminder(invoice=1, due_at=now - timedelta(days=1)))
+        session.add(durable.Reminder(invoice=2, due_at=now + timedelta(days=1)))
+    for _ in range(2):
+        durable.remind(now)
+
+    assert [*durable.charged.values()] == [1]
+    with Session(durable.engine) as session:
+        assert [each.invoice for each in session.query(durable.Reminder)] == [2]
+
+
+def test_the_key_of_the_durable_page_keeps_deliveries_in_order(durable: ModuleType) -> None:
+    for left in range(5):
+        publish(durable, durable.StockChanged("nails", left))
+    anyio.run(durable.outbox.run_due)
+
+    assert durable.shown == [0, 1, 2, 3, 4]
+
+
+def test_the_limiter_of_the_durable_page_limits(durable: ModuleType) -> None:
+    publish(durable, *map(durable.LabelWanted, range(5)))
+
+    assert len(durable.at_once) == 5
+    assert max(durable.at_once) <= 2
+
+
+def test_the_durable_page_reads_what_was_stored_under_a_former_name(durable: ModuleType) -> None:
+    codec = codec_for(durable.Refunded)
+    assert codec.decode('{"amount": 5}', "shop.refunded.v1") == durable.Refunded(5, "EUR")
+
+
+def test_the_durable_page_forgets_what_is_long_dead_and_nothing_else(durable: ModuleType) -> None:
+    async def give_up(event: object) -> None:
+        raise ConnectionError
+
+    durable.bus.subscribe(durable.Refunded, give_up, name="shop:pay", durable=Durable(attempts=1))
+    publish(durable, durable.Refunded(1, "EUR"), durable.Refunded(2, "EUR"))
+    first, second = kept(durable)
+    assert {first.state, second.state} == {"dead"}
+    with durable.engine.begin() as connection:
+        forty_days = "update eventkit_outbox set published_at = published_at - 40 * 86400.0"
+        connection.execute(text(f"{forty_days} where id = :id"), {"id": first.id.hex})
+
+    assert anyio.run(durable.watch).dead == 2
+    assert anyio.run(durable.forget_what_is_long_dead) == 1
+    assert [each.id for each in kept(durable)] == [second.id]
+
+
+def test_transactions_on_sqlite_begin_as_the_durable_page_has_it(durable: ModuleType) -> None:
+    with durable.patient.begin() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
+        assert connection.connection.driver_connection.in_transaction
+
+
+def test_the_tests_of_the_durable_page_test_the_pages_program(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, files = durable_blocks({"sleep(3)": "sleep(0)"})
+    (pytester.path / "shop.py").write_text(program)
+    (pytester.path / "test_shop.py").write_text(files["test_shop.py"])
+
+    run_project(pytester, monkeypatch, passed=files["test_shop.py"].count("def test_"))
+
+
+def test_alembic_makes_the_tables_as_the_durable_page_has_it_and_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("alembic")
+    from alembic import command
+    from alembic.config import Config
+
+    _, files = durable_blocks()
+    (tmp_path / "models.py").write_text(files["models.py"])
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "models", raising=False)
+    config = Config(tmp_path / "alembic.ini", stdout=io.StringIO())
+    command.init(config, str(tmp_path / "migrations"))
+    env = tmp_path / "migrations" / "env.py"
+    env.write_text(
+        replaced(
+            env.read_text(),
+            {"target_metadata = None": "from models import Base\ntarget_metadata = Base.metadata"},
+        )
+    )
+    config.set_main_option("sqlalchemy.url", f"sqlite:///{tmp_path / 'shop.db'}")
+
+    command.revision(config, "Durable deliveries", autogenerate=True)
+    command.upgrade(config, "head")
+    command.check(config)  # which raises, if a next one would change anything
+
+    monkeypatch.delitem(sys.modules, "models", raising=False)
+    (tmp_path / "models.py").write_text(files["models.py"].replace("add_tables(Base.metadata)", ""))
+    with pytest.raises(Exception, match=r"remove_table.*eventkit_outbox"):
+        command.check(config)
+
+
+def test_the_lines_that_the_durable_page_has_of_the_log_are_written() -> None:
+    sources = [*(ROOT / "eventkit" / "outbox").glob("*.py"), ROOT / "eventkit/_core/state.py"]
+    texts = [
+        node.value
+        for source in sources
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    table = re.findall(r"^\| (?:INFO|WARNING|ERROR) \| (.*?) \|", DURABLE.read_text(), re.MULTILINE)
+    lines = [line.removesuffix("...").rstrip() for cell in table for line in cell.split("`")[1::2]]
+
+    assert len(lines) > 15
+    for line in lines:
+        assert any(each.startswith(line) for each in texts), line
+
+
+def test_the_commands_of_the_durable_page_are_those_that_there_are() -> None:
+    cli = pytest.importorskip("eventkit._cli._commands", reason="there is no command yet")
+    import click
+
+    lines = re.findall(r"^eventkit .*$", DURABLE.read_text(), re.MULTILINE)
+    assert len(lines) >= 7
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        words = [str(UUID(int=1)) if word == "ID" else word for word in words]
+        command = cli.eventkit
+        while isinstance(command, click.Group):
+            command = command.commands[words.pop(0)]
+        command.make_context(line, words)
 
 
 class Browser:

@@ -15,11 +15,13 @@ import eventkit
 MODULES = sorted(Path(eventkit.__file__).parent.rglob("*.py"))
 OPTIONAL = {
     "aiosqlite",
+    "click",
     "fastapi",
     "httpx",
     "msgspec",
     "pydantic",
     "pytest",
+    "rich",
     "sqlalchemy",
     "trio",
     "uvicorn",
@@ -68,7 +70,10 @@ def test_each_module_says_in_its_first_line_what_it_owns(path: Path) -> None:
     assert docstring.splitlines()[0].endswith((".", ":"))
 
 
-@pytest.mark.parametrize("name", ["eventkit", "eventkit.starlette", "eventkit.testing"])
+@pytest.mark.parametrize(
+    "name",
+    ["eventkit", "eventkit.starlette", "eventkit.testing", "eventkit._cli", "eventkit.__main__"],
+)
 def test_importing_what_is_for_everybody_pulls_in_nothing_optional(name: str) -> None:
     script = f"import json, sys, {name}; print(json.dumps(list(sys.modules)))"
     imported = subprocess.run(

@@ -33,9 +33,7 @@ def get_create_user(session: Transaction, events: Events) -> CreateUser:
 
 
 @router.post("/users", status_code=201)
-def sign_up(
-    form: SignUp, create_user: Annotated[CreateUser, Depends(get_create_user)]
-) -> SignedUp:
+def sign_up(form: SignUp, create_user: Annotated[CreateUser, Depends(get_create_user)]) -> SignedUp:
     """Sign up; a plain `def`, because its session blocks. The answer waits for no welcome mail."""
     try:
         return SignedUp(user_id=create_user.execute(form.name, form.email))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 from fastapi.testclient import TestClient
@@ -18,6 +18,11 @@ from examples.shop.settings import Settings
 
 if TYPE_CHECKING:  # imported when used: the use cases are tested where SQLAlchemy cannot await, too
     from examples.shop.resources import Resources
+
+
+_AS_LONG_AS_IT_TAKES = 100_000.0  # seconds
+
+Result = TypeVar("Result")
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +43,30 @@ class Shop:
     payments: PaymentProvider
     database: Path
     committed_at_mail: list[int]
+
+    def ask(self, question: Callable[..., Awaitable[Result]], *arguments: object) -> Result:
+        """Ask the outbox, on the shop's event loop."""
+        assert self.client.portal is not None
+        return self.client.portal.call(question, *arguments)
+
+    def run_due(self) -> None:
+        """Try again now what has failed, until it is done or dead.
+
+        The relay may have some of it at hand: the outbox's own `run_due` does not wait for that.
+        """
+        outbox = self.resources.outbox
+        while (stats := self.ask(outbox.stats)).ready or stats.leased:
+            self.ask(outbox.run_due, _AS_LONG_AS_IT_TAKES)
+
+    @property
+    def kept(self) -> list[str]:
+        """The handlers of the deliveries in the outbox."""
+        return self.column("SELECT handler FROM eventkit_outbox ORDER BY handler")
+
+    def execute(self, statement: str) -> None:
+        """Change the database, as any other process would."""
+        with closing(sqlite3.connect(self.database)) as connection:
+            connection.execute(statement)
 
     def column(self, query: str) -> list[Any]:  # whatever the column holds
         """Read one column from the database, as any other process would."""

@@ -5,6 +5,8 @@ from uuid import UUID
 
 import pytest
 
+pytest.importorskip("greenlet")  # compiled: a new Python may be without it
+
 from fastapi.testclient import TestClient
 from httpx import HTTPStatusError, TransportError
 from sqlalchemy import create_engine
@@ -153,12 +155,12 @@ def test_a_warehouse_that_is_down_stops_neither_the_mail_nor_the_audit(
     assert response.status_code == 201
     assert len(shop.mails.to("bob@example.com")) == 1
     assert sorted(shop.column("SELECT kind FROM audit")) == ["OrderPlaced", "StockTaken"]
-    (failure,) = capevents.failures
+    failure, *_ = capevents.failures  # it is tried again
     assert failure.delivery.handler == "orders.tell_warehouse"
     assert isinstance(failure.error, HTTPStatusError)
 
 
-def test_a_mail_that_is_refused_once_is_lost_and_the_next_one_leaves(
+def test_a_mail_that_is_refused_once_holds_up_no_other_and_is_sent_again(
     shop: Shop, capevents: EventCapture
 ) -> None:
     capevents.fail("orders.send_confirmation", OSError("mailbox full"), times=1)
@@ -166,8 +168,13 @@ def test_a_mail_that_is_refused_once_is_lost_and_the_next_one_leaves(
     for _ in range(2):
         shop.client.post("/orders", json=order(("tea", 1)))
 
-    assert [mail.subject for mail in shop.mails.to("bob@example.com")] == ["Your order 2"]
+    assert "Your order 2" in [mail.subject for mail in shop.mails.to("bob@example.com")]
     assert [placed.order_id for placed in capevents.of(OrderPlaced)] == [1, 2]
+    shop.run_due()
+    assert sorted(mail.subject for mail in shop.mails.to("bob@example.com")) == [
+        "Your order 1",
+        "Your order 2",
+    ]
 
 
 def test_what_happens_in_the_shop_is_handled_by_whom_it_concerns(shop: Shop) -> None:
@@ -223,23 +230,24 @@ def test_two_orders_alike_are_two_payments(shop: Shop) -> None:
 def test_a_provider_that_gives_no_answer_is_asked_three_times(
     shop: Shop, capevents: EventCapture
 ) -> None:
-    shop.payments.answers_to_lose = 3
+    shop.payments.answers_to_lose = 1000
 
     shop.client.post("/orders", json=order(("tea", 1)))
 
-    (failure,) = capevents.failures
+    failure, *_ = capevents.failures  # it is tried again
     assert isinstance(failure.error, TransportError)
-    assert len(shop.payments.requests) == 3
+    first, *others = shop.payments.requests
+    assert others[:2] == [first, first]
     assert shop.column("SELECT order_id FROM payments") == []
 
 
-def test_a_mail_server_that_is_gone_costs_the_mail_and_nothing_else(tmp_path: Path) -> None:
+def test_a_mail_server_that_is_gone_delays_the_mail_and_nothing_else(tmp_path: Path) -> None:
     settings = Settings(database_url=f"sqlite:///{tmp_path / 'shop.db'}", smtp_port=1)
     app = create_app(settings)
 
     with EventCapture(app.state.resources.bus) as events, TestClient(app) as client:
         response = client.post("/users", json=ADA)
-        (failure,) = events.failures
+        failure, *_ = events.failures
 
     assert response.status_code == 201
     assert failure.delivery.handler == "users.send_welcome_mail"
@@ -260,7 +268,13 @@ def test_two_shops_in_one_process_share_nothing(
 
 def test_settings_survive_the_way_through_the_environment() -> None:
     settings = Settings(
-        "sqlite:///elsewhere.db", "mail.example", 25, "http://far.example", "http://bank.example", 1
+        "sqlite:///elsewhere.db",
+        "mail.example",
+        25,
+        "http://far.example",
+        "http://bank.example",
+        credit_limit_cents=1,
+        lease_seconds=2.5,
     )
 
     assert Settings.from_env(settings.to_env()) == settings

@@ -1,0 +1,290 @@
+"""Owns the commands and their options. What they do is in the outbox; how it looks, in `_show`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID
+
+import anyio
+import click
+
+from eventkit._cli import _relay, _show
+from eventkit._cli._problems import (
+    EXIT_CODES,
+    Failure,
+    Mistake,
+    asking_the_database,
+    schema_problem,
+)
+from eventkit._cli._targets import find, outbox_of
+from eventkit.exceptions import OutboxSchemaError
+
+if TYPE_CHECKING:
+    from eventkit.outbox import Outbox
+
+_Result = TypeVar("_Result")
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+_STATES = ("ready", "leased", "unreadable", "dead")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_AGE = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
+
+
+class _Age(click.ParamType[float]):
+    """A number and a unit, in seconds."""
+
+    name = "age"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:  # Any: as click has it
+        """Read it."""
+        found = _AGE.fullmatch(value)
+        if found is None:
+            self.fail(
+                f"'{value}' is a number with one of the units s, m, h, d and w: 30d, for instance",
+                param,
+                ctx,
+            )
+        return float(found[1]) * _SECONDS[found[2]]
+
+
+_target = click.argument("target", metavar="MODULE:ATTR")
+_ids = click.argument("ids", metavar="[ID]...", type=click.UUID, nargs=-1)
+_handler = click.option("--handler", metavar="NAME", help="Those of this handler.")
+_before = click.option(
+    "--before", type=_Age(), help="Those published at least so long ago: 90s, 15m, 6h, 30d, 2w."
+)
+_json = click.option("--json", "json", is_flag=True, help="Write one JSON document.")
+
+
+@click.group(context_settings=_SETTINGS, epilog=EXIT_CODES)
+def eventkit() -> None:
+    """Run and look after deliveries that an outbox keeps.
+
+    MODULE:ATTR names the outbox, as shop.main:outbox does, or the ASGI app that has it. The module
+    is imported, from the current directory, too.
+    """
+
+
+@eventkit.command(epilog=EXIT_CODES)
+@_target
+@click.option("--concurrency", type=click.IntRange(min=1), help="Deliveries that run at once.")
+@click.option(
+    "--shutdown-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="For how long what runs may go on at the end. By default what the app says, or 20.",
+)
+@click.option(
+    "--loop",
+    type=click.Choice(["asyncio", "trio", "uvloop"]),
+    default="asyncio",
+    show_default=True,
+    help="The event loop.",
+)
+def relay(target: str, concurrency: int | None, shutdown_timeout: float | None, loop: str) -> None:
+    """Run what is due, until SIGTERM or Ctrl-C.
+
+    Of an app only the lifespan is run: handlers get their dependencies as there. Then what runs may
+    end, and the rest is given back to the table. A second signal ends the process at once.
+    """
+    try:
+        with _relay.interruptible():
+            _relay.run(
+                target,
+                find(target),
+                loop=loop,
+                concurrency=concurrency,
+                shutdown_timeout=shutdown_timeout,
+            )
+    except OutboxSchemaError as error:
+        raise schema_problem(error) from error
+
+
+@eventkit.group(epilog=EXIT_CODES)
+def outbox() -> None:
+    """Look at what is kept, try it again, or drop it."""
+
+
+@outbox.command(epilog=EXIT_CODES)
+@_target
+@_json
+def stats(target: str, json: bool) -> None:
+    """Count deliveries by state and handler.
+
+    "unknown" are those that are due, and whose handler or event nobody here knows.
+    """
+    with outbox_of(target) as box:
+        found = _ask(box, box.stats)
+    if json:
+        handlers = {name: _show.stats_document(each) for name, each in found.handlers.items()}
+        _show.as_json({**_show.stats_document(found), "handlers": handlers})
+    else:
+        _show.show_stats(found)
+
+
+@outbox.command("list", epilog=EXIT_CODES)
+@_target
+@click.option(
+    "--state",
+    type=click.Choice([*_STATES, "all"]),
+    default="dead",
+    show_default=True,
+    help="Those in this state.",
+)
+@_handler
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=100, show_default=True, help="So many at most."
+)
+@_json
+def list_(target: str, state: str, handler: str | None, limit: int, json: bool) -> None:
+    """List deliveries, the longest due first.
+
+    What the events say is not shown.
+    """
+    with outbox_of(target) as box:
+        chosen = None if state == "all" else state
+        found = _ask(box, lambda: box.deliveries(chosen, handler, limit))
+    if json:
+        _show.as_json([_show.delivery_document(each, payload=False) for each in found])
+    elif found:
+        _show.show_list(found)
+    else:
+        click.echo("no such deliveries", err=True)
+    if len(found) == limit:
+        click.echo(f"there may be more than these {limit}: --limit", err=True)
+
+
+@outbox.command(epilog=EXIT_CODES)
+@_target
+@click.argument("id", type=click.UUID)
+@click.option("--payload", is_flag=True, help="Also what the event says, as it is stored.")
+@_json
+def show(target: str, id: UUID, payload: bool, json: bool) -> None:
+    """Show one delivery."""
+    with outbox_of(target) as box:
+        found = _ask(box, lambda: box.get(id))
+    if found is None:
+        raise Failure(f"there is no delivery {id}: it is done, or was dropped")
+    if json:
+        _show.as_json(_show.delivery_document(found, payload=payload))
+    else:
+        _show.show_delivery(found, payload=payload)
+
+
+@outbox.command(epilog=EXIT_CODES)
+@_target
+@_ids
+@_handler
+@_before
+@_json
+def retry(
+    target: str, ids: tuple[UUID, ...], handler: str | None, before: float | None, json: bool
+) -> None:
+    """Have deliveries tried again.
+
+    Dead and unreadable ones are, from the first attempt on. Others run or will run by themselves.
+    """
+    chosen = _chosen("retry", ids, handler=handler, before=before)
+    with outbox_of(target) as box:
+        counts = _ask(box, lambda: box.count(**chosen))
+        total = sum(n for (_, state), n in counts.items() if state in {"dead", "unreadable"})
+        with _show.progress("retrying", total) as tell:
+            retried = _ask(box, lambda: box.retry(**chosen, progress=tell))
+    _report(json, "retried", retried, ids, "dead or unreadable")
+
+
+@outbox.command(epilog=EXIT_CODES)
+@_target
+@_ids
+@_handler
+@_before
+@click.option(
+    "--state",
+    type=click.Choice([each for each in _STATES if each != "leased"]),
+    help="Those in this state alone.",
+)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_json
+def drop(
+    target: str,
+    ids: tuple[UUID, ...],
+    handler: str | None,
+    before: float | None,
+    state: str | None,
+    yes: bool,
+    json: bool,
+) -> None:
+    """Delete deliveries for good.
+
+    Says how many of which, and asks. Those that run now stay.
+    """
+    chosen = _chosen("drop", ids, handler=handler, before=before)
+    if not yes and not sys.stdin.isatty():
+        raise Mistake("drop asks before it deletes, and there is no terminal to ask on: --yes")
+    with outbox_of(target) as box:
+        counts = _ask(box, lambda: box.count(**chosen))
+        wanted = {
+            (name, each): n
+            for (name, each), n in counts.items()
+            if each != "leased" and state in (None, each)
+        }
+        dropped, total = 0, sum(wanted.values())
+        if total and not yes:
+            _show.show_counts(wanted)
+            click.confirm(f"Delete these {total} for good?", abort=True, err=True)
+        if total:
+            with _show.progress("dropping", total) as tell:
+                dropped = _ask(box, lambda: box.drop(**chosen, state=state, progress=tell))
+    _report(json, "dropped", dropped, ids, f"{state or 'kept'}, and not running")
+
+
+@outbox.command(epilog=EXIT_CODES)
+@_target
+@_json
+def schema(target: str, json: bool) -> None:
+    """Print the statements that make the tables."""
+    with outbox_of(target) as box:
+        statements = box.schema()
+    if json:
+        _show.as_json({"schema": statements})
+    else:
+        click.echo(statements, nl=False)
+
+
+def _ask(box: Outbox, question: Callable[[], Awaitable[_Result]]) -> _Result:
+    """Ask the outbox on an event loop of its own, once its tables are known to be there."""
+    from eventkit.outbox._outbox import holdings_of
+
+    async def ask() -> _Result:
+        if holdings_of(box).database.is_in_memory:
+            raise Mistake("this outbox has SQLite in memory, where nothing is kept")
+        await holdings_of(box).check()
+        return await question()
+
+    with asking_the_database():
+        return anyio.run(ask)
+
+
+def _chosen(operation: str, ids: Iterable[UUID], **others: object) -> dict[str, Any]:
+    """What says which deliveries are meant. Any: of several types."""
+    chosen: dict[str, Any] = {"ids": [*ids] or None, **others}
+    if all(value is None for value in chosen.values()):
+        raise Mistake(
+            f"{operation} which deliveries? Give IDs, --handler or --before; --before 0s is all"
+        )
+    return chosen
+
+
+def _report(json: bool, done: str, count: int, ids: Iterable[UUID], others: str) -> None:
+    """Say how many; those that were named and are not among them are a failure."""
+    if json:
+        _show.as_json({done: count})
+    else:
+        click.echo(f"{done} {count}")
+    missing = len({*ids}) - count
+    if missing > 0:
+        raise Failure(f"{missing} of those that were named: not {others}, or no longer kept")

@@ -1,0 +1,128 @@
+"""Owns what `module:attr` leads to: an outbox, or an ASGI app with its outboxes."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from functools import reduce
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+from starlette.types import ASGIApp
+
+from eventkit._cli._problems import Mistake, in_one_line
+from eventkit._core.bus import all_buses, state_of
+
+if TYPE_CHECKING:
+    from eventkit.outbox import Outbox
+
+
+class Target(NamedTuple):
+    """What was named.
+
+    Attributes:
+        outboxes: That one; of an app, all that this process has. At least one.
+        app: The app; None for an outbox.
+    """
+
+    outboxes: Sequence[Outbox]
+    app: ASGIApp | None
+
+
+def outbox_of(name: str) -> Outbox:
+    """The outbox that is named, or the one that belongs to a named app.
+
+    Raises:
+        Mistake: There is none, or there are several.
+    """
+    outbox, *others = find(name).outboxes
+    if others:
+        buses = ", ".join(repr(each.bus.name) for each in (outbox, *others))
+        raise Mistake(f"{name} has several outboxes, of buses {buses}: name one as module:attr")
+    return outbox
+
+
+def find(name: str) -> Target:
+    """Import what is named, with the current directory among the places to import from.
+
+    Raises:
+        Mistake: It leads to nothing that has an outbox.
+    """
+    module_name, _, path = name.partition(":")
+    if not module_name or not path:
+        raise Mistake(f"'{name}' is not module:attr, as shop.main:outbox is")
+    module = _imported(module_name)
+    try:
+        found: object = reduce(getattr, path.split("."), module)
+    except AttributeError:
+        raise Mistake(f"{module_name} has no '{path}'{_instead(module)}") from None
+    return _target(name, found)
+
+
+def _imported(name: str) -> ModuleType:
+    """Import a module; what it prints is no output of the command."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        with redirect_stdout(sys.stderr):
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise Mistake(_import_failed(name, error)) from error
+        raise Mistake(
+            f"there is no module '{error.name}': give the dotted name that `import` takes, and "
+            "start the command where that import works"
+        ) from None
+    except (Exception, SystemExit) as error:
+        raise Mistake(_import_failed(name, error)) from error
+
+
+def _import_failed(name: str, error: BaseException) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{name} cannot be imported: {in_one_line(error)} ({last.filename}:{last.lineno})"
+
+
+def _instead(module: ModuleType) -> str:
+    """Which of the module's names would do."""
+    from eventkit.outbox import Outbox
+
+    names = [name for name, value in vars(module).items() if isinstance(value, Outbox)]
+    return f"; its outboxes: {', '.join(names)}" if names else ""
+
+
+def _target(name: str, found: object) -> Target:
+    try:
+        from eventkit.outbox import Outbox
+    except ModuleNotFoundError as missing:  # an app may do without
+        raise Mistake(str(missing)) from None
+    if isinstance(found, Outbox):
+        return Target([found], None)
+    if not _is_app(found):
+        raise Mistake(
+            f"{name} is neither an Outbox nor an ASGI app, but of class {type(found).__name__}: "
+            "name the outbox, or the application itself"
+        )
+    keepers = (state_of(bus).keeper for bus in all_buses())
+    outboxes = [each for each in keepers if isinstance(each, Outbox)]
+    if not outboxes:
+        raise Mistake(
+            f"{name} has no outbox: Outbox(bus, engine), in what is imported with the application"
+        )
+    return Target(outboxes, cast("ASGIApp", found))
+
+
+def _is_app(found: object) -> bool:
+    """Whether it can be called as ASGI defines it; a factory of apps cannot."""
+    if not callable(found) or isinstance(found, type):
+        return False
+    try:
+        inspect.signature(found).bind(None, None, None)
+    except (TypeError, ValueError):
+        return False
+    return True
