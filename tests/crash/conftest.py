@@ -101,8 +101,8 @@ class Place:
             for process in self.workers.all:
                 assert time.monotonic() < deadline, (
                     f"{self.query('select * from eventkit_process')} "
-                    f"{self.query('select handler, state, attempt, owner, error from eventkit_outbox')}"
-                    f" {process.story()}"
+                    f"{self.query('select handler, state, attempt, owner from eventkit_outbox')} "
+                    f"{process.story()}"
                 )
             time.sleep(0.05)
 

@@ -1,4 +1,4 @@
-"""A script that forks once its outbox has been used; both go on with it, and both are living processes.
+"""A script that forks once its outbox has been used, and both processes go on with it.
 
 Prints who the parent is, who the child is, and who the parent is afterwards; and their pids.
 """

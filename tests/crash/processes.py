@@ -1,4 +1,4 @@
-"""Workers as seen from outside: started, told, listened to, stopped, killed; each by its own pid."""
+"""Workers as seen from outside: started, told, listened to, stopped, and killed by their pids."""
 
 import json
 import os

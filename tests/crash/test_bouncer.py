@@ -49,7 +49,7 @@ logfile = {folder / "log"}
             shutil.chown(folder, user)
         process = subprocess.Popen([program, str(folder / "ini")], user=user)
         deadline = time.monotonic() + PATIENCE
-        while socket.socket().connect_ex((HOST, port)):
+        while not answers(port):
             assert process.poll() is None, (folder / "log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -76,3 +76,8 @@ def test_deliveries_are_kept_and_recovered_through_a_bouncer(postgres: Place, bo
     found = place.count()
     assert (found.business, found.missing, found.phantom) == (40, [], [])
     assert found.twice.total() == 0
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0

@@ -1,7 +1,6 @@
 """Processes whose clock on the wall jumps: leases do not follow it."""
 
 from collections.abc import Callable
-from glob import glob
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ HOUR = 3600
 @pytest.fixture
 def jumping(place: Place, tmp_path: Path) -> Callable[..., tuple[Process, Callable[[int], None]]]:
     """Start a worker whose wall clock can be set, by so many seconds beside the true time."""
-    found = glob("/usr/lib/*/faketime/libfaketimeMT.so.1")
+    found = [*Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")]
     if not found:
         require("libfaketime is not installed")
 
@@ -30,7 +29,7 @@ def jumping(place: Place, tmp_path: Path) -> Callable[..., tuple[Process, Callab
 
         jump(0)
         env = {
-            "LD_PRELOAD": found[0],
+            "LD_PRELOAD": str(found[0]),
             "FAKETIME_TIMESTAMP_FILE": str(file),
             "FAKETIME_NO_CACHE": "1",
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",

@@ -12,7 +12,6 @@ import logging
 import os
 import random
 import signal
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -56,7 +55,7 @@ class Lines(logging.Handler):
         text = record.getMessage().partition(":")[0]
         error = record.exc_info[1] if record.exc_info else None
         kind = None if error is None else type(error).__name__
-        say("log", level=record.levelname, text=text, error=kind, **{"facts": facts})
+        say("log", level=record.levelname, text=text, error=kind, facts=facts)
 
 
 @named("crash.happened")
