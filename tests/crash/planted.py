@@ -55,7 +55,10 @@ FAULTS = [
         "_outbox.py",
         "leased=leased)\n            if not transaction.is_root:",
         "leased=leased) if False else None\n            if not transaction.is_root:",
-        (RECOVERY,),
+        (
+            f"{KILLS}::test_what_was_committed_is_handled_by_another_process"
+            "[pysqlite-after the commit]",
+        ),
     ),
     Fault(
         "rows are written in a transaction of their own",

@@ -51,7 +51,7 @@ class Process:
             self._started = subprocess.Popen(
                 [sys.executable, "-m", "tests.crash.worker", *arguments],
                 cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
+                env={**os.environ, "PYTHONPATH": str(ROOT), **env},
                 stdin=stdin,
                 stdout=write,
             )

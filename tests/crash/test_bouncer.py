@@ -47,7 +47,7 @@ logfile = {folder / "log"}
         if os.geteuid() == 0:
             user = USER
             shutil.chown(folder, user)
-        process = subprocess.Popen([program, str(folder / "ini")], user=user)
+        process = subprocess.Popen([str(program), str(folder / "ini")], user=user)
         deadline = time.monotonic() + PATIENCE
         while not answers(port):
             assert process.poll() is None, (folder / "log").read_text()

@@ -6,8 +6,7 @@ import sys
 import pytest
 
 from tests.crash.conftest import Place
-from tests.crash.nursery import ROOT
-from tests.crash.processes import PATIENCE
+from tests.crash.nursery import PATIENCE, ROOT
 from tests.crash.soak import cut_connections
 from tests.crash.test_leases import finish
 from tests.crash.worker import CONCURRENCY
@@ -136,15 +135,12 @@ def test_a_forked_child_has_an_owner_of_its_own(place: Place, killed: bool) -> N
     assert not place.query("select owner from eventkit_process")
 
 
-def test_four_processes_on_one_file_never_find_it_locked(
-    sqlite: Place, request: pytest.FixtureRequest
-) -> None:
+def test_four_processes_on_one_file_never_find_it_locked(sqlite: Place, seconds: float) -> None:
     four = [sqlite.start("--seed", f"{seed}", "--failures", "0") for seed in range(4)]
     for process in four:
         process.hear("ready")
         process.tell("soak")
-    seconds = min(60.0, request.config.getoption("--soak"))
-    four[0].ended_within(seconds)  # the time that it takes
+    four[0].ended_within(min(60.0, seconds))  # the time that it takes
     for process in four:
         process.tell("rest")
     for process in four:

@@ -15,10 +15,10 @@ def test_nothing_is_lost_made_up_or_done_exactly_once_twice(
     driver: str,
     tmp_path: Path,
     nursery: Nursery,
+    seconds: float,
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    seconds: float = request.config.getoption("--soak")
     server = None if "sqlite" in driver else request.getfixturevalue("server")
     name = "" if server is None else server.new_database()
     url = f"sqlite:///{tmp_path / 'soak.db'}" if server is None else server.url(name)
