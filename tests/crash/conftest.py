@@ -31,6 +31,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tell what soaks have counted, also where they have passed."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, value in report.user_properties:
+                if name == "soak":
+                    terminalreporter.write_line(str(value))
+
+
 def require(what: str) -> NoReturn:
     """Skip the test, or fail where CI wants nothing to be skipped."""
     if os.environ.get("EVENTKIT_REQUIRE_SERVICES") == "1":

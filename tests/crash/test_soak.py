@@ -1,5 +1,6 @@
 """Three processes, and what happens to them at random: `--soak SECONDS` says for how long."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ def test_nothing_is_lost_made_up_or_done_exactly_once_twice(
     nursery: Nursery,
     seconds: float,
     request: pytest.FixtureRequest,
-    capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
 ) -> None:
     server = None if "sqlite" in driver else request.getfixturevalue("server")
     name = "" if server is None else server.new_database()
@@ -25,8 +26,7 @@ def test_nothing_is_lost_made_up_or_done_exactly_once_twice(
     report = soak(
         make_url(url).render_as_string(False), driver, seconds, server=server, nursery=nursery
     )
-    with capsys.disabled():
-        print(f"\n{driver}: {report}")
+    record_property("soak", f"{driver}: {report}")
     assert not report.problems(), str(report)
     assert report.count is not None
     assert report.count.business
