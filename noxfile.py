@@ -110,6 +110,20 @@ def servers(session: nox.Session) -> None:
 
 
 @nox.session
+def crash(session: nox.Session) -> None:
+    """Kill, stop and cut off processes with durable deliveries, and count what is left.
+
+    Arguments go to pytest: `--soak 600` has each soak at random take ten minutes, and paths choose
+    some of `tests/crash`.
+    """
+    install(session, "crash")
+    chosen = any(each.startswith("tests/") for each in session.posargs)
+    # They mostly wait. What hangs is ended by their own limits, and a soak takes as long as it is to.
+    options = ["-n", "4", "-o", "faulthandler_timeout=0"]
+    session.run("pytest", *options, *([] if chosen else ["tests/crash"]), *session.posargs)
+
+
+@nox.session
 def load(session: nox.Session) -> None:
     """Compare eventkit, BackgroundTasks and fastapi-events under load; a quarter of an hour.
 

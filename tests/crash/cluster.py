@@ -14,7 +14,7 @@ from uuid import uuid4
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
-from tests.crash.processes import PATIENCE
+from tests.crash.nursery import PATIENCE
 
 USER = "postgres"
 HOST = "127.0.0.1"

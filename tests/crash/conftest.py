@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -15,14 +16,13 @@ from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
 from tests.crash.cluster import Cluster, Missing, cluster, drop_database
-from tests.crash.nursery import Nursery
-from tests.crash.processes import PATIENCE, Process, Workers, workers
+from tests.crash.nursery import PATIENCE, Nursery
+from tests.crash.processes import Process, Workers, workers
 from tests.crash.soak import LOOPS
 from tests.crash.tables import Count, count, prepare
 
-DRIVERS = ["pysqlite", "asyncpg"]
-if os.environ.get("EVENTKIT_DRIVERS") == "all":
-    DRIVERS = [*LOOPS]
+ALL = os.environ.get("EVENTKIT_DRIVERS") == "all"
+DRIVERS = [*LOOPS] if ALL else ["pysqlite", "asyncpg"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,7 +31,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def require(what: str) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tell what soaks have counted, also where they have passed."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, value in report.user_properties:
+                if name == "soak":
+                    terminalreporter.write_line(str(value))
+
+
+def require(what: str) -> NoReturn:
     """Skip the test, or fail where CI wants nothing to be skipped."""
     if os.environ.get("EVENTKIT_REQUIRE_SERVICES") == "1":
         pytest.fail(what)
@@ -47,6 +56,13 @@ def server() -> Iterator[Cluster]:
             yield made
     except Missing as error:
         require(str(error))
+
+
+@pytest.fixture(scope="session")
+def seconds(request: pytest.FixtureRequest) -> float:
+    """How long each soak takes."""
+    given: float = request.config.getoption("--soak")  # pyright: ignore[reportAssignmentType]
+    return given
 
 
 @pytest.fixture(scope="session")
@@ -101,8 +117,8 @@ class Place:
             for process in self.workers.all:
                 assert time.monotonic() < deadline, (
                     f"{self.query('select * from eventkit_process')} "
-                    f"{self.query('select handler, state, attempt, owner, error from eventkit_outbox')}"
-                    f" {process.story()}"
+                    f"{self.query('select handler, state, attempt, owner from eventkit_outbox')} "
+                    f"{process.story()}"
                 )
             time.sleep(0.05)
 

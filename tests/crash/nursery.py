@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 # Ten times of what anything takes here. Only what is stuck meets it.
-PATIENCE = 60.0
+PATIENCE = float(os.environ.get("EVENTKIT_CRASH_PATIENCE", "60"))
 
 
 class Nursery:

@@ -1,4 +1,4 @@
-"""Workers as seen from outside: started, told, listened to, stopped, killed; each by its own pid."""
+"""Workers as seen from outside: started, told, listened to, stopped, and killed by their pids."""
 
 import json
 import os
@@ -51,7 +51,7 @@ class Process:
             self._started = subprocess.Popen(
                 [sys.executable, "-m", "tests.crash.worker", *arguments],
                 cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
+                env={**os.environ, "PYTHONPATH": str(ROOT), **env},
                 stdin=stdin,
                 stdout=write,
             )
@@ -75,9 +75,10 @@ class Process:
 
     @property
     def is_running(self) -> bool:
-        return self._code(0) is None
+        return self.ended_within(0) is None
 
-    def _code(self, patience: float) -> int | None:
+    def ended_within(self, patience: float) -> int | None:
+        """Its exit code; None if it runs on so long."""
         if self._nursery is not None:
             return self._nursery.code(self.pid, patience)
         assert self._started is not None
@@ -119,7 +120,7 @@ class Process:
 
     def wait(self) -> int:
         """Wait until it has ended; its exit code, negative where a signal ended it."""
-        code = self._code(PATIENCE)
+        code = self.ended_within(PATIENCE)
         assert code is not None, f"{self.name} did not end: {self.story()}"
         self._reader.join(PATIENCE)
         return code

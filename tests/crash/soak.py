@@ -81,11 +81,13 @@ class Report:
         assert found is not None
         return (
             f"{self.seconds:g} s, seed {self.seed}: {self.kills} kills, {self.stops} stops, "
-            f"{self.restarts} restarts, {self.cuts} cut connections; {found.business} commits x "
-            f"{len(HANDLERS)} handlers: {len(found.missing)} missing, {len(found.phantom)} phantom, "
-            f"twice {dict(found.twice)} (plain may be {self.may_run_twice}), {len(found.disordered)} "
-            f"keys out of order, {found.rows.total()} rows left; commits that failed: {self.raised}; "
-            f"processes taken for dead {self.reaped}, leases lost {self.lost}, LeaseLostError {self.refused}"
+            f"{self.restarts} restarts, {self.cuts} times cut; "
+            f"{found.business} commits x {len(HANDLERS)} handlers: "
+            f"{len(found.missing)} missing, {len(found.phantom)} phantom, "
+            f"twice {dict(found.twice)} (plain may be {self.may_run_twice}), "
+            f"{len(found.disordered)} keys out of order, {found.rows.total()} rows left; "
+            f"commits that failed: {self.raised}; processes taken for dead {self.reaped}, "
+            f"leases lost {self.lost}, LeaseLostError {self.refused}"
         )
 
 

@@ -48,6 +48,25 @@ def test_who_stands_still_for_longer_than_its_lease_has_lost_what_it_runs(place:
     assert (found.twice["exact"], found.twice["plain"]) == (0, 1)  # plain has been done, in vain
 
 
+def test_a_completion_that_comes_too_late_takes_nothing_from_the_next_owner(place: Place) -> None:
+    sleeper, second = place.start("--holds"), place.start("--holds")
+    second.hear("ready")
+    sleeper.tell("commit", id="one")
+    sleeper.hear("waits", 2)
+    sleeper.signal(signal.SIGSTOP)
+    second.hear("waits", 2)
+    sleeper.signal(signal.SIGCONT)
+    sleeper.tell("go")
+    sleeper.hear("raises", handler="exact", error="LeaseLostError")
+    sleeper.hear("log", text=LOST, level="WARNING")
+    assert len(place.query("select id from eventkit_outbox where state = 1")) == 2
+    second.kill()
+    finish(place, sleeper)
+    found = place.count()
+    assert (found.missing, found.phantom) == ([], [])
+    assert (found.twice["exact"], found.twice["plain"]) == (0, 1)
+
+
 def test_what_waited_behind_it_does_not_run_there_any_more(place: Place) -> None:
     sleeper = place.start("--holds", "--handlers", "plain")
     other = place.start("--handlers", "plain")

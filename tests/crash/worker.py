@@ -113,7 +113,7 @@ def something_is_done(_: object, connection: object, owner: str, done: list[obje
 POINTS: dict[str, tuple[Patched, bool, Callable[..., bool]] | None] = {
     "before the commit": None,
     "before the insert": ((store.Store, "insert"), True, always),
-    "after the insert": ((store.Store, "insert"), False, always),
+    "after the insert": ((front.Outbox, "_before_commit"), False, always),
     "after the commit": ((front.Outbox, "_ended"), True, always),
     "after the release": None,
     "before the handler": ((holdings.Holdings, "begin"), True, always),
@@ -354,7 +354,7 @@ def have_commits_raise(engine: Engine | AsyncEngine) -> None:
         commit(connection)
         if raises.get():
             raises.set(False)
-            raise dialect.dbapi.OperationalError("the answer was lost")
+            raise ConnectionResetError("the answer was lost")
 
     dialect.do_commit = commit_and_raise
 

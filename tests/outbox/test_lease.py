@@ -226,6 +226,25 @@ def test_a_process_that_was_stopped_for_longer_begins_anew(wired: Wired) -> None
     assert wired.lease.steady
 
 
+def test_a_break_ends_the_term_in_which_rows_were_leased(wired: Wired) -> None:
+    assert wired.lease.term is None
+    wired.lease.beat()
+    first = wired.lease.term
+    assert first is not None
+    wired.beat_later(LEASE / 3)
+    assert wired.lease.term is first
+
+    wired.clock.seconds += LEASE
+    assert wired.lease.term is None
+    wired.lease.extend(wired.clock.seconds)
+    second = wired.lease.term
+    assert second not in (None, first)
+
+    wired.lease.stop()
+    wired.lease.beat()
+    assert wired.lease.term not in (None, first, second)
+
+
 def test_a_lease_that_lapsed_during_the_statement_is_not_without_a_break(wired: Wired) -> None:
     def take_long() -> None:
         wired.clock.seconds += LEASE - 1
