@@ -79,6 +79,10 @@ class FakeKeeper:
         self.told.append(f"serve {concurrency}")
         return self
 
+    @property
+    def patience(self) -> float | None:
+        return None
+
     async def start(self) -> None:
         if self.error is not None:
             raise self.error
