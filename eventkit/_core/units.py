@@ -87,6 +87,7 @@ class Unit:
         context: What users have of it, if they have; weak.
         keeps: What no transaction has decided is written before it is delivered, if its handlers
             are durable.
+        kept: Whether it has delivered events of which an outbox keeps deliveries.
         requeued: How many deliveries were left out of its drains, because an outbox keeps them.
     """
 
@@ -106,6 +107,7 @@ class Unit:
         "independent",
         "is_delivery",
         "keeps",
+        "kept",
         "loop",
         "origin",
         "parent",
@@ -132,6 +134,7 @@ class Unit:
         self.emptied: Callable[[], None] | None = None
         self.context: Callable[[], Any] | None = None  # Any: an `EventContext`
         self.keeps: bool = True
+        self.kept: bool = False
         self.requeued: int = 0
         self._before: Unit | None = None  # the unit that was active before this one
         self._turn: EventTurn | None = None  # the event at hand, while it is drained
@@ -363,8 +366,11 @@ class Unit:
     # Delivering
 
     async def settle(self) -> None:
-        """Have written down what has become of durable deliveries."""
-        if self.state.keeper is not None:
+        """Have written down what has become of durable deliveries, if it had some.
+
+        Others do not wait for a database that they may have nothing to do with.
+        """
+        if self.kept and self.state.keeper is not None:
             await self.state.keeper.settle()
 
     def terms(self, report: Report, timeout: float | None) -> Terms:
@@ -407,11 +413,13 @@ class Unit:
             self._end_turn()
         keeper = self.state.keeper
         if keeper is not None and self.keeps and (unwritten := self.queue.unwritten()):
+            self.kept = True
             return cast("Turn", InterludeTurn(partial(keeper.write, unwritten)))
         while (envelope := self.queue.take(closing=closing)) is not None:
             plan = envelope.plan
             indexes = plan.indexes
             if not plan.valid or envelope.rows is not None:
+                self.kept |= envelope.rows is not None
                 plan, indexes, requeued = what_to_run(self.state, envelope)
                 self.requeued += requeued
             if indexes:

@@ -15,7 +15,15 @@ from typing import Protocol
 from uuid import UUID
 from weakref import WeakValueDictionary
 
-from anyio import CancelScope, get_cancelled_exc_class, move_on_after, sleep, to_thread
+from anyio import (
+    CancelScope,
+    current_effective_deadline,
+    current_time,
+    get_cancelled_exc_class,
+    move_on_after,
+    sleep,
+    to_thread,
+)
 from anyio.lowlevel import checkpoint
 from sqlalchemy import Connection
 
@@ -66,7 +74,6 @@ class Holdings:
         patience: Seconds that deliveries may go on at shutdown; None where the application says so.
         lost: How many leases were lost before the outcome was written.
         closed: Whether the outbox is detached, so that nothing is claimed any more.
-        given_back: How many rows were given back as relays ended.
         given_back: How many rows were given back: cancelled, or not begun as relays ended.
     """
 
@@ -183,8 +190,12 @@ class Holdings:
     async def _flush(self, outcomes: Sequence[Outcome]) -> bool:
         lost: list[Row] = []
         try:
-            with CancelScope(shield=True):
+            with CancelScope(shield=True, deadline=_when_to_give_up()) as scope:
                 lost = await self.database.run(partial(self._write_down, outcomes))
+            if scope.cancelled_caught:  # it goes on by itself, and nobody knows how it ends
+                for outcome in outcomes:
+                    outcome.unsure = True
+                raise TimeoutError("the database does not answer")  # noqa: TRY301
         except Exception as error:  # noqa: BLE001 - of a database, or of its driver
             self._outcomes.extendleft(reversed(outcomes))
             self.complain("outcomes of deliveries could not be written down, and wait", error)
@@ -324,6 +335,15 @@ class Holdings:
         if now - self._complained_at >= _SECONDS_BETWEEN_COMPLAINTS:
             self._complained_at = now
             log(logging.WARNING, text, error=error, bus=self._state.name)
+
+
+def _when_to_give_up() -> float:
+    """The moment from which on a write is not waited for, by the event loop's clock.
+
+    A shield hides the deadlines around it, and a server that is cut off answers never.
+    """
+    latest, around = current_time() + _SECONDS_TO_WRITE, current_effective_deadline()
+    return latest if around == -math.inf else min(latest, around)  # cancelled: it is written still
 
 
 def _say_dead(outcome: Outcome) -> None:

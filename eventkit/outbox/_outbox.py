@@ -17,7 +17,7 @@ from typing import Any, cast
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from anyio import CancelScope
+from anyio import fail_after
 from anyio.abc import TaskGroup
 from sqlalchemy import Connection, Engine, RootTransaction, event
 from sqlalchemy.ext.asyncio import (
@@ -365,7 +365,8 @@ class Outbox:
             self._write(connection, underway, leased=leased)
 
         try:
-            with CancelScope(shield=True):
+            # What is written after this is run twice: nobody here knows its rows.
+            with fail_after(self._holdings.lease.seconds, shield=True):
                 await self._holdings.database.run(write)
         except Exception as error:  # noqa: BLE001 - of a database, or of its driver
             for envelope in envelopes:

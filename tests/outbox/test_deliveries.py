@@ -18,6 +18,7 @@ from eventkit.outbox import Outbox, complete_with
 from eventkit.outbox._store import State
 from tests.contract.bus import kept_reports
 from tests.databases import Row
+from tests.outbox.processes import holdings_of
 from tests.outbox.scenes import Paid, Placed, Scene
 from tests.sqlalchemy.steps import done, put
 
@@ -221,6 +222,25 @@ async def test_what_cannot_be_written_runs_in_memory_and_is_an_error(
     async with bus.context():
         bus.publish(Placed("again"))
     assert seen == [Placed(), Placed("again")]
+
+
+async def test_a_database_that_never_answers_holds_up_no_drain_for_longer_than_a_lease(
+    bus: EventBus, scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[object] = []
+    bus.subscribe(Placed, seen.append, durable=True, name="mail", thread=False)
+    outbox = scene.outbox(bus, lease=1.5)
+    began = anyio.current_time()
+
+    async def cut_off(function: object, **options: object) -> None:
+        await anyio.sleep(20)
+
+    monkeypatch.setattr(holdings_of(outbox).database, "run", cut_off)
+    async with bus.context():
+        bus.publish(Placed())
+    assert anyio.current_time() - began < 10
+    assert seen == [Placed()]
+    assert "could not be kept" in caplog.text
 
 
 async def test_dispatch_keeps_nothing_and_raises_and_what_its_handlers_publish_is_kept(

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from collections import deque
+from functools import partial
 from threading import Thread
 from typing import Any
 from uuid import UUID, uuid4
@@ -20,7 +21,7 @@ from eventkit.outbox import _holdings as module
 from eventkit.outbox._rows import Outcome, Row
 from eventkit.outbox._store import State
 from tests.outbox.processes import event, holdings_of, keep, look, relay_of, warned
-from tests.outbox.scenes import Placed, Scene, until
+from tests.outbox.scenes import Paid, Placed, Scene, until
 from tests.sqlalchemy.steps import done, put
 from tests.witness import freed_by_anyio, ignore
 
@@ -301,6 +302,56 @@ async def test_settling_gives_up_after_a_while_and_the_outcomes_wait(
     monkeypatch.setattr(module, "_SECONDS_TO_WRITE", 30)
     await holdings.settle()
     assert not scene.table.rows()
+
+
+async def test_settling_gives_up_where_the_database_never_answers(
+    scene: Scene,
+    bus: EventBus,
+    outbox: Outbox,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    holdings: Any = holdings_of(outbox)
+    real, began = holdings.database.run, anyio.current_time()
+
+    async def cut_off(function: Any, **options: Any) -> Any:
+        await to_thread.run_sync(partial(holdings.database.call, function, **options))
+        await anyio.sleep(20)  # the answer is lost
+
+    await keep_leased(scene, bus, holdings)
+    monkeypatch.setattr(holdings.database, "run", cut_off)
+    monkeypatch.setattr(module, "_SECONDS_TO_WRITE", 0.5)
+    await holdings.settle()
+    assert anyio.current_time() - began < 10
+    monkeypatch.setattr(holdings.database, "run", real)
+    monkeypatch.setattr(module, "_SECONDS_TO_WRITE", 30)
+    await holdings.settle()
+    assert not scene.table.rows()
+    assert not warned(caplog, LOST)
+
+
+async def test_a_unit_without_durable_deliveries_does_not_wait_for_those_of_others(
+    scene: Scene, bus: EventBus, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holdings: Any = holdings_of(outbox)
+    tries: list[object] = []
+
+    async def away(function: object, **_: object) -> None:
+        tries.append(function)
+        raise OperationalError("delete", None, ConnectionRefusedError())
+
+    @bus.on(Paid)
+    async def note(event: Paid) -> None: ...
+
+    await keep_leased(scene, bus, holdings)
+    with monkeypatch.context() as patched:
+        patched.setattr(holdings.database, "run", away)
+        patched.setattr(module, "_SECONDS_TO_WRITE", 0.05)
+        async with bus.context():
+            bus.publish(Paid())
+        await bus.dispatch(Paid())
+        assert not tries
+    await holdings.settle()
 
 
 async def test_a_unit_of_another_thread_writes_its_outcomes_itself(
