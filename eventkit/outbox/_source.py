@@ -17,6 +17,7 @@ from functools import cache, partial
 from itertools import count
 
 from anyio import current_time
+from sqlalchemy import Connection
 
 from eventkit._core.dispatch import Turn
 from eventkit._core.durable import Durable
@@ -146,17 +147,13 @@ class RowSource:
         term = holdings.lease.term  # before: the process may stand still after it has claimed
         owner, known = holdings.lease.owner, holdings.catalog.known()
         claim = partial(holdings.store.claim, owner=owner, known=known, within=within)
-        claimed = self._receive(
-            await holdings.database.run(partial(claim, limit=room, busy=busy)), term
-        )
+        claimed = await self._claim(partial(claim, limit=room, busy=busy), term)
         rest = most - held.total() - claimed
         if busy and rest > 0:  # nobody else waits
-            claimed += self._receive(await holdings.database.run(partial(claim, limit=rest)), term)
+            claimed += await self._claim(partial(claim, limit=rest), term)
         if not claimed and not held and not self._suspect_runs:
-            one = await holdings.database.run(
-                partial(holdings.store.claim_suspect, owner=owner, known=known)
-            )
-            claimed = self._receive([] if one is None else [one], term)
+            one = partial(holdings.store.claim_suspect, owner=owner, known=known)
+            claimed = await self._claim(lambda connection: [*filter(None, [one(connection)])], term)
         return claimed
 
     def suspect_is_done(self) -> bool:
@@ -171,21 +168,39 @@ class RowSource:
         suspect = None if self._suspect is None else self._suspect()
         return suspect is not None and not suspect.ended
 
-    def _receive(self, claimed: Sequence[Claimed], term: object | None) -> int:
-        """Have them wait for their run, or write down at once why not; returns how many."""
+    async def _claim(
+        self, claim: Callable[[Connection], Sequence[Claimed]], term: object | None
+    ) -> int:
+        """Claim rows, and have them wait for their run; returns how many.
+
+        They are known before the transaction is over: this event loop may be blocked for longer
+        than the lease waits before it gives back what nobody knows.
+        """
+
+        def claim_and_know(connection: Connection) -> list[tuple[Claimed, Row]]:
+            return [(each, self._row_of(each, term)) for each in claim(connection)]
+
+        rows = await self._holdings.database.run(claim_and_know)
+        self._receive(rows)
+        return len(rows)
+
+    def _row_of(self, claimed: Claimed, term: object | None) -> Row:
+        row = Row(claimed.id, claimed.handler, _UNKNOWN, claimed.key, claimed.attempt)
+        row.leased, row.term = True, term
+        self._holdings.know(row)
+        return row
+
+    def _receive(self, rows: Sequence[tuple[Claimed, Row]]) -> None:
+        """Have them wait for their run, or write down at once why not."""
         find = cache(self._holdings.catalog.find)  # most of them are of few handlers
-        for each in claimed:
-            row = Row(each.id, each.handler, _UNKNOWN, each.key, each.attempt)
-            row.leased, row.term = True, term
-            self._holdings.know(row)
-            if each.suspect:
+        for claimed, row in rows:
+            if claimed.suspect:
                 self._suspect = weakref.ref(row)
             try:
-                self._admit(each, row, find)
+                self._admit(claimed, row, find)
             except Exception as error:  # noqa: BLE001 - also of the user's functions in `formerly`
-                self._complain(each, error)
+                self._complain(claimed, error)
                 self._holdings.hear(Outcome(row, describe(error), unreadable=True))
-        return len(claimed)
 
     def _admit(self, claimed: Claimed, row: Row, find: Callable[[str, str], Found | None]) -> None:
         holdings = self._holdings

@@ -17,7 +17,7 @@ from eventkit.exceptions import EventDepthError
 from eventkit.outbox import Outbox
 from eventkit.outbox._source import RowSource, Stock
 from eventkit.outbox._store import NewEvent, NewRow, State
-from tests.outbox.processes import event, holdings_of, keep, look, relay_of, warned
+from tests.outbox.processes import Clock, event, holdings_of, keep, look, relay_of, warned
 from tests.outbox.rows import PUBLISHED
 from tests.outbox.scenes import Paid, Placed, Scene, relaying, until
 from tests.witness import ignore
@@ -161,6 +161,27 @@ async def test_the_outbox_may_have_places_of_its_own(scene: Scene, bus: EventBus
         await until(lambda: len(gate.begun) == 2)
         assert bus.stats.running == 2
         gate.let_all_go()
+
+
+async def test_what_is_claimed_is_known_though_the_event_loop_is_blocked_meanwhile(
+    scene: Scene, bus: EventBus, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, database = Clock(outbox, monkeypatch), holdings_of(outbox).database
+    gate, real = Gate(bus, "mail"), database.run
+    gate.let_all_go()
+    scene.table.insert(event("mail"))
+
+    async def late(*args: Any, **options: Any) -> Any:
+        result = await real(*args, **options)
+        await clock.go_on(2 * clock.lease.seconds)
+        return result
+
+    monkeypatch.setattr(database, "run", late)
+    with anyio.move_on_after(5):  # or it is given back and claimed for ever
+        await outbox.run_due()
+    assert gate.ended == ["ada"]
+    assert clock.lease.given_back == 0
+    assert scene.kept() == {}
 
 
 # What a run knows
