@@ -103,8 +103,8 @@ _REAP_ORPHANS = _reap("not exists (select 1 from {process} as p where p.owner = 
 
 
 def _claim(condition: str) -> str:
-    # A dead or unreadable row does not hold up those behind it. What runs does, wherever it stands:
-    # an unreadable row is tried again, and may find a later one running.
+    # A dead or unreadable row does not hold up those behind it, unless it is tried again just now.
+    # What runs does, wherever it stands: an unreadable row may find a later one running.
     return f"""
         with chosen as (
             select id from {{outbox}} as r
@@ -112,7 +112,9 @@ def _claim(condition: str) -> str:
                 and (key is null or not exists (
                     select 1 from {{outbox}} as e
                     where e.handler = r.handler and e.key = r.key
-                        and (e.state = 1 or e.state in (0, 4) and e.position < r.position)))
+                        and (e.state = 1 or e.position < r.position and (e.state in (0, 4)
+                            or e.state = 3 and e.due_at <= {{now}}
+                                and e.event_type in :event_types))))
             order by due_at limit :limit {{skip}})
         update {{outbox}} set state = 1, owner = :owner, attempt = attempt + 1
         where id in (select id from chosen)

@@ -420,6 +420,20 @@ def test_an_unreadable_delivery_lets_the_next_through_but_never_beside_itself(
     assert database.claimed() == [first]
 
 
+def test_an_unreadable_delivery_that_is_tried_again_is_not_claimed_together_with_the_next(
+    database: Database,
+) -> None:
+    first, second, third = (database.plant(key="a") for _ in range(3))
+    for id_ in (first, second):
+        database.claim()
+        database.do(database.store.unreadable, ME, id_, 1, "ValidationError")
+    database.do(database.store.unreadable_due, KNOWN)
+
+    for id_ in (first, second, third):
+        assert database.claimed() == [id_]
+        database.do(database.store.complete, ME, [(id_, 1)])
+
+
 def test_a_suspect_delivery_holds_up_its_key(database: Database) -> None:
     first, second = database.plant(key="a"), database.plant(key="a")
     database.change(first, f"state = {SUSPECT:d}")
