@@ -212,7 +212,8 @@ class Holdings:
         self.given_back += sum(each.unused for each in outcomes)
         for outcome in outcomes:
             outcome.row.ended = True
-            if outcome.is_death and outcome.row not in lost:
+            taken = outcome.row.completed or outcome.row.lost or outcome.row in lost
+            if outcome.is_death and not taken:
                 _say_dead(outcome)
         unsure = {outcome.row for outcome in outcomes if outcome.unsure}
         self._tell_lost([row for row in lost if row not in unsure])

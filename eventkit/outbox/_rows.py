@@ -29,6 +29,7 @@ from eventkit.outbox._store import Claimed, NewEvent, NewRow
 # What log lines of one request have in common, where an application binds it to structlog.
 _CORRELATION = ("correlation_id", "request_id")
 _JITTER = 0.2
+_LONGEST_PAUSE = 10 * 365 * 86400.0  # seconds; a time further away may be none that can be shown
 
 
 class Holder(Protocol):
@@ -214,7 +215,7 @@ class _Run:
         row = self._row
         if exc is None:
             outcome = Outcome(row)
-        elif not isinstance(exc, Exception):
+        elif not isinstance(exc, Exception | SystemExit):  # `sys.exit()` is the handler's own doing
             outcome = Outcome(row, unused=True)
         else:
             if row.completed:
@@ -229,14 +230,14 @@ class _Run:
         self._holder.hear(outcome)
 
 
-def pause_after(row: Row, error: Exception) -> float | None:
+def pause_after(row: Row, error: BaseException) -> float | None:
     """Seconds until the next attempt; None where the delivery is given up."""
     if row.attempt >= row.durable.attempts:
         return None
     try:
         pause = row.durable.backoff(row.attempt, error)
         if pause is not None:
-            pause = max(0.0, float(pause))
+            pause = min(max(0.0, float(pause)), _LONGEST_PAUSE)
     except Exception as broken:  # noqa: BLE001 - it is user code
         log(
             logging.ERROR,

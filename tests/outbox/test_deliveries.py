@@ -1,6 +1,8 @@
 """What becomes of durable deliveries: they are handled, fail, are tried again, and die."""
 
 import logging
+import math
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -122,7 +124,11 @@ async def test_a_backoff_that_fails_or_is_negative_gives_a_pause_all_the_same(
     def broken(attempt: int, error: BaseException) -> float:
         raise LookupError
 
-    for name, backoff in (("broken", broken), ("negative", lambda attempt, error: -5.0)):
+    for name, backoff in (
+        ("broken", broken),
+        ("negative", lambda attempt, error: -5.0),
+        ("endless", lambda attempt, error: math.inf),
+    ):
 
         @bus.on(Placed, durable=Durable(backoff=backoff), name=name)
         async def handle(event: Placed) -> None:
@@ -130,8 +136,22 @@ async def test_a_backoff_that_fails_or_is_negative_gives_a_pause_all_the_same(
 
     await publish(scene, bus)
 
-    assert scene.kept() == {"broken": (State.READY, 1), "negative": (State.READY, 1)}
+    assert scene.kept() == dict.fromkeys(("broken", "negative", "endless"), (State.READY, 1))
+    assert len(await outbox.deliveries("ready")) == 3  # whose times can be shown
     assert caplog.text.count("backoff failed") == 1
+
+
+async def test_a_handler_that_ends_the_process_by_an_exception_uses_an_attempt(
+    bus: EventBus, outbox: Outbox, scene: Scene
+) -> None:
+    @bus.on(Placed, durable=True, name="mail", thread=False)
+    def mail(event: Placed) -> None:
+        sys.exit(3)
+
+    with pytest.raises(SystemExit):
+        await publish(scene, bus)
+    await outbox._holdings.settle()
+    assert scene.kept() == {"mail": (State.READY, 1)}
 
 
 async def test_a_handler_that_takes_too_long_fails_as_others_do(scene: Scene) -> None:
@@ -411,7 +431,7 @@ async def test_an_outcome_that_comes_too_late_is_a_warning_and_is_counted(
 async def test_what_fails_after_the_commit_is_an_error_and_is_not_tried_again(
     bus: EventBus, outbox: Outbox, scene: Scene, caplog: pytest.LogCaptureFixture
 ) -> None:
-    @bus.on(Placed, durable=True, name="reserve")
+    @bus.on(Placed, durable=Durable(attempts=1), name="reserve")
     async def reserve(event: Placed) -> None:
         async with scene.begun() as session:
             complete_with(session)
@@ -423,6 +443,7 @@ async def test_what_fails_after_the_commit_is_an_error_and_is_not_tried_again(
     assert scene.kept() == {}
     assert scene.names() == ["ada", "reserved"]
     assert "failed after complete_with had completed its delivery" in caplog.text
+    assert "a delivery is dead" not in caplog.text
     assert (await outbox.stats()).lost == 0
 
 
