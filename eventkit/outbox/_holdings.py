@@ -195,7 +195,7 @@ class Holdings:
             if scope.cancelled_caught:  # it goes on by itself, and nobody knows how it ends
                 for outcome in outcomes:
                     outcome.unsure = True
-                raise TimeoutError("the database does not answer")  # noqa: TRY301
+                raise TimeoutError("the database does not answer")
         except Exception as error:  # noqa: BLE001 - of a database, or of its driver
             self._outcomes.extendleft(reversed(outcomes))
             self.complain("outcomes of deliveries could not be written down, and wait", error)
