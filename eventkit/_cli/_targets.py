@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from starlette.types import ASGIApp
 
 from eventkit._cli._problems import Mistake, in_one_line
-from eventkit._core.bus import all_buses, state_of
+from eventkit._core.bus import all_buses
 
 if TYPE_CHECKING:
     from eventkit.outbox import Outbox
@@ -99,6 +99,7 @@ def _instead(module: ModuleType) -> str:
 def _target(name: str, found: object) -> Target:
     try:
         from eventkit.outbox import Outbox
+        from eventkit.outbox._outbox import outbox_of as found_on
     except ModuleNotFoundError as missing:  # an app may do without
         raise Mistake(str(missing)) from None
     if isinstance(found, Outbox):
@@ -108,8 +109,7 @@ def _target(name: str, found: object) -> Target:
             f"{name} is neither an Outbox nor an ASGI app, but of class {type(found).__name__}: "
             "name the outbox, or the application itself"
         )
-    keepers = (state_of(bus).keeper for bus in all_buses())
-    outboxes = [each for each in keepers if isinstance(each, Outbox)]
+    outboxes = [each for each in map(found_on, all_buses()) if each is not None]
     if not outboxes:
         raise Mistake(
             f"{name} has no outbox: Outbox(bus, engine), in what is imported with the application"

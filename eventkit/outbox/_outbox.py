@@ -33,7 +33,7 @@ from eventkit._core.bus import EventBus, state_of
 from eventkit._core.locations import caller
 from eventkit._core.log import log
 from eventkit._core.queue import Envelope, Verdict
-from eventkit._core.state import Host
+from eventkit._core.state import BusState, Host
 from eventkit._core.subscriptions import Declaration
 from eventkit._core.transactions import End, Transaction
 from eventkit._core.turns import DrainReport
@@ -70,119 +70,37 @@ class _Underway:
     unowned: bool = False
 
 
-class Outbox:
-    """Keeps the deliveries of durable handlers in a table, until they are done.
-
-        outbox = Outbox(bus, engine)  # once, where the application is wired
-
-    It ties the bus to the engine as `deliver_on_commit` does. A delivery to a durable handler is
-    an ordinary one that also has a row: the row is written right before the COMMIT of the
-    transaction that decides the event, and deleted after the handler has ended. Where the process
-    dies in between, another one runs the delivery, at the latest two seconds after the lease. A
-    process that is alone and is started again waits for a whole lease from its start.
-
-    The tables are made by your migrations or `create_all`: `add_tables(Base.metadata)`. What is due
-    runs in applications with `EventContextMiddleware` from the end of their start-up on, in a
-    process of its own with `run` or the command `eventkit relay`, and in `run_due`.
-
-    Also a context manager that detaches at the end of the block.
-
-    Args:
-        bus: The bus whose durable handlers they are.
-        engine: As for `deliver_on_commit`: an engine, or a factory of sessions that leads to one.
-            PostgreSQL from 12 on, or SQLite from 3.35 on. With SQLite in memory nothing is kept.
-        lease: Seconds after which others take over what a process has not renewed.
-        relay: Whether durable handlers run in this process. With False it only writes rows.
-        concurrency: How many deliveries run at once from the table; by default as many as the
-            middleware's `concurrency`, else 4.
-        schema: Where the tables are; by default where the engine's connections find them.
-        store: The engine for the outbox's own connections, at most three; by default a twin of
-            `engine`, which shares nothing of its pool.
+class _Keeper:
+    """The way of rows into transactions: what the core calls a `Keeper`.
 
     Attributes:
-        bus: As given.
-        concurrency: As given; what is assigned holds for relays that begin later.
-
-    Raises:
-        TypeError: An argument is of another kind.
-        ValueError: The bus has an outbox, or is tied to the engine; or the engine commits each
-            statement by itself, is of another database, or has none; or a number is too small.
-        InvalidEventTypeError: Events of a durable handler cannot be stored.
+        outbox: What users have of it.
+        memory: How many `in_memory` blocks are open.
     """
 
     def __init__(
-        self,
-        bus: EventBus,
-        engine: Any,  # Any: as `deliver_on_commit`, which says what it takes
-        *,
-        lease: float = 15.0,
-        relay: bool = True,
-        concurrency: int | None = None,
-        schema: str | None = None,
-        store: Engine | AsyncEngine | None = None,
+        self, outbox: Outbox, state: BusState, holdings: Holdings, tie: CommitTie, engine: Engine
     ) -> None:
-        if not isinstance(bus, EventBus):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"Outbox() takes an EventBus first, not {bus!r}")
-        if lease < 3 * POLL:
-            raise ValueError(
-                f"lease takes seconds of at least {3 * POLL:g}, three looks of a relay "
-                f"into the table, not {lease!r}"
-            )
-        if concurrency is not None and concurrency < 1:
-            raise ValueError(f"concurrency is at least 1, not {concurrency!r}")
-        state = state_of(bus)
-        if state.keeper is not None:
-            raise ValueError(
-                f"{bus!r} has an outbox already: one per bus, where the application is wired"
-            )
-        self.bus: EventBus = bus
+        self.outbox = outbox
+        self.memory = 0
         self._state = state
-        catalog = Catalog(bus)
-        catalog.admit_all()
-        found = _engine_of(engine)
-        database = Database(found, store, busy_timeout=lease / 3)
-        self.concurrency: int | None = concurrency
-        self._holdings = Holdings(
-            state, catalog, database, Store(database.dialect, schema), lease, relays=relay
-        )
-        self._tie = _tied(bus, engine)
-        self._engine: Engine = found.sync_engine if isinstance(found, AsyncEngine) else found
+        self._holdings = holdings
+        self._tie = tie
+        self._engine = engine
         self._marks: WeakKeyDictionary[Session, Row] = WeakKeyDictionary()
         self._underway: WeakKeyDictionary[Transaction, _Underway] = WeakKeyDictionary()
         # By the transaction of their caller's connection: rows that its commit is to show.
         self._unseen: WeakKeyDictionary[RootTransaction, Counter[str]] = WeakKeyDictionary()
         self._lock = Lock()
-        self._memory = 0  # how many `in_memory` blocks are open
         self._told: set[object] = set()  # what was warned of
-        self._tie.before_commit.append(self._before_commit)
-        self._tie.ended.append(self._ended)
+        tie.before_commit.append(self._before_commit)
+        tie.ended.append(self._ended)
         event.listen(Session, "before_commit", self._before_session_commit)
-        self.detached = False
-        state.keeper = self
 
     def detach(self) -> None:
-        """End the tie, the lease and the outbox's own connections. What is kept stays in the table.
-
-        For tests, and where a bus outlives its engine. As often as you like.
-        """
-        if self.detached:
-            return
-        self.detached = True
+        """Write no rows any more."""
         self._tie.detach()
         event.remove(Session, "before_commit", self._before_session_commit)
-        self._state.keeper = None
-        self._holdings.close()
-
-    def __enter__(self) -> Outbox:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.detach()
-
-    def __repr__(self) -> str:
-        return f"<Outbox of {self.bus!r}>"
-
-    # The way into the user's transaction
 
     def admit(self, declarations: Sequence[Declaration]) -> None:
         """Refuse durable handlers of events that cannot be stored. See the core's `Keeper`."""
@@ -205,7 +123,7 @@ class Outbox:
                 event_type=codec.name,
                 characters=len(payload),
             )
-        if self._memory or self._holdings.database.is_in_memory:
+        if self.memory or self._holdings.database.is_in_memory:
             return
         envelope.rows = rows = rows_of(
             envelope,
@@ -401,11 +319,121 @@ class Outbox:
         """Write down what has become of deliveries. See the core's `Keeper`."""
         await self._holdings.settle()
 
-    # Relays
-
     def serve(self, host: Host, tasks: TaskGroup, *, concurrency: int) -> Relay:
         """A relay on the event loop that calls. See the core's `Keeper`."""
-        return Relay(self._holdings, self._state, host, tasks, self.concurrency or concurrency)
+        return Relay(
+            self._holdings, self._state, host, tasks, self.outbox.concurrency or concurrency
+        )
+
+    def _warn_once(self, what: object, text: str, **facts: str | int) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            log(logging.WARNING, text, error=None, **facts)
+
+
+class Outbox:
+    """Keeps the deliveries of durable handlers in a table, until they are done.
+
+        outbox = Outbox(bus, engine)  # once, where the application is wired
+
+    It ties the bus to the engine as `deliver_on_commit` does. A delivery to a durable handler is
+    an ordinary one that also has a row: the row is written right before the COMMIT of the
+    transaction that decides the event, and deleted after the handler has ended. Where the process
+    dies in between, another one runs the delivery, at the latest two seconds after the lease. A
+    process that is alone and is started again waits for a whole lease from its start.
+
+    The tables are made by your migrations or `create_all`: `add_tables(Base.metadata)`. What is due
+    runs in applications with `EventContextMiddleware` from the end of their start-up on, in a
+    process of its own with `run` or the command `eventkit relay`, and in `run_due`.
+
+    Also a context manager that detaches at the end of the block.
+
+    Args:
+        bus: The bus whose durable handlers they are.
+        engine: As for `deliver_on_commit`: an engine, or a factory of sessions that leads to one.
+            PostgreSQL from 12 on, or SQLite from 3.35 on. With SQLite in memory nothing is kept.
+        lease: Seconds after which others take over what a process has not renewed.
+        relay: Whether durable handlers run in this process. With False it only writes rows.
+        concurrency: How many deliveries run at once from the table; by default as many as the
+            middleware's `concurrency`, else 4.
+        schema: Where the tables are; by default where the engine's connections find them.
+        store: The engine for the outbox's own connections, at most three; by default a twin of
+            `engine`, which shares nothing of its pool.
+
+    Attributes:
+        bus: As given.
+        concurrency: As given; what is assigned holds for relays that begin later.
+        detached: Whether it has ended.
+
+    Raises:
+        TypeError: An argument is of another kind.
+        ValueError: The bus has an outbox, or is tied to the engine; or the engine commits each
+            statement by itself, is of another database, or has none; or a number is too small.
+        InvalidEventTypeError: Events of a durable handler cannot be stored.
+    """
+
+    def __init__(
+        self,
+        bus: EventBus,
+        engine: Any,  # Any: as `deliver_on_commit`, which says what it takes
+        *,
+        lease: float = 15.0,
+        relay: bool = True,
+        concurrency: int | None = None,
+        schema: str | None = None,
+        store: Engine | AsyncEngine | None = None,
+    ) -> None:
+        if not isinstance(bus, EventBus):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"Outbox() takes an EventBus first, not {bus!r}")
+        if lease < 3 * POLL:
+            raise ValueError(
+                f"lease takes seconds of at least {3 * POLL:g}, three looks of a relay "
+                f"into the table, not {lease!r}"
+            )
+        if concurrency is not None and concurrency < 1:
+            raise ValueError(f"concurrency is at least 1, not {concurrency!r}")
+        state = state_of(bus)
+        if state.keeper is not None:
+            raise ValueError(
+                f"{bus!r} has an outbox already: one per bus, where the application is wired"
+            )
+        self.bus: EventBus = bus
+        self._state = state
+        catalog = Catalog(bus)
+        catalog.admit_all()
+        found = _engine_of(engine)
+        database = Database(found, store, busy_timeout=lease / 3)
+        self.concurrency: int | None = concurrency
+        self._holdings = Holdings(
+            state, catalog, database, Store(database.dialect, schema), lease, relays=relay
+        )
+        root = found.sync_engine if isinstance(found, AsyncEngine) else found
+        self._keeper = _Keeper(self, state, self._holdings, _tied(bus, engine), root)
+        self.detached = False
+        state.keeper = self._keeper
+
+    def detach(self) -> None:
+        """End the tie, the lease and the outbox's own connections. What is kept stays in the table.
+
+        For tests, and where a bus outlives its engine. As often as you like.
+        """
+        if self.detached:
+            return
+        self.detached = True
+        self._keeper.detach()
+        self._state.keeper = None
+        self._holdings.close()
+
+    def __enter__(self) -> Outbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        return f"<Outbox of {self.bus!r}>"
+
+    # Relays
 
     async def run(self, *, shutdown_timeout: float = 20.0) -> None:
         """Be a relay until cancelled: run what is due, for a process that serves no requests.
@@ -456,11 +484,11 @@ class Outbox:
         For suites whose outer transaction is rolled back in the end. Events are encoded all the
         same.
         """
-        self._memory += 1
+        self._keeper.memory += 1
         try:
             yield
         finally:
-            self._memory -= 1
+            self._keeper.memory -= 1
 
     def schema(self) -> str:
         """The statements that make the tables, as text. For those who migrate by hand."""
@@ -557,13 +585,6 @@ class Outbox:
             await self._holdings.database.run(read, writes=False), lost=self._holdings.lost
         )
 
-    # What is said
-
-    def _warn_once(self, what: object, text: str, **facts: str | int) -> None:
-        if what not in self._told:
-            self._told.add(what)
-            log(logging.WARNING, text, error=None, **facts)
-
 
 def complete_with(
     session: Session | AsyncSession | scoped_session[Any] | async_scoped_session[Any],
@@ -598,14 +619,20 @@ def complete_with(
     if not isinstance(found, Session):
         raise TypeError(f"complete_with() takes a session of SQLAlchemy's, not {session!r}")
     unit = current()
-    if unit is None or unit.delivery is None or not isinstance(unit.state.keeper, Outbox):
-        return
-    unit.state.keeper.mark(found, unit.delivery.id)
+    keeper = None if unit is None else unit.state.keeper
+    if unit is not None and unit.delivery is not None and isinstance(keeper, _Keeper):
+        keeper.mark(found, unit.delivery.id)
 
 
 def holdings_of(outbox: Outbox) -> Holdings:
     """What its process holds of the table, for the command."""
     return outbox._holdings  # noqa: SLF001 - the one door to it
+
+
+def outbox_of(bus: EventBus) -> Outbox | None:
+    """The outbox that a bus has, for the command."""
+    keeper = state_of(bus).keeper
+    return keeper.outbox if isinstance(keeper, _Keeper) else None
 
 
 def _tied(bus: EventBus, engine: Any) -> CommitTie:  # Any: as `deliver_on_commit`

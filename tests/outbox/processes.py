@@ -55,7 +55,7 @@ async def relay_of(
         state = state_of(bus)
         drainer = Drainer(state, tasks, concurrency=concurrency, max_pending=None)
         host = Host(Entrance(), drainer.submit, None, lambda: False, drainer.begin)
-        relay = outbox.serve(host, tasks, concurrency=concurrency)
+        relay = outbox._keeper.serve(host, tasks, concurrency=concurrency)
         if starts:
             await relay.start()
         else:

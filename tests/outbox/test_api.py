@@ -348,3 +348,23 @@ async def test_outboxes_of_three_processes_keep_the_order_of_each_key(scene: Sce
     for key, handled in order.items():
         assert handled == [f"{key}{name}" for name in names if not name.endswith("dead")]
     assert len(scene.table.rows()) == 3
+
+
+def test_users_see_of_an_outbox_what_they_are_to_use(outbox: Outbox) -> None:
+    assert {each for each in dir(outbox) if not each.startswith("_")} == {
+        "bus",
+        "concurrency",
+        "count",
+        "deliveries",
+        "detach",
+        "detached",
+        "drop",
+        "get",
+        "healthy",
+        "in_memory",
+        "retry",
+        "run",
+        "run_due",
+        "schema",
+        "stats",
+    }
