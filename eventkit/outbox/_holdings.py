@@ -9,12 +9,14 @@ import logging
 import math
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Protocol
 from uuid import UUID
 from weakref import WeakValueDictionary
 
 from anyio import CancelScope, get_cancelled_exc_class, move_on_after, sleep, to_thread
+from anyio.lowlevel import checkpoint
 from sqlalchemy import Connection
 
 from eventkit._core.log import log
@@ -28,6 +30,7 @@ from eventkit.outbox._rows import Outcome, Row
 from eventkit.outbox._store import Store
 
 PAUSE_AFTER_ERROR = 0.5
+_GLANCE = 0.005  # seconds between two looks whether another task has written
 _SECONDS_TO_WRITE = 5.0
 _SECONDS_BETWEEN_COMPLAINTS = 60.0
 
@@ -57,6 +60,7 @@ class Holdings:
         lease: Who this process is, and whether it may run rows.
         relays: Whether rows run in this process at all.
         lost: How many leases were lost before the outcome was written.
+        closed: Whether the outbox is detached, so that nothing is claimed any more.
     """
 
     def __init__(
@@ -74,12 +78,14 @@ class Holdings:
         self.store = store
         self.relays = relays
         self.lost = 0
+        self.closed = False
         self._state = state
         # By id; events hold their rows, and whatever drops an event frees them.
         self._rows: WeakValueDictionary[UUID, Row] = WeakValueDictionary()
         self._running: set[Row] = set()
         self._outcomes: deque[Outcome] = deque()
-        self._relays: dict[object, Looking] = {}  # by event loop
+        self._flushes: set[object] = set()  # those that are on their way
+        self._relays: dict[object, list[Looking]] = {}  # by event loop
         self._complained_at = -math.inf
         self.lease = Lease(database, store, seconds, self._known_ids)
 
@@ -99,7 +105,8 @@ class Holdings:
 
     def _known_ids(self) -> Collection[UUID]:
         """Those that somebody here has; the lease gives back the others."""
-        return {*self._rows}
+        # Copied in one step: to go through it fails where another thread adds a row meanwhile.
+        return {row.id for ref in self._rows.valuerefs() if (row := ref()) is not None}
 
     def locate(self) -> None:
         """Look where the tables are, before a transaction of the user's may say it.
@@ -131,12 +138,13 @@ class Holdings:
         """A run of a row has ended: it is written down soon."""
         self._running.discard(outcome.row)
         self._outcomes.append(outcome)
-        relay = self._relays.get(current_loop()) if on_event_loop() else None
-        if relay is not None:
+        for relay in self._relays.get(current_loop(), ())[-1:] if on_event_loop() else ():
             relay.hear()
 
     async def settle(self) -> None:
         """Write down what has become of deliveries, within five seconds. Is not cancelled."""
+        if not self._outcomes and not self._flushes:
+            return
         try:
             await self._settle()
         except get_cancelled_exc_class():  # `Task.cancel()` knows no shields
@@ -144,18 +152,27 @@ class Holdings:
             raise
 
     async def _settle(self) -> None:
-        if self._outcomes:
-            with move_on_after(_SECONDS_TO_WRITE, shield=True):
-                while not await self.flush():  # noqa: ASYNC110 - a database tells nobody
-                    await sleep(PAUSE_AFTER_ERROR)
+        with move_on_after(_SECONDS_TO_WRITE, shield=True):
+            while not await self.flush():  # noqa: ASYNC110 - a database tells nobody
+                await sleep(PAUSE_AFTER_ERROR)
+            others = {*self._flushes}
+            while others & self._flushes:  # noqa: ASYNC110 - they may be on other event loops
+                await sleep(_GLANCE)
 
     async def flush(self) -> bool:
         """Write down the outcomes that there are; False where the database would not have it."""
         outcomes: list[Outcome] = []
-        while self._outcomes:
-            outcomes.append(self._outcomes.popleft())
-        if not outcomes:
-            return True
+        flush = object()
+        self._flushes.add(flush)
+        try:
+            with suppress(IndexError):  # another thread may take the last one
+                while True:
+                    outcomes.append(self._outcomes.popleft())
+            return not outcomes or await self._flush(outcomes)
+        finally:
+            self._flushes.discard(flush)
+
+    async def _flush(self, outcomes: Sequence[Outcome]) -> bool:
         lost: list[Row] = []
         try:
             with CancelScope(shield=True):
@@ -164,16 +181,20 @@ class Holdings:
             self._outcomes.extendleft(reversed(outcomes))
             self.complain("outcomes of deliveries could not be written down, and wait", error)
             return False
-        except BaseException:  # as in `settle`; the writing goes on by itself, or has not begun
-            for each in outcomes:
-                each.in_doubt = True
+        except BaseException:  # `Task.cancel()` knows no shields
+            for outcome in outcomes:
+                outcome.unsure = True
             self._outcomes.extendleft(reversed(outcomes))
+            self.wake()
             raise
         for outcome in outcomes:
             outcome.row.ended = True
             if outcome.is_death and outcome.row not in lost:
                 _say_dead(outcome)
-        self._tell_lost(lost)
+        unsure = {outcome.row for outcome in outcomes if outcome.unsure}
+        self._tell_lost([row for row in lost if row not in unsure])
+        if any(outcome.row.key is not None for outcome in outcomes):
+            self.wake()  # the next one of the key may run
         return True
 
     def _write_down(self, outcomes: Iterable[Outcome], connection: Connection) -> list[Row]:
@@ -194,8 +215,7 @@ class Holdings:
                 store.unreadable(*ending) if each.unreadable else store.fail(*ending, each.pause)
             ):
                 lost.append(each.row)
-        doubted = {each.row for each in outcomes if each.in_doubt}
-        return [row for row in lost if row not in doubted]
+        return lost
 
     def _tell_lost(self, rows: Sequence[Row]) -> None:
         self.lost += len(rows)
@@ -212,7 +232,7 @@ class Holdings:
 
     def enter(self, relay: Looking) -> None:
         """A relay has begun on the event loop that calls."""
-        self._relays[current_loop()] = relay
+        self._relays.setdefault(current_loop(), []).append(relay)
 
     async def leave(self, relay: Looking) -> None:
         """A relay has ended: write down all outcomes, and give back what nobody runs here.
@@ -220,13 +240,18 @@ class Holdings:
         Rows whose handler is a thread that could not be stopped stay leased, and lapse with the
         process.
         """
-        for loop, other in [*self._relays.items()]:
-            if other is relay:
-                del self._relays[loop]
+        for loop, relays in [*self._relays.items()]:
+            if relay in relays:
+                relays.remove(relay)
+                if not relays:
+                    del self._relays[loop]
         await self.settle()
-        if self._relays:
+        await checkpoint()  # no further, if the time is over
+        await self.settle()  # what another task was writing, and could not
+        if self._relays or not (self.relays or self.lease.is_valid):
             return
-        running = [row.id for row in self._running]
+        # Copied in one step, as above.
+        running = [row.id for row in [*self._running]]
         farewell = partial(self.store.farewell, owner=self.lease.owner, but=running)
         await to_thread.run_sync(self.lease.stop)  # which waits for a heartbeat on its way
         try:
@@ -241,11 +266,20 @@ class Holdings:
                     bus=self._state.name,
                     deliveries=given_back,
                 )
+        if self.closed:
+            await to_thread.run_sync(self.database.close)
+
+    def close(self) -> None:
+        """Claim nothing any more, and end the lease and the connections. Thread-safe."""
+        self.closed = True
+        self.wake()
+        self.lease.stop()
+        self.database.close()
 
     @property
     def looking(self) -> list[Looking]:
         """The relays of this process."""
-        return [*self._relays.values()]
+        return [relay for relays in [*self._relays.values()] for relay in relays]
 
     def wake(self) -> None:
         """Have the relays of this process look into the table now."""

@@ -17,7 +17,7 @@ from typing import Any, cast
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from anyio import CancelScope, create_task_group, sleep_forever
+from anyio import CancelScope, Event, create_task_group, sleep_forever
 from anyio.abc import TaskGroup
 from sqlalchemy import Connection, Engine, RootTransaction, event
 from sqlalchemy.ext.asyncio import (
@@ -43,7 +43,7 @@ from eventkit.exceptions import LeaseLostError
 from eventkit.outbox._catalog import Catalog
 from eventkit.outbox._database import Database
 from eventkit.outbox._holdings import Holdings
-from eventkit.outbox._relay import POLL, Relay, run_due
+from eventkit.outbox._relay import POLL, Relay, examine, run_due
 from eventkit.outbox._rows import EventRows, Row, headers_of, rows_of
 from eventkit.outbox._store import Batch, OutboxStats, Store, StoredDelivery, in_batches
 from eventkit.sqlalchemy import CommitTie, deliver_on_commit
@@ -161,8 +161,7 @@ class Outbox:
         self._tie.detach()
         event.remove(Session, "before_commit", self._before_session_commit)
         self._state.keeper = None
-        self._holdings.lease.stop()
-        self._holdings.database.close()
+        self._holdings.close()
 
     def __enter__(self) -> Outbox:
         return self
@@ -387,18 +386,33 @@ class Outbox:
             RuntimeError: An `AsyncEngine` on trio.
         """
         self._holdings.relays = True
-        concurrency = self.concurrency or _CONCURRENCY
+        await examine(self._holdings)  # here, where no task group wraps what it raises
+        over = Event()
         async with create_task_group() as tasks:
-            drainer = Drainer(self._state, tasks, concurrency=concurrency, max_pending=None)
-            host = Host(Entrance(), drainer.submit, None, lambda: drainer.is_crowded, drainer.begin)
-            relay = Relay(self._holdings, self._state, host, tasks, concurrency, slows_down=False)
-            await relay.start()
-            self._state.add_host(host)
+            tasks.start_soon(self._relay_until, over, shutdown_timeout)
             try:
                 await sleep_forever()
             finally:
-                relay.stop()
-                with CancelScope(shield=True):
+                over.set()
+
+    async def _relay_until(self, over: Event, shutdown_timeout: float) -> None:
+        """Be a relay until it is over. A cancellation would end at once what runs."""
+        concurrency = self.concurrency or _CONCURRENCY
+        with CancelScope(shield=True):
+            async with create_task_group() as tasks:
+                drainer = Drainer(self._state, tasks, concurrency=concurrency, max_pending=None)
+                host = Host(
+                    Entrance(), drainer.submit, None, lambda: drainer.is_crowded, drainer.begin
+                )
+                relay = Relay(
+                    self._holdings, self._state, host, tasks, concurrency, slows_down=False
+                )
+                await relay.start()
+                self._state.add_host(host)
+                try:
+                    await over.wait()
+                finally:
+                    relay.stop()
                     await drainer.close(shutdown_timeout)
                     self._state.remove_host(host)
                     await relay.leave()

@@ -17,7 +17,7 @@ import random
 from contextlib import suppress
 from functools import partial
 
-from anyio import CancelScope, Event, create_task_group, move_on_after, sleep
+from anyio import CancelScope, Event, create_task_group, move_on_after, sleep, to_thread
 from anyio.abc import TaskGroup
 
 from eventkit._core.awaited import run_all
@@ -31,12 +31,15 @@ from eventkit.exceptions import OutboxSchemaError
 from eventkit.outbox._holdings import PAUSE_AFTER_ERROR, Holdings
 from eventkit.outbox._source import Fed, RowSource
 
+_AWAY = "the outbox cannot reach its database"
 POLL = 0.5  # seconds between two looks into the table, while something is found
 _SLOWEST_POLL = 2.0
 _SPREAD = 0.2  # so that processes do not look at the same moments
 _GATHERING = 0.005  # seconds in which outcomes gather, to be written at once
+_SECOND_LOOK = 0.25  # seconds; who waits for SQLite's lock tries again each 0.1 s
 _ROUND = 60.0  # seconds between two looks for rows without an owner, or without a handler
 _SECONDS_TO_LEAVE = 5.0
+_SECONDS_TO_LOOK = 2.0  # of these, for a look that is on its way
 
 
 class Relay:
@@ -72,10 +75,15 @@ class Relay:
         self._heard = Event()  # an outcome waits to be written
         self._stopped = False
         self._left = False
+        self._entered = False
+        self._examined = False  # whether the tables are as they should be
+        self._looking = False
+        self._over = Event()  # it looks no more
         self._scope = CancelScope()
         self._poll = POLL
-        self._looked_at = self._round_at = -math.inf
+        self._looked_at = self._round_at = self._swept_at = -math.inf
         self._lapsed: frozenset[str] = frozenset()  # who looked dead the time before
+        self._looks_twice = False  # whether it has to look at them again, soon
         self._unknown: set[tuple[str, str]] = set()  # what was warned of
         self._call_soon = tasks_here("eventkit relay").call_soon
 
@@ -94,18 +102,11 @@ class Relay:
         holdings = self._holdings
         if holdings.database.is_in_memory:
             return
-        if holdings.database.awaits and on_trio():
-            raise RuntimeError(
-                "an AsyncEngine is asyncio's driver: on trio use a blocking engine, Outbox(bus, "
-                "create_engine(...))"
-            )
-        try:
-            await holdings.check()
-        except (OutboxSchemaError, ValueError):
-            raise
-        except Exception as error:  # noqa: BLE001 - the database is away, and may come back
-            holdings.complain("the outbox cannot reach its database", error)
+        self._examined = await examine(holdings)
+        if not holdings.relays:
+            await to_thread.run_sync(holdings.database.close)  # it needs no connection any more
         holdings.enter(self)
+        self._entered = True
         self._tasks.start_soon(self._work)
 
     async def _work(self) -> None:
@@ -123,6 +124,7 @@ class Relay:
 
     def _look_now(self) -> None:
         self._wanted.set()
+        self._heard.set()  # also what another task has left
 
     def hear(self) -> None:
         """An outcome waits to be written. On the relay's event loop alone."""
@@ -132,6 +134,7 @@ class Relay:
         """Claim no more, and begin nothing more."""
         self._stopped = True
         self._source.stock.clear()
+        self._wanted.set()
 
     async def leave(self) -> None:
         """Write down all outcomes, and give back what was not run. Takes at most five seconds."""
@@ -139,9 +142,16 @@ class Relay:
         if self._left:
             return
         self._left = True
-        self._scope.cancel()
+        if not self._entered:
+            return
         with move_on_after(_SECONDS_TO_LEAVE, shield=True):
+            # What is being claimed would be leased after all had been given back.
+            with move_on_after(_SECONDS_TO_LOOK):
+                while self._looking:
+                    await self._over.wait()
+            self._scope.cancel()
             await self._holdings.leave(self)
+        self._scope.cancel()
 
     # Writing
 
@@ -159,29 +169,47 @@ class Relay:
     # Looking
 
     async def _look_again_and_again(self) -> None:
-        while not self._stopped:
-            found = False
-            try:
-                found = await self._look()
-                self._looked_at = self._holdings.lease.now()
-            except Exception as error:  # noqa: BLE001 - of a database, or of its driver
-                self._holdings.complain("the outbox cannot reach its database", error)
-            idle = not found and self._slows_down
-            self._poll = min(_SLOWEST_POLL, self._poll * 2) if idle else POLL
-            with move_on_after(self._poll * random.uniform(1 - _SPREAD, 1 + _SPREAD)):
-                await self._wanted.wait()
-            self._wanted = Event()
+        self._looking = True
+        try:
+            while not self._is_over:
+                found = False
+                try:
+                    found = await self._look()
+                    self._looked_at = self._holdings.lease.now()
+                except Exception as error:  # noqa: BLE001 - of a database, or of its driver
+                    self._holdings.complain(_AWAY, error)
+                idle = not found and self._slows_down
+                self._poll = min(_SLOWEST_POLL, self._poll * 2) if idle else POLL
+                with move_on_after(self._pause()):
+                    await self._wanted.wait()
+                self._wanted = Event()
+        finally:
+            self._looking = False
+            self._over.set()
+
+    @property
+    def _is_over(self) -> bool:
+        return self._stopped or self._holdings.closed
+
+    def _pause(self) -> float:
+        """Seconds until the next look, unless somebody wants one."""
+        if self._looks_twice:
+            return _SECOND_LOOK
+        return self._poll * random.uniform(1 - _SPREAD, 1 + _SPREAD)
 
     async def _look(self) -> bool:
         """Look into the table once, and do what there is to do; whether there was something."""
         holdings, lease = self._holdings, self._holdings.lease
+        if not self._examined:  # the database was away at the start
+            await holdings.check()
+            self._examined = True
         if not lease.is_valid:
             await holdings.hold_lease()
         await self._make_round()
         look = partial(holdings.store.look, owner=lease.owner, known=holdings.catalog.known())
         lapsed, due = await holdings.database.run(look, writes=False)
         found = await self._reap(frozenset(lapsed)) or due
-        if found and not self._stopped:
+        if found and not self._is_over:
             found = await self._source.claim() > 0
         self._feed()
         return found
@@ -195,20 +223,23 @@ class Relay:
         has renewed its own lease, which takes the lock.
         """
         holdings, lease = self._holdings, self._holdings.lease
-        seen, self._lapsed = self._lapsed, lapsed
+        seen, self._lapsed = self._lapsed, frozenset()
+        self._looks_twice = False
         if not lapsed or not lease.steady:
             return False
+        self._lapsed = lapsed
         if holdings.database.dialect.name == "sqlite":
             renew = partial(holdings.store.beat, owner=lease.owner, lease_seconds=lease.seconds)
             await holdings.database.run(renew)
+            # Others wait for that lock, too: they need a moment until they have had it.
+            self._looks_twice = not lapsed <= seen
             lapsed &= seen
         if not lapsed:
-            self._wanted.set()  # to look at them again
             return False
         reap = partial(holdings.store.reap, owner=lease.owner, lapsed=lapsed)
         rows = await holdings.database.run(reap)
         log(
-            logging.WARNING,
+            logging.WARNING if rows else logging.INFO,
             "a process has ended without a farewell, and its deliveries are run by others",
             bus=self._state.name,
             processes=", ".join(sorted(lapsed)),
@@ -219,13 +250,14 @@ class Relay:
     async def _make_round(self) -> None:
         """Once per minute, look for rows that nobody has, and for those that nobody knows."""
         holdings, now = self._holdings, self._holdings.lease.now()
+        if holdings.lease.steady and now - self._swept_at >= _ROUND:
+            await holdings.database.run(holdings.store.reap_orphans)
+            self._swept_at = now
         if now - self._round_at < _ROUND:
             return
         known = holdings.catalog.known()
         if self._round_at == -math.inf:
             await holdings.database.run(partial(holdings.store.unreadable_due, known=known))
-        if holdings.lease.steady:
-            await holdings.database.run(holdings.store.reap_orphans)
         find = partial(holdings.store.unknown, known=known)
         for handler, event_type, rows in await holdings.database.run(find, writes=False):
             if (handler, event_type) not in self._unknown:
@@ -245,6 +277,8 @@ class Relay:
 
     def _feed(self) -> None:
         """Have units of work run what was claimed, as many at once as may."""
+        if self._is_over:  # since the claim: what it gave is not begun
+            self._source.stock.clear()
         free = self._source.concurrency - len(self._fed)
         for _ in range(min(self._source.stock.waiting, free)):
             fed = Fed(self._state, self._source, self._host.origin, self._fed.discard)
@@ -254,6 +288,31 @@ class Relay:
     def _row_ended(self) -> None:
         if self._source.stock.waiting * 2 <= self._source.most_held():
             self._wanted.set()
+
+
+async def examine(holdings: Holdings) -> bool:
+    """Look whether the tables are as they should be; False where the database is away.
+
+    Raises:
+        OutboxSchemaError: The tables are missing, or of another version.
+        RuntimeError: An `AsyncEngine` on trio.
+        ValueError: The server is too old.
+    """
+    if holdings.database.is_in_memory:
+        return True
+    if holdings.database.awaits and on_trio():
+        raise RuntimeError(
+            "an AsyncEngine is asyncio's driver: on trio use a blocking engine, Outbox(bus, "
+            "create_engine(...))"
+        )
+    try:
+        await holdings.check()
+    except (OutboxSchemaError, ValueError):
+        raise
+    except Exception as error:  # noqa: BLE001 - it may come back
+        holdings.complain(_AWAY, error)
+        return False
+    return True
 
 
 async def run_due(
@@ -266,6 +325,8 @@ async def run_due(
         failures.append(Failure(delivery, error))
         state.report(delivery, error)
 
+    if holdings.database.is_in_memory:  # nothing is kept in it
+        return DrainReport(0, ())
     await holdings.check()
     source = RowSource(holdings, state, concurrency, lambda: None)
     handled = requeued = 0
@@ -280,7 +341,7 @@ async def run_due(
                 fed.end()
                 await holdings.settle()
             requeued += fed.unit.requeued
-            source.suspect_is_done()
         return DrainReport(handled, tuple(failures), requeued)
     finally:
+        source.stock.clear()  # a cancellation's traceback leads here, and would hold the leases
         failures.clear()  # a traceback leads to `report`, which would close a reference cycle

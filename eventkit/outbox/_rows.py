@@ -96,10 +96,10 @@ class Outcome:
         pause: Seconds until the next attempt; None where none follows.
         unreadable: Whether the payload could not be decoded here.
         unused: Whether it did not come to an end, so that the attempt does not count.
-        in_doubt: Whether it may be written already, since a cancellation came in between.
+        unsure: Whether it may be written already: who wrote it was cancelled meanwhile.
     """
 
-    __slots__ = ("error", "in_doubt", "pause", "row", "unreadable", "unused")
+    __slots__ = ("error", "pause", "row", "unreadable", "unsure", "unused")
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Outcome:
         self.pause = pause
         self.unreadable = unreadable
         self.unused = unused
-        self.in_doubt = False
+        self.unsure = False
 
     @property
     def is_success(self) -> bool:

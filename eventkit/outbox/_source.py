@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import weakref
 from collections import Counter, deque
-from collections.abc import Callable
-from contextvars import copy_context
+from collections.abc import Callable, Sequence
+from contextvars import Context, copy_context
 from functools import partial
 from itertools import count
 
@@ -110,7 +111,8 @@ class RowSource:
         self._tell_ended = ended
         self._variables = copy_context()
         self._ended: deque[float] = deque()  # when rows have ended, within the pace
-        self._suspect: Row | None = None  # the one that runs, until its outcome is written
+        # The one that runs, until its outcome is written or nobody has it any more.
+        self._suspect: weakref.ref[Row] | None = None
 
     def end(self, handler: str) -> None:
         """A row has ended."""
@@ -141,59 +143,72 @@ class RowSource:
             return 0
         await holdings.hold_lease()
         owner, known = holdings.lease.owner, holdings.catalog.known()
-        claim = partial(
-            holdings.store.claim, owner=owner, known=known, limit=room, within=within, busy=busy
-        )
-        claimed = await holdings.database.run(claim)
-        if not claimed and not held and self._suspect is None:
+        claim = partial(holdings.store.claim, owner=owner, known=known, within=within)
+        claimed = self._receive(await holdings.database.run(partial(claim, limit=room, busy=busy)))
+        rest = most - held.total() - claimed
+        if busy and rest > 0:  # nobody else waits
+            claimed += self._receive(await holdings.database.run(partial(claim, limit=rest)))
+        if not claimed and not held and not self._suspect_runs:
             one = await holdings.database.run(
                 partial(holdings.store.claim_suspect, owner=owner, known=known)
             )
-            claimed = [] if one is None else [one]
-        for each in claimed:
-            self._receive(each)
-        return len(claimed)
+            claimed = self._receive([] if one is None else [one])
+        return claimed
 
     def suspect_is_done(self) -> bool:
-        """Note that all outcomes have been written; whether that of a suspect is among them."""
-        suspect = self._suspect
-        if suspect is None or not suspect.ended:
+        """Whether there was a suspect whose outcome is written now, or which nobody has."""
+        if self._suspect is None or self._suspect_runs:
             return False
         self._suspect = None
         return True
 
-    def _receive(self, claimed: Claimed) -> None:
-        """Have it wait for its run; or write down at once why it does not run."""
+    @property
+    def _suspect_runs(self) -> bool:
+        suspect = None if self._suspect is None else self._suspect()
+        return suspect is not None and not suspect.ended
+
+    def _receive(self, claimed: Sequence[Claimed]) -> int:
+        """Have them wait for their run, or write down at once why not; returns how many."""
+        for each in claimed:
+            row = Row(each.id, each.handler, _UNKNOWN, each.key, each.attempt)
+            row.leased = True
+            self._holdings.know(row)
+            if each.suspect:
+                self._suspect = weakref.ref(row)
+            try:
+                self._admit(each, row)
+            except Exception as error:  # noqa: BLE001 - also of the user's functions in `formerly`
+                self._complain(each, error)
+                self._holdings.hear(Outcome(row, describe(error), unreadable=True))
+        return len(claimed)
+
+    def _admit(self, claimed: Claimed, row: Row) -> None:
         holdings, catalog = self._holdings, self._holdings.catalog
         codec = catalog.codec(claimed.event_type)
         subscription = None
         if codec is not None:
             subscription = catalog.handler(claimed.handler, codec.event_type)
-        durable = None if subscription is None else subscription.durable
-        row = Row(claimed.id, claimed.handler, durable or _UNKNOWN, claimed.key, claimed.attempt)
-        row.leased = True
-        holdings.know(row)
-        if claimed.suspect:
-            self._suspect = row
         if codec is None or subscription is None:
             reason = "no handler of this name takes such events here"
             holdings.hear(Outcome(row, reason, unreadable=True))
-        elif claimed.attempt > row.durable.attempts:
+            return
+        row.durable = subscription.durable or _UNKNOWN
+        if claimed.attempt > row.durable.attempts:
             holdings.hear(Outcome(row, "its process ended, each time"))
-        else:
-            try:
-                event = codec.decode(claimed.payload, claimed.event_type)
-            except Exception as error:  # noqa: BLE001 - also of the user's functions in `formerly`
-                self._complain(claimed, error)
-                holdings.hear(Outcome(row, describe(error), unreadable=True))
-                return
-            variables = self._variables.copy()
-            if claimed.headers:
-                variables.run(restore, json.loads(claimed.headers), self._state.observers)
-            row.handler = subscription.name  # which may have been another one at the publish
-            rows = EventRows(holdings, {0: row}, None, None)
-            plan = catalog.plan(subscription)
-            self.stock.add(StoredEnvelope(claimed, event, plan, variables, next_number(), rows))
+            return
+        event = codec.decode(claimed.payload, claimed.event_type)
+        variables = self._restored(claimed)
+        row.handler = subscription.name  # which may have been another one at the publish
+        rows = EventRows(holdings, {0: row}, None, None)
+        plan = catalog.plan(subscription)
+        self.stock.add(StoredEnvelope(claimed, event, plan, variables, next_number(), rows))
+
+    def _restored(self, claimed: Claimed) -> Context:
+        """The context variables of its run."""
+        variables = self._variables.copy()
+        if claimed.headers:
+            variables.run(restore, json.loads(claimed.headers), self._state.observers)
+        return variables
 
     def _complain(self, claimed: Claimed, error: Exception) -> None:
         log(

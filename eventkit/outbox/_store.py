@@ -54,6 +54,7 @@ _UNREADABLE_AGAIN = 600.0  # seconds
 # The states stand as they do in the index's condition, or SQLite would not use it.
 _KNOWN_AND_DUE = (
     "state in (0, 3, 4) and due_at <= {now} + :seconds"
+    " and (state <> 3 or due_at <= {now})"  # else `within` would find it again and again
     " and handler in :handlers and event_type in :event_types"
 )
 _UNCOUNTED = "attempt = case when attempt > 0 then attempt - 1 else 0 end"
@@ -264,7 +265,7 @@ class Store(Operations):
             connection: In a transaction.
             owner: This process, which is never among the lapsed.
             known: What it can run.
-            within: What is due in so many seconds is due.
+            within: What is due in so many seconds is due, but for unreadable rows.
         """
         rows = self._statements.run(
             connection, _LOOK, owner=owner, seconds=within, **known._asdict()
@@ -314,7 +315,7 @@ class Store(Operations):
             owner: Who leases them.
             known: What it can run. Other rows are not touched.
             limit: How many at most.
-            within: What is due in so many seconds is due.
+            within: What is due in so many seconds is due, but for unreadable rows.
             busy: Handlers that get no row now.
         """
         return self._claimed(

@@ -60,7 +60,7 @@ class Run:
     async def it(self, actor: str) -> Any:
         """The session or connection of this name."""
         if actor not in self.in_use:
-            made = self.scene.engine.connect() if actor == "core" else self.scene.session()
+            made: Any = self.scene.engine.connect() if actor == "core" else self.scene.session()
             if actor == "core" and self.scene.awaits:
                 made = await made.start()
             self.in_use[actor] = made
