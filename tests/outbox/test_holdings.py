@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from collections import deque
+from contextlib import suppress
 from threading import Thread
 from typing import Any
 from uuid import UUID, uuid4
@@ -101,27 +102,29 @@ async def test_whatever_drops_an_event_frees_its_rows_without_the_collector(
     gc.disable()
     try:
         for end in ("rollback", "close", "discard", "raise"):
-            try:
-                async with bus.context() as unit, scene.begun() as session:
-                    await put(session, end)
-                    unit.publish(Placed())
-                    if end == "rollback":
-                        await done(session.rollback())
-                    elif end == "close":
-                        await done(session.close())
-                    elif end == "discard":
-                        unit.discard()
-                    else:
-                        raise LookupError
-            except LookupError:
-                pass
-            del unit, session
+            with suppress(LookupError):
+                await publish_and_drop(scene, bus, end)
             assert not known(outbox), end
             assert not envelopes, end
     finally:
         gc.enable()
     assert not seen
     assert not scene.table.rows()
+
+
+async def publish_and_drop(scene: Scene, bus: EventBus, end: str) -> None:
+    async with bus.context() as unit, scene.begun() as session:
+        await put(session, end)
+        unit.publish(Placed())
+        match end:
+            case "rollback":
+                await done(session.rollback())
+            case "close":
+                await done(session.close())
+            case "discard":
+                unit.discard()
+            case _:
+                raise LookupError
 
 
 async def test_the_ids_can_be_read_while_other_threads_add_rows(outbox: Outbox) -> None:
