@@ -275,11 +275,9 @@ def test_two_event_loops_have_one_owner_and_the_last_one_says_goodbye(
 
 def only_one_of(error: Exception) -> Exception:
     """What a task group has wrapped, maybe more than once."""
-    if not isinstance(error, ExceptionGroup):
-        return error
-    inner: tuple[Exception, ...] = error.exceptions
-    (only,) = inner
-    return only_one_of(only)
+    while inner := getattr(error, "exceptions", ()):
+        (error,) = inner
+    return error
 
 
 async def started(app: Any) -> tuple[list[Any], list[Exception]]:

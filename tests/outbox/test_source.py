@@ -209,10 +209,10 @@ async def test_the_depth_of_a_chain_goes_on_after_a_restart(scene: Scene, outbox
     bus = EventBus(max_depth=3)
     errors: list[Exception] = []
 
-    def report(delivery: Delivery, error: Exception) -> None:
+    def tell(delivery: Delivery, error: Exception) -> None:
         errors.append(error)
 
-    bus.report_failure = report
+    bus.report_failure = tell
     deep = scene.outbox(bus)
 
     @bus.on(Placed, durable=Durable(attempts=1), name="mail")
