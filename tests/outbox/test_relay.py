@@ -38,6 +38,18 @@ AWAY = "the outbox cannot reach its database"
 UNKNOWN = "stored deliveries wait for a handler that is not known here"
 
 
+def seldom(relay: Relay) -> float:
+    return 10_000.0
+
+
+def at_once(relay: Relay) -> float:
+    return 0.001
+
+
+def no_column(connection: object) -> str:
+    return "no such column"
+
+
 @pytest.fixture
 def clock(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(outbox, monkeypatch)
@@ -59,7 +71,7 @@ def seen(bus: EventBus) -> list[str]:
 @pytest.fixture
 def only_woken(monkeypatch: pytest.MonkeyPatch) -> None:
     """After its first look a relay looks only when it is woken."""
-    monkeypatch.setattr(Relay, "_pause", lambda relay: 10_000.0)
+    monkeypatch.setattr(Relay, "_pause", seldom)
 
 
 async def test_a_relay_runs_what_is_due_by_handlers_of_both_kinds(
@@ -201,8 +213,8 @@ async def test_tables_that_are_missing_are_told_once_the_database_is_there(
     scene: Scene, bus: EventBus, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     outbox = scene.outbox(bus)
-    monkeypatch.setattr(holdings_of(outbox).store, "problem", lambda connection: "no such column")
-    monkeypatch.setattr(Relay, "_pause", lambda relay: 0.001)
+    monkeypatch.setattr(holdings_of(outbox).store, "problem", no_column)
+    monkeypatch.setattr(Relay, "_pause", at_once)
     come_back = be_away(outbox, monkeypatch)
     async with relay_of(bus, outbox, starts=True):
         come_back()
@@ -214,7 +226,7 @@ async def test_tables_that_are_missing_are_told_once_the_database_is_there(
 async def test_tables_that_are_missing_keep_a_relay_from_its_start(
     scene: Scene, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holdings_of(outbox).store, "problem", lambda connection: "no such column")
+    monkeypatch.setattr(holdings_of(outbox).store, "problem", no_column)
     with pytest.raises(OutboxSchemaError, match="no such column"):
         await outbox.run()
     with pytest.raises(OutboxSchemaError, match="no such column"):
@@ -598,7 +610,7 @@ async def test_two_relays_on_one_event_loop_say_goodbye_when_both_have_left(
 async def test_after_detach_a_relay_claims_nothing_more_and_leaves_nothing_open(
     scene: Scene, bus: EventBus, outbox: Outbox, seen: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Relay, "_pause", lambda relay: 0.001)
+    monkeypatch.setattr(Relay, "_pause", at_once)
     begun, may_end = anyio.Event(), anyio.Event()
 
     @bus.on(Placed, durable=True, name="stock")
