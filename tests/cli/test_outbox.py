@@ -300,10 +300,11 @@ def test_the_schema_makes_tables_that_the_command_works_with(place: Path, small_
     database.close()
 
     assert before.exit_code == 3
-    assert before.stderr.splitlines()[-1] == (
-        "Error: there is no table eventkit_inbox in schema 'main': add_tables(Base.metadata), then "
-        "run your migrations or create_all. `eventkit outbox schema` prints the statements that "
-        "make the tables"
+    line = before.stderr.splitlines()[-1]
+    assert line.startswith("Error: there is no table eventkit_")
+    assert line.endswith(
+        " in schema 'main': add_tables(Base.metadata), then run your migrations or create_all. "
+        "`eventkit outbox schema` prints the statements that make the tables"
     )
     assert small_shop("stats").exit_code == 0
 
