@@ -66,7 +66,6 @@ class Holdings:
         patience: Seconds that deliveries may go on at shutdown; None where the application says so.
         lost: How many leases were lost before the outcome was written.
         closed: Whether the outbox is detached, so that nothing is claimed any more.
-        given_back: How many rows were given back as relays ended.
         given_back: How many rows were given back: cancelled, or not begun as relays ended.
     """
 
