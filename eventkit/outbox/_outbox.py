@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -398,9 +398,9 @@ class Outbox:
         with self._lock:
             self._marks[session] = row
 
-    async def settle(self) -> None:
+    def settle(self) -> Coroutine[Any, Any, None]:
         """Write down what has become of deliveries. See the core's `Keeper`."""
-        await self._holdings.settle()
+        return self._holdings.settle()  # which each unit of work awaits: one coroutine is enough
 
     # Relays
 
