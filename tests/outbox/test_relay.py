@@ -161,7 +161,7 @@ async def test_a_database_that_is_away_is_complained_of_once_a_minute_and_asked_
     come_back = be_away(outbox, monkeypatch)
     async with relay_of(bus, outbox, starts=True):
         await until(lambda: len(polls) > 5)
-        assert polls[:4] == [1.0, 2.0, 2.0, 2.0]
+        assert polls[:4] == [1.0, 1.6, 1.6, 1.6]
         assert warned(caplog, AWAY) == 1
         assert not outbox.healthy
         clock.now += 60
@@ -419,6 +419,35 @@ async def test_a_suspect_that_was_never_begun_does_not_hold_up_the_others(
         for _ in range(4):  # which the heartbeat finds out
             await clock.go_on(6)
         await until_looked(relay, lambda: len(seen) == 2)
+        await until(lambda: not bus.stats.running)
+        await holdings_of(outbox).settle()
+    assert not scene.table.rows()
+
+
+async def test_a_suspect_that_is_never_alone_runs_beside_others_in_the_end(
+    scene: Scene, bus: EventBus, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("eventkit.outbox._source.current_time", lambda: now)
+    may_end, running = anyio.Event(), list[str]()
+
+    @bus.on(Placed, durable=True, name="mail")
+    async def mail(event: Placed) -> None:
+        running.append(event.name)
+        await may_end.wait()
+
+    scene.table.insert(event("mail", name="busy"))
+    async with relay_of(bus, outbox) as relay:
+        await look(relay)
+        await until(lambda: running == ["busy"])
+        (suspect,) = scene.table.insert(event("mail", name="suspect"))
+        scene.table.change(suspect, "state = 4, attempt = 2")
+        await look(relay)
+        assert scene.table.rows()[suspect][0] == State.SUSPECT
+        now += 5
+        await look(relay)
+        await until(lambda: running == ["busy", "suspect"])
+        may_end.set()
         await until(lambda: not bus.stats.running)
         await holdings_of(outbox).settle()
     assert not scene.table.rows()
