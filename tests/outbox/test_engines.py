@@ -122,7 +122,7 @@ async def test_a_factory_that_leads_to_other_engines_too_has_rows_in_the_outboxs
         pytest.skip("both databases are used by one driver")
     seen = keep(bus)
     with sqlite(tmp_path / "other.db") as other:
-        sessions = sessionmaker(scene.engine, binds={Row: other})
+        sessions = sessionmaker(scene.hooks, binds={Row: other})
         scene.outbox(bus, engine=sessions)
         async with bus.context():
             with sessions.begin() as session:
