@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, event, text
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
@@ -122,7 +122,7 @@ async def test_a_factory_that_leads_to_other_engines_too_has_rows_in_the_outboxs
         pytest.skip("both databases are used by one driver")
     seen = keep(bus)
     with sqlite(tmp_path / "other.db") as other:
-        sessions = sessionmaker(cast("Engine", scene.engine), binds={Row: other})
+        sessions = sessionmaker(scene.hooks, binds={Row: other})
         scene.outbox(bus, engine=sessions)
         async with bus.context():
             with sessions.begin() as session:
