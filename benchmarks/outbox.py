@@ -678,8 +678,8 @@ def tables(results: Results) -> str:
             ]
     leases = [f.case["lease"] for f in results.figures if f.case["measured"] == RECOVERY]
     parts += [
-        f"**{RECOVERY.capitalize()}**, seconds until another process begins the handler; "
-        f"the lease is {leases[0]}",
+        f"**{RECOVERY[0].upper()}{RECOVERY[1:]}**, seconds until another process begins the "
+        f"handler; the lease is {leases[0]}",
         grid(results, {"measured": RECOVERY}, "database", _seconds),
     ]
     return "\n\n".join(parts)
