@@ -221,7 +221,7 @@ class Transaction(ABC):
         self.levels: list[Level] = [Level()]
         self.units: set[Unit] = set()
         self.gone = False
-        self.inside: ref[Transaction] | None = None
+        self.inside: Callable[[], Transaction | None] | None = None
 
     @property
     def is_root(self) -> bool:
@@ -230,7 +230,7 @@ class Transaction(ABC):
 
     def with_those_inside(self) -> list[Transaction]:
         """Itself, and those that its commit commits, too."""
-        found = [self]
+        found: list[Transaction] = [self]
         while (inside := found[-1].inside) is not None and (inner := inside()) is not None:
             found.append(inner)
         return found
