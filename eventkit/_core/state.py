@@ -67,6 +67,7 @@ class Keeper(Protocol):
 
     def settle(self) -> Coroutine[Any, Any, None]:
         """Write down what has become of deliveries. Is not cancelled, and ends in time."""
+        ...
 
     def serve(self, host: Host, tasks: TaskGroup, /, *, concurrency: int) -> Service:
         """Run what is due on the event loop that calls, from the service's start on."""
