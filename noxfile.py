@@ -118,7 +118,7 @@ def crash(session: nox.Session) -> None:
     """
     install(session, "crash")
     chosen = any(each.startswith("tests/") for each in session.posargs)
-    # They mostly wait. Their own limits end what hangs, and a soak takes as long as it is to.
+    # They mostly wait. Their own limits end what hangs; a soak takes as long as it is told.
     options = ["-n", "4", "-o", "faulthandler_timeout=0"]
     session.run("pytest", *options, *([] if chosen else ["tests/crash"]), *session.posargs)
 

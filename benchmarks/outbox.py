@@ -88,6 +88,7 @@ BARE = "plain, and the bare INSERT"
 MEMORY = "eventkit, handlers in memory"
 DURABLE = "eventkit, durable handlers"
 
+OUTSIDE, INSIDE = "outside of a transaction", "in a transaction"
 UNTIED = "eventkit, no database"
 TIED = "eventkit, deliver_on_commit"
 KEPT = "eventkit, Outbox"
@@ -238,7 +239,7 @@ def _nothing_to_do() -> Callable[[OrderPlaced], Any]:
 
 def _beside(effort: Effort) -> Iterator[Comparison]:
     longer = replace(effort, rounds=4 * effort.rounds)
-    for where in ("outside of a transaction", "in a transaction"):
+    for where in (OUTSIDE, INSIDE):
         yield on_loop("asyncio", partial(_event_beside, where, longer))
 
 
@@ -274,7 +275,7 @@ async def events_beside(where: str, contender: str) -> AsyncGenerator[Run]:
                     await transact(partial(bus.publish, event), None)
             return now() - begun
 
-        yield run if where.startswith("outside") else run_in_transactions
+        yield run if where == OUTSIDE else run_in_transactions
 
 
 # From the commit to the handler
@@ -625,7 +626,7 @@ def verdicts(comparisons: Sequence[Comparison]) -> Iterator[Verdict]:
                 name = f"{place}, {rows} rows: {DURABLE} / {BARE}"
                 ratio = found.ratio(DURABLE, BARE).median
                 yield Verdict(name, ratio, GOAL_OF_TRANSACTION, slack=FINE_SLACK)
-        elif measured == BESIDE:
+        elif measured == BESIDE and where == OUTSIDE:
             added = statistics.median(
                 (kept - tied) / 1000
                 for tied, kept in zip(found.rounds[TIED], found.rounds[KEPT], strict=True)
@@ -678,8 +679,8 @@ def tables(results: Results) -> str:
             ]
     leases = [f.case["lease"] for f in results.figures if f.case["measured"] == RECOVERY]
     parts += [
-        f"**{RECOVERY.capitalize()}**, seconds until another process begins the handler; "
-        f"the lease is {leases[0]}",
+        f"**{RECOVERY[0].upper()}{RECOVERY[1:]}**, seconds until another process begins the "
+        f"handler; the lease is {leases[0]}",
         grid(results, {"measured": RECOVERY}, "database", _seconds),
     ]
     return "\n\n".join(parts)

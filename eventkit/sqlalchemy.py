@@ -7,7 +7,7 @@ connection is used in: they only mark, and no handler runs in them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from threading import get_ident
 from typing import Any, TypeGuard
 from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
@@ -416,16 +416,6 @@ class _Watched(Transaction):
         """Whether its commit is the database's, and not that of a savepoint of its caller's."""
         return self.savepoint is None
 
-    def with_those_inside(self) -> Sequence[Transaction]:
-        """Itself, and those of sessions that have joined it."""
-        found: list[Transaction] = [self]
-        root = self.root()
-        inner = None if root is None else self._tie._transactions.get(root)  # noqa: SLF001
-        while inner is not None and inner is not self:
-            found.append(inner)
-            inner = inner.covers
-        return found
-
     def look(self) -> None:
         """Find out whether it has ended, and whether its session has objects to flush."""
         self.confirm()
@@ -488,7 +478,7 @@ class _Watched(Transaction):
 
     def be_part_of(self, below: _Watched) -> None:
         """Its session has joined the transaction of its caller's connection, which decides."""
-        self.levels[0].around = below.levels[-1]
+        self.levels[0].around, below.inside = below.levels[-1], ref(self)
         if self.levels[-1].wrote:
             below.write()
         below.use()

@@ -32,30 +32,26 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _AGE = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
 
 
-class _Age(click.ParamType[float]):
-    """A number and a unit, in seconds."""
-
-    name = "age"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:  # Any: as click has it
-        """Read it."""
-        found = _AGE.fullmatch(value)
-        if found is None:
-            self.fail(
-                f"'{value}' is not a number with one of the units s, m, h, d and w, as 30d is",
-                param,
-                ctx,
-            )
-        return float(found[1]) * _SECONDS[found[2]]
+def _age(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
+    """Read a number and a unit, in seconds."""
+    if value is None:
+        return None
+    found = _AGE.fullmatch(value)
+    if found is None:
+        raise click.BadParameter(
+            f"'{value}' is not a number with one of the units s, m, h, d and w, as 30d is"
+        )
+    return float(found[1]) * _SECONDS[found[2]]
 
 
 _target = click.argument("target", metavar="MODULE:ATTR")
 _ids = click.argument("ids", metavar="[ID]...", type=click.UUID, nargs=-1)
 _handler = click.option("--handler", metavar="NAME", help="Those of this handler.")
 _before = click.option(
-    "--before", type=_Age(), help="Those published at least so long ago: 90s, 15m, 6h, 30d, 2w."
+    "--before",
+    metavar="AGE",
+    callback=_age,
+    help="Those published at least so long ago: 90s, 15m, 6h, 30d, 2w.",
 )
 _json = click.option("--json", "json", is_flag=True, help="Write one JSON document.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -65,8 +65,9 @@ class Keeper(Protocol):
     async def write(self, envelopes: Sequence[Envelope], /) -> None:
         """Write the rows of what no transaction has decided; where that fails, take them away."""
 
-    async def settle(self) -> None:
+    def settle(self) -> Coroutine[Any, Any, None]:
         """Write down what has become of deliveries. Is not cancelled, and ends in time."""
+        ...
 
     def serve(self, host: Host, tasks: TaskGroup, /, *, concurrency: int) -> Service:
         """Run what is due on the event loop that calls, from the service's start on."""

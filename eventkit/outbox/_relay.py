@@ -45,7 +45,7 @@ from eventkit.outbox._source import Fed, RowSource
 
 _AWAY = "the outbox cannot reach its database"
 POLL = 0.5  # seconds between two looks into the table, while something is found
-_SLOWEST_POLL = 2.0
+_SLOWEST_POLL = 1.6  # with the spread less than two seconds, in which others are to take over
 _SPREAD = 0.2  # so that processes do not look at the same moments
 _GATHERING = 0.005  # seconds in which outcomes gather, to be written at once
 _SECOND_LOOK = 0.25  # seconds; who waits for SQLite's lock tries again each 0.1 s

@@ -31,6 +31,7 @@ from eventkit.outbox._rows import EventRows, Outcome, Row, StoredEnvelope, descr
 from eventkit.outbox._store import Claimed
 
 _MOST_HELD = 500
+_PATIENCE = 5.0  # seconds that a suspect waits to run alone
 _PACE = 2.0  # seconds: as many rows are held as have ended in so many
 
 _UNKNOWN = Durable()  # of a handler that has gone since its row was claimed
@@ -112,6 +113,7 @@ class RowSource:
         self._state = state
         self._tell_ended = ended
         self._variables = copy_context()
+        self._busy_since = current_time()  # when nothing was held the last time, or a suspect came
         self._ended: deque[float] = deque()  # when rows have ended, within the pace
         # The one that runs, until its outcome is written or nobody has it any more.
         self._suspect: weakref.ref[Row] | None = None
@@ -133,7 +135,8 @@ class RowSource:
 
         A handler that holds half of the rows is given no more, and does not count: rows of others
         find room beside it. A row whose process has died repeatedly is claimed once nothing else
-        is held, and the next one when its outcome is written.
+        is held, or after some seconds in which that was never so; the next one when its outcome
+        is written.
 
         Args:
             within: Also what is due in so many seconds.
@@ -151,9 +154,15 @@ class RowSource:
         rest = most - held.total() - claimed
         if busy and rest > 0:  # nobody else waits
             claimed += await self._claim(partial(claim, limit=rest), term)
-        if not claimed and not held and not self._suspect_runs:
+        if not held:
+            self._busy_since = current_time()
+        alone = not held and not claimed
+        if not self._suspect_runs and (alone or current_time() - self._busy_since >= _PATIENCE):
+            self._busy_since = current_time()
             one = partial(holdings.store.claim_suspect, owner=owner, known=known)
-            claimed = await self._claim(lambda connection: [*filter(None, [one(connection)])], term)
+            claimed += await self._claim(
+                lambda connection: [*filter(None, [one(connection)])], term
+            )
         return claimed
 
     def suspect_is_done(self) -> bool:

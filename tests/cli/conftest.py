@@ -1,5 +1,6 @@
 """A shop in a module of a test's own, with an outbox in a database of its own."""
 
+import inspect
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -25,6 +27,9 @@ from tests.outbox.conftest import DRIVERS, opened
 from tests.outbox.rows import Database
 from tests.serving import PATIENCE, ROOT
 
+# Before click 8.2 it writes both streams as one, unless it is told not to.
+MIXES = "mix_stderr" in inspect.signature(CliRunner).parameters
+APART: dict[str, Any] = {"mix_stderr": False} if MIXES else {}
 SHOP = """
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -54,7 +59,7 @@ def get_mailer():
 bus = EventBus(name="shop")
 engine = {make}({url!r})
 outbox = Outbox(bus, engine, relay=False, schema={schema!r}, lease=1.5)
-print("imported")
+print("imported", flush=True)
 
 
 @bus.on(Placed, durable=True, name="mail")
@@ -161,7 +166,7 @@ class Shop:
         env = {"TERM": terminal, "COLUMNS": "80", "FORCE_COLOR": "1"} if terminal else {}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_targets, "all_buses", lambda: [*except_for(before, all_buses())])
-            return CliRunner(env=env).invoke(
+            return CliRunner(env=env, **APART).invoke(
                 eventkit, args, input=answer, prog_name="eventkit", catch_exceptions=False
             )
 

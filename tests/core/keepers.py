@@ -1,6 +1,6 @@
 """A keeper that keeps deliveries in memory: what the core asks of an outbox, without SQL."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,7 @@ class KeptRows(Observer):
         return self.indexes if self.written and not self._keeper.may_run else ()
 
     @contextmanager
-    def delivery(self, delivery: Delivery) -> Iterator[None]:
+    def delivery(self, delivery: Delivery) -> Generator[None]:
         try:
             yield
         except BaseException as error:

@@ -38,6 +38,9 @@ def other(event: object) -> None:
     """Another one."""
 
 
+_LAMBDA: Callable[[Number], None] = lambda event: None  # noqa: E731
+
+
 class Callable_:  # noqa: N801
     def __call__(self, event: Number) -> None: ...
 
@@ -103,7 +106,7 @@ def test_durable_takes_a_bool_or_a_durable(value: Any) -> None:
         (TypeError, {"formerly": {"shop:receipt"}}),
         (TypeError, {"formerly": [7]}),
     ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
+    ids=str,
 )
 def test_bad_values_are_refused_where_they_are_written(
     error: type[Exception], options: dict[str, Any]
@@ -126,7 +129,7 @@ def test_pauses_double_up_to_an_hour_thirteen_hours_in_all() -> None:
 @pytest.mark.parametrize(
     ("make", "kind"),
     [
-        (lambda: lambda event: None, "a lambda"),
+        (lambda: _LAMBDA, "a lambda"),
         (lambda: partial(handle), "a partial"),
         (lambda: Callable_(), "an object with __call__"),  # noqa: PLW0108
         (lambda: closure(), "defined in a function"),  # noqa: PLW0108

@@ -1,8 +1,9 @@
 """Faults that are planted in a copy of the package, and the tests that have to find them.
 
-`python -m tests.crash.planted` plants each by itself, runs the tests that are named beside it, and
-prints a table; words choose those faults whose names contain one of them. It ends non-zero where a
-test has passed in spite of its fault, or where a fault cannot be planted any more.
+`python -m tests.crash.planted` runs all of those tests without a fault, then plants each by itself,
+runs the tests that are named beside it, and prints a table; words choose the faults whose names
+contain one of them. It ends non-zero where a test has passed in spite of its fault, or where a
+fault cannot be planted any more.
 """
 
 import os
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -207,9 +210,9 @@ def plant(fault: Fault, copy: Path) -> None:
     path.write_text(text.replace(fault.old, fault.new))
 
 
-def run(finder: str, copy: Path) -> int:
-    """Run a test in the copy; pytest's exit code."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", finder]
+def run(finders: Iterable[str], copy: Path) -> int:
+    """Run tests in the copy, up to the first that fails; pytest's exit code."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *finders]
     env = os.environ | {"PYTHONPATH": str(copy), "EVENTKIT_CRASH_PATIENCE": "15"}
     return subprocess.run(
         command,
@@ -221,31 +224,44 @@ def run(finder: str, copy: Path) -> int:
     ).returncode
 
 
+@contextmanager
+def copied() -> Generator[Path]:
+    """What the tests need, in a folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="eventkit_planted_") as name:
+        copy = Path(name)
+        for each in COPIED:
+            source = ROOT / each
+            if source.is_dir():
+                shutil.copytree(source, copy / each, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, copy / each)
+        yield copy
+
+
+def verdict_on(fault: Fault, finder: str) -> str:
+    with copied() as copy:
+        try:
+            plant(fault, copy)
+        except ValueError as error:
+            return f"CANNOT BE PLANTED: {error}"
+        code = run([finder], copy)
+        return VERDICTS.get(code, f"PYTEST ENDED WITH {code}")
+
+
 VERDICTS = {0: "NOT FOUND", 1: "found", 5: "NO SUCH TEST", 4: "NO SUCH TEST"}
 
 
 def main(words: list[str]) -> int:
-    missed = 0
     chosen = [each for each in FAULTS if not words or any(word in each.name for word in words)]
+    with copied() as copy:
+        if code := run({finder for fault in chosen for finder in fault.finders}, copy):
+            print(f"without any fault pytest ends with {code}: first mend that")
+            return code
+    missed = 0
     for fault in chosen:
         for finder in fault.finders:
-            with tempfile.TemporaryDirectory(prefix="eventkit_planted_") as name:
-                copy = Path(name)
-                for each in COPIED:
-                    source = ROOT / each
-                    if source.is_dir():
-                        ignored = shutil.ignore_patterns("__pycache__")
-                        shutil.copytree(source, copy / each, ignore=ignored)
-                    else:
-                        shutil.copy(source, copy / each)
-                begun = time.monotonic()
-                try:
-                    plant(fault, copy)
-                except ValueError as error:
-                    verdict = f"CANNOT BE PLANTED: {error}"
-                else:
-                    code = run(finder, copy)
-                    verdict = VERDICTS.get(code, f"PYTEST ENDED WITH {code}")
+            begun = time.monotonic()
+            verdict = verdict_on(fault, finder)
             missed += verdict != "found"
             took = time.monotonic() - begun
             print(f"{verdict:10} {took:4.0f} s  {fault.name:55} {finder}", flush=True)

@@ -156,7 +156,7 @@ def soak(
         raised: dict[str, int] = {}
         for process in group.all:
             for line in process.said("commit failed"):
-                kind = str(line["error"])
+                kind = str(line["text"]).partition("\n")[0][:60]
                 raised[kind] = raised.get(kind, 0) + 1
             report.reaped += sum(
                 len(str(line["facts"]["processes"]).split(", "))

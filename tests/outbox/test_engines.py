@@ -115,6 +115,27 @@ async def test_a_factory_leads_to_its_engine(bus: EventBus, scene: Scene) -> Non
     assert seen == ["ada"]
 
 
+async def test_a_factory_that_leads_to_other_engines_too_has_rows_in_the_outboxs_alone(
+    bus: EventBus, scene: Scene, tmp_path: Path
+) -> None:
+    if scene.awaits:
+        pytest.skip("both databases are used by one driver")
+    seen = keep(bus)
+    with sqlite(tmp_path / "other.db") as other:
+        sessions = sessionmaker(scene.hooks, binds={Row: other})
+        scene.outbox(bus, engine=sessions)
+        async with bus.context():
+            with sessions.begin() as session:
+                session.add(Row(name="there"))
+                session.flush()
+                bus.publish(Placed())
+            with Session(other) as session:
+                assert session.get(Row, "there") is not None
+
+    assert seen == ["ada"]
+    assert scene.kept() == {}
+
+
 class Base(DeclarativeBase):
     pass
 

@@ -229,7 +229,11 @@ async def test_ids_stay_the_same_over_attempts(scene: Scene, bus: EventBus, outb
 async def test_the_depth_of_a_chain_goes_on_after_a_restart(scene: Scene, outbox: Outbox) -> None:
     bus = EventBus(max_depth=3)
     errors: list[Exception] = []
-    bus.report_failure = lambda delivery, error: errors.append(error)
+
+    def tell(delivery: Delivery, error: Exception) -> None:
+        errors.append(error)
+
+    bus.report_failure = tell
     deep = scene.outbox(bus)
 
     @bus.on(Placed, durable=Durable(attempts=1), name="mail")

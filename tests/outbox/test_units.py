@@ -25,7 +25,7 @@ from eventkit.starlette import EventContextMiddleware
 from tests.asgi import client_of
 from tests.conftest import Backend
 from tests.contract.bus import assert_settled
-from tests.outbox.scenes import LIMIT, Paid, Placed, Scene, until
+from tests.outbox.scenes import LIMIT, Paid, Placed, Scene, lapse, until
 from tests.sqlalchemy.steps import put
 
 LEASED = (State.LEASED, 1)
@@ -221,16 +221,6 @@ def test_an_application_leaves_no_rows(
 
 
 # Cancellation
-
-
-def lapse(outbox: Outbox) -> None:
-    """Have the lease give back what nobody here knows, as two heartbeats do a third apart."""
-    lease = outbox._holdings.lease
-    clock = lease._clock
-    lease.beat()
-    lease._clock = lambda: clock() + lease.seconds / 3
-    lease.beat()
-    lease._clock = clock
 
 
 @pytest.mark.anyio
