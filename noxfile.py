@@ -136,7 +136,7 @@ def load(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure what users pay, in CPU time, beside the peers; ten minutes.
+    """Measure what users pay, in CPU time, beside the peers; half an hour.
 
     Arguments go to the benchmarks: `behind served` chooses some, `--quick` is a first look,
     `--check` fails where a goal is missed, `--out docs/benchmarks` keeps what was measured.

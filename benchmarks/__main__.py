@@ -27,6 +27,7 @@ TOPICS = (
     "lookup",
     "dependencies",
     "transactions",
+    "outbox",
     "testing",
 )
 

@@ -97,9 +97,9 @@ class Latch:
         self.missing = 0
         self._opened = anyio.Event()
 
-    def expect(self) -> None:
-        """Close it for the next event."""
-        self.missing = self._handlers
+    def expect(self, handlers: int | None = None) -> None:
+        """Close it for the next event, or for so many handlers of several."""
+        self.missing = self._handlers if handlers is None else handlers
         self._opened = anyio.Event()
 
     def counting(self, handler: Handler) -> Handler:

@@ -53,6 +53,14 @@ def _restored(
     return error
 
 
+def not_installed(module: str, package: str, extra: str) -> ModuleNotFoundError:
+    """What a module raises whose package is missing; it names the extra that brings the package."""
+    return ModuleNotFoundError(
+        f"{module} needs {package}, which is not installed: install fastapi-eventkit[{extra}]",
+        name=package,
+    )
+
+
 class InvalidEventTypeError(EventKitError, TypeError):
     """Something that is not an event class was subscribed to, or a class itself was published."""
 

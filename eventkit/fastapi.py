@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from eventkit.exceptions import BusLookupError, not_installed
+
 try:
     from fastapi import Depends
 except ModuleNotFoundError as _missing:
-    raise ModuleNotFoundError(
-        f"eventkit.fastapi needs {_missing.name}, which is not installed: install "
-        "fastapi-eventkit[fastapi]",
-        name=_missing.name,
-    ) from _missing
+    raise not_installed(__name__, "fastapi", "fastapi") from _missing
 from starlette.requests import HTTPConnection
 
 from eventkit._core.bus import EventBus
 from eventkit._core.context import EventContext
 from eventkit._core.depends import FastAPIResolver
-from eventkit.exceptions import BusLookupError
 
 __all__ = ["Bus", "CurrentContext", "FastAPIResolver", "get_bus", "get_context"]
 

@@ -7,28 +7,26 @@ connection is used in: they only mark, and no handler runs in them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from threading import get_ident
 from typing import Any, TypeGuard
 from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
+from eventkit.exceptions import not_installed
+
 try:
     from sqlalchemy import Connection, Engine, event, select
-except ModuleNotFoundError as _missing:
-    raise ModuleNotFoundError(
-        f"eventkit.sqlalchemy needs {_missing.name}, which is not installed: install "
-        "fastapi-eventkit[sqlalchemy]",
-        name=_missing.name,
-    ) from _missing
+    from sqlalchemy.ext.asyncio import (
+        AsyncEngine,
+        async_scoped_session,
+        async_session,
+        async_sessionmaker,
+    )
+except ImportError as _missing:  # without greenlet SQLAlchemy raises one that has no name
+    raise not_installed(__name__, _missing.name or "greenlet", "sqlalchemy") from _missing
 from sqlalchemy.engine import ExceptionContext, RootTransaction
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import (
-    AsyncEngine,
-    async_scoped_session,
-    async_session,
-    async_sessionmaker,
-)
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session, sessionmaker
 
 from eventkit._core.bus import EventBus, state_of
@@ -44,10 +42,10 @@ _Sessions = _Factory | scoped_session[Any] | async_scoped_session[Any]
 
 _COMMIT_FAILED = "a commit failed, and may have happened all the same"
 _ANSWERED_ROLLBACK = "a statement had failed, so the database answered COMMIT with ROLLBACK"
-
 _OF_THE_DRIVER = "?"  # stands for a statement that is no text; it may write
 _DEADLOCK = 1213  # of MySQL and MariaDB
 
+_gone: Callable[[], None] = type(None)  # stands for a reference to nothing
 _ties: list[CommitTie] = []  # those that are not detached
 
 
@@ -418,16 +416,6 @@ class _Watched(Transaction):
         """Whether its commit is the database's, and not that of a savepoint of its caller's."""
         return self.savepoint is None
 
-    def with_those_inside(self) -> Sequence[Transaction]:
-        """Itself, and those of sessions that have joined it."""
-        found: list[Transaction] = [self]
-        root = self.root()
-        inner = None if root is None else self._tie._transactions.get(root)  # noqa: SLF001
-        while inner is not None and inner is not self:
-            found.append(inner)
-            inner = inner.covers
-        return found
-
     def look(self) -> None:
         """Find out whether it has ended, and whether its session has objects to flush."""
         self.confirm()
@@ -490,7 +478,7 @@ class _Watched(Transaction):
 
     def be_part_of(self, below: _Watched) -> None:
         """Its session has joined the transaction of its caller's connection, which decides."""
-        self.levels[0].around = below.levels[-1]
+        self.levels[0].around, below.inside = below.levels[-1], ref(self)
         if self.levels[-1].wrote:
             below.write()
         below.use()
@@ -576,10 +564,6 @@ class _Watched(Transaction):
             self.roll_back("the database answered COMMIT with ROLLBACK", _ANSWERED_ROLLBACK)
         else:
             self.commit()
-
-
-def _gone() -> None:
-    """Stand for a reference to nothing."""
 
 
 def root_of(bind: Any) -> Engine:  # Any: all that a session can be bound to

@@ -32,30 +32,26 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _AGE = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
 
 
-class _Age(click.ParamType[float]):
-    """A number and a unit, in seconds."""
-
-    name = "age"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:  # Any: as click has it
-        """Read it."""
-        found = _AGE.fullmatch(value)
-        if found is None:
-            self.fail(
-                f"'{value}' is a number with one of the units s, m, h, d and w: 30d, for instance",
-                param,
-                ctx,
-            )
-        return float(found[1]) * _SECONDS[found[2]]
+def _age(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
+    """Read a number and a unit, in seconds."""
+    if value is None:
+        return None
+    found = _AGE.fullmatch(value)
+    if found is None:
+        raise click.BadParameter(
+            f"'{value}' is not a number with one of the units s, m, h, d and w, as 30d is"
+        )
+    return float(found[1]) * _SECONDS[found[2]]
 
 
 _target = click.argument("target", metavar="MODULE:ATTR")
 _ids = click.argument("ids", metavar="[ID]...", type=click.UUID, nargs=-1)
 _handler = click.option("--handler", metavar="NAME", help="Those of this handler.")
 _before = click.option(
-    "--before", type=_Age(), help="Those published at least so long ago: 90s, 15m, 6h, 30d, 2w."
+    "--before",
+    metavar="AGE",
+    callback=_age,
+    help="Those published at least so long ago: 90s, 15m, 6h, 30d, 2w.",
 )
 _json = click.option("--json", "json", is_flag=True, help="Write one JSON document.")
 
@@ -155,7 +151,7 @@ def list_(target: str, state: str, handler: str | None, limit: int, json: bool) 
     else:
         click.echo("no such deliveries", err=True)
     if len(found) == limit:
-        click.echo(f"there may be more than these {limit}: --limit", err=True)
+        click.echo(f"there may be more than {limit}: --limit", err=True)
 
 
 @outbox.command(epilog=EXIT_CODES)
@@ -194,7 +190,7 @@ def retry(
         total = sum(n for (_, state), n in counts.items() if state in {"dead", "unreadable"})
         with _show.progress("retrying", total) as tell:
             retried = _ask(box, lambda: box.retry(**chosen, progress=tell))
-    _report(json, "retried", retried, ids, "dead or unreadable")
+    _report(json, "retried", retried, ids, "not dead or unreadable")
 
 
 @outbox.command(epilog=EXIT_CODES)
@@ -223,7 +219,7 @@ def drop(
     Says how many of which, and asks. Those that run now stay.
     """
     chosen = _chosen("drop", ids, handler=handler, before=before)
-    if not yes and not sys.stdin.isatty():
+    if not yes and not _can_ask():
         raise Mistake("drop asks before it deletes, and there is no terminal to ask on: --yes")
     with outbox_of(target) as box:
         counts = _ask(box, lambda: box.count(**chosen))
@@ -239,7 +235,7 @@ def drop(
         if total:
             with _show.progress("dropping", total) as tell:
                 dropped = _ask(box, lambda: box.drop(**chosen, state=state, progress=tell))
-    _report(json, "dropped", dropped, ids, f"{state or 'kept'}, and not running")
+    _report(json, "dropped", dropped, ids, f"not {state}" if state else "running")
 
 
 @outbox.command(epilog=EXIT_CODES)
@@ -269,6 +265,11 @@ def _ask(box: Outbox, question: Callable[[], Awaitable[_Result]]) -> _Result:
         return anyio.run(ask)
 
 
+def _can_ask() -> bool:
+    """Whether somebody may answer."""
+    return sys.stdin.isatty()
+
+
 def _chosen(operation: str, ids: Iterable[UUID], **others: object) -> dict[str, Any]:
     """What says which deliveries are meant. Any: of several types."""
     chosen: dict[str, Any] = {"ids": [*ids] or None, **others}
@@ -279,7 +280,7 @@ def _chosen(operation: str, ids: Iterable[UUID], **others: object) -> dict[str, 
     return chosen
 
 
-def _report(json: bool, done: str, count: int, ids: Iterable[UUID], others: str) -> None:
+def _report(json: bool, done: str, count: int, ids: Iterable[UUID], why_not: str) -> None:
     """Say how many; those that were named and are not among them are a failure."""
     if json:
         _show.as_json({done: count})
@@ -287,4 +288,4 @@ def _report(json: bool, done: str, count: int, ids: Iterable[UUID], others: str)
         click.echo(f"{done} {count}")
     missing = len({*ids}) - count
     if missing > 0:
-        raise Failure(f"{missing} of those that were named: not {others}, or no longer kept")
+        raise Failure(f"{missing} of those that were named: {why_not}, or no longer kept")

@@ -26,6 +26,7 @@ from eventkit._cli._problems import Failure, Mistake, only
 from eventkit._cli._targets import Target
 from eventkit._core.bus import state_of
 from eventkit._core.log import log
+from eventkit._core.loops.changes import GRACE_SECONDS
 from eventkit._core.loops.tasks import tasks_here
 from eventkit.exceptions import EventKitError, OutboxSchemaError
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LINE = "%(asctime)s %(levelname)-8s %(name)s: %(message)s"
-_SECONDS_FOR_THE_REST = 2.0  # that an app may take after it has said that it is shut down
 
 
 def run(
@@ -146,7 +146,7 @@ async def _run_app(name: str, app: ASGIApp, outboxes: Sequence[Outbox]) -> None:
         with _told_to_stop(lifespan.stop.set):
             tasks.start_soon(lifespan.run)
             await lifespan.over.wait()
-        with move_on_after(_SECONDS_FOR_THE_REST):
+        with move_on_after(GRACE_SECONDS):  # it has said that it is shut down
             await lifespan.ended.wait()
         _say_end(outboxes)
         if not lifespan.ended.is_set():

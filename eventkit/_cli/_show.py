@@ -156,7 +156,7 @@ def _in_columns(rows: Sequence[Sequence[str]], flush_right: Sequence[bool]) -> s
 def progress(what: str, total: int) -> Generator[Callable[[int], object]]:
     """A bar on stderr, where that is a terminal and there is much to do."""
     console = _console(err=True)
-    if total <= _MANY or not console.is_terminal:
+    if total <= _MANY or not console.is_interactive:
         yield lambda done: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

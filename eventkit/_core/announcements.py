@@ -77,8 +77,9 @@ def announce_lost(
         with state.tally.lock:
             for lost in state.losses:
                 lost.update(delivery.handler for delivery in deliveries)
+    usual = logging.DEBUG if outcome is Outcome.REQUEUED else logging.INFO
     log(
-        logging.ERROR if undelivered else logging.INFO,
+        logging.ERROR if undelivered else usual,
         f"deliveries {outcome.value}",
         bus=state.name,
         deliveries=len(deliveries),

@@ -413,6 +413,7 @@ class Worker:
                     if run.must_hand_on or (interlude := run.take_interlude()) is None:
                         return
                     await interlude()
+                    interlude = None  # it has events, and a traceback may lead to this frame
                 if not await run.may_go_on(self):
                     return
         except BaseException as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 from anyio import CancelScope, current_time
@@ -30,6 +30,11 @@ class Delivered(Protocol):
 
 async def run_in_time(handler: Handler, turn: Delivered, limit: float | None) -> None:
     """Run it, for at most so many seconds; a call in a thread takes as long as it takes."""
+    if limit is None:  # and no scope is made
+        awaitable = await handler.start(turn.event, turn.origin, nullcontext)
+        if awaitable is not None:
+            await awaitable
+        return
     scope = CancelScope()
 
     @contextmanager
@@ -38,13 +43,10 @@ async def run_in_time(handler: Handler, turn: Delivered, limit: float | None) ->
         try:
             yield
         finally:
-            scope.deadline = current_time() + (math.inf if limit is None else limit)
+            scope.deadline = current_time() + limit
 
     awaitable = await handler.start(turn.event, turn.origin, untimed)
     if awaitable is None:
-        return
-    if limit is None:
-        await awaitable
         return
     stopped: BaseException | None = None
     try:

@@ -133,6 +133,8 @@ def watched(observers: tuple[Observer, ...], delivery: Delivery) -> AbstractCont
     """All observers' context managers around one delivery, the first observer outermost."""
     if not observers:
         return nullcontext()
+    if len(observers) == 1:  # often it is an outbox's, and a stack costs more than all else here
+        return _Surrounding(observers[0], delivery)
     with ExitStack() as stack:
         for observer in observers:
             stack.enter_context(_Surrounding(observer, delivery))

@@ -254,10 +254,14 @@ class EventQueue:
 
     def unwritten(self) -> list[Envelope]:
         """What is released, if the next one has rows that are to be written first; else nothing."""
-        with self._tally.lock:
+        tally = self._tally
+        tally.acquire()
+        try:
             if not self._released or not _is_unwritten(self._released[0]):
                 return []
             return [each for each in self._released if _is_unwritten(each)]
+        finally:
+            tally.release()
 
     def feed(self, envelope: Envelope) -> None:
         """Release what comes from elsewhere, and not from a publish."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -65,8 +65,9 @@ class Keeper(Protocol):
     async def write(self, envelopes: Sequence[Envelope], /) -> None:
         """Write the rows of what no transaction has decided; where that fails, take them away."""
 
-    async def settle(self) -> None:
+    def settle(self) -> Coroutine[Any, Any, None]:
         """Write down what has become of deliveries. Is not cancelled, and ends in time."""
+        ...
 
     def serve(self, host: Host, tasks: TaskGroup, /, *, concurrency: int) -> Service:
         """Run what is due on the event loop that calls, from the service's start on."""
@@ -193,7 +194,7 @@ def log_failure(delivery: Delivery, error: Exception) -> None:
     kept = delivery.attempts > 1
     log(
         logging.WARNING if again else logging.ERROR,
-        "event handler failed, and is tried again" if again else "event handler failed",
+        "event handler failed",
         error=error,
         event_type=type_name(type(delivery.event)),
         handler=delivery.handler,

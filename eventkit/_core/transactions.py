@@ -211,24 +211,29 @@ class Transaction(ABC):
         levels: The transaction itself, and the savepoints that are open in it.
         units: The units of work that it takes part in, and those in which its events wait.
         gone: Whether it takes part in nothing any more.
+        inside: That of the session which joined it last; weak.
     """
 
-    __slots__ = ("__weakref__", "gone", "levels", "state", "units")
+    __slots__ = ("__weakref__", "gone", "inside", "levels", "state", "units")
 
     def __init__(self, state: BusState) -> None:
         self.state = state
         self.levels: list[Level] = [Level()]
         self.units: set[Unit] = set()
         self.gone = False
+        self.inside: Callable[[], Transaction | None] | None = None
 
     @property
     def is_root(self) -> bool:
         """Whether its commit is the database's, and not that of a savepoint."""
         return True
 
-    def with_those_inside(self) -> Sequence[Transaction]:
-        """Itself, and those that are parts of it, which its commit commits, too."""
-        return [self]
+    def with_those_inside(self) -> list[Transaction]:
+        """Itself, and those that its commit commits, too."""
+        found: list[Transaction] = [self]
+        while (inside := found[-1].inside) is not None and (inner := inside()) is not None:
+            found.append(inner)
+        return found
 
     @abstractmethod
     def look(self) -> None:

@@ -134,6 +134,8 @@ def what_to_run(state: BusState, envelope: Envelope) -> tuple[Plan, Sequence[int
     if not plan.valid:
         plan = envelope.plan = plan.renewed()
     elsewhere = () if rows is None else rows.elsewhere()
+    if not elsewhere and len(plan.indexes) == len(plan):  # so it is nearly always
+        return plan, plan.indexes, 0
     left = [index for index in plan.indexes if index not in elsewhere]
     out = sorted({*range(len(plan))}.difference(left))
     kept = [index for index in out if rows is not None and index in rows]

@@ -3,15 +3,13 @@
 `Outbox(bus, engine)` keeps the deliveries of handlers that are subscribed with `durable=True`.
 """
 
+from eventkit.exceptions import not_installed
+
 try:
     import pydantic as _pydantic
-    import sqlalchemy as _sqlalchemy
-except ModuleNotFoundError as _missing:
-    raise ModuleNotFoundError(
-        f"eventkit.outbox needs {_missing.name}, which is not installed: install "
-        "fastapi-eventkit[outbox]",
-        name=_missing.name,
-    ) from _missing
+    import sqlalchemy.ext.asyncio as _sqlalchemy
+except ImportError as _missing:  # without greenlet SQLAlchemy raises one that has no name
+    raise not_installed(__name__, _missing.name or "greenlet", "outbox") from _missing
 
 from eventkit.outbox._outbox import Outbox, complete_with
 from eventkit.outbox._store import OutboxStats, StoredDelivery, add_tables

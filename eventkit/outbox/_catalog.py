@@ -5,13 +5,29 @@ Knows nothing of tables. Names lead to what is subscribed here; nothing is impor
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from eventkit._core.bus import EventBus, registry_of
+from eventkit._core.log import log
 from eventkit._core.subscriptions import Declaration, Plan, Subscription
 from eventkit.outbox._store import Known
-from eventkit.wire import Codec, codec_for, names_of
+from eventkit.wire import Codec, codec_for, names_of, wire_name
+
+
+class Found(NamedTuple):
+    """What it takes to run a stored delivery.
+
+    Attributes:
+        codec: How to decode its event.
+        subscription: Its handler.
+        plan: A plan of this handler alone.
+    """
+
+    codec: Codec[Any]
+    subscription: Subscription
+    plan: Plan
 
 
 class Catalog:
@@ -22,6 +38,7 @@ class Catalog:
 
     def __init__(self, bus: EventBus) -> None:
         self._registry = registry_of(bus)
+        self._warned = False
 
     def admit(self, declaration: Declaration) -> None:
         """Refuse a durable handler of events that cannot be stored.
@@ -34,6 +51,20 @@ class Catalog:
         """
         if declaration.declared.durable is not None:
             codec_for(declaration.event_type)
+            self._warn_of_main(declaration)
+
+    def _warn_of_main(self, declaration: Declaration) -> None:
+        """Warn once of names that hold in one script alone, however it is started."""
+        stored = [declaration.declared.name, wire_name(declaration.event_type)]
+        of_a_script = [name for name in stored if name.startswith("__main__:")]
+        if of_a_script and not self._warned:
+            self._warned = True
+            log(
+                logging.WARNING,
+                "what is stored under these names is found by no process that imports the script: "
+                "name the event, @named(...), and the handler, name=, or move them to a module",
+                names=", ".join(of_a_script),
+            )
 
     def admit_all(self) -> None:
         """Do so for all that are subscribed already."""
@@ -68,11 +99,13 @@ class Catalog:
                     return codec_for(event_type)
         return None
 
-    def plan(self, subscription: Subscription) -> Plan:
-        """A plan of this handler alone, which is looked at anew when its turn comes."""
-        plan = Plan.of([(subscription,)])
-        plan.valid = False
-        return plan
+    def find(self, handler: str, event_type: str) -> Found | None:
+        """What it takes to run what is stored under these names; None where nobody can."""
+        codec = self.codec(event_type)
+        subscription = None if codec is None else self.handler(handler, codec.event_type)
+        if codec is None or subscription is None:
+            return None
+        return Found(codec, subscription, Plan.of([(subscription,)]))
 
     def _durable(self) -> Iterator[Subscription]:
         return (each for each in self._registry if each.declared.durable is not None)

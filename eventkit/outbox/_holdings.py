@@ -15,7 +15,8 @@ from typing import Protocol
 from uuid import UUID
 from weakref import WeakValueDictionary
 
-from anyio import CancelScope, move_on_after, sleep, to_thread
+from anyio import CancelScope, get_cancelled_exc_class, move_on_after, sleep, to_thread
+from anyio.lowlevel import checkpoint
 from sqlalchemy import Connection
 
 from eventkit._core.log import log
@@ -48,6 +49,9 @@ class Looking(Protocol):
     def hear(self) -> None:
         """An outcome waits to be written. On its event loop alone."""
 
+    def expect(self, seconds: float | None) -> None:
+        """A row is due in so many seconds; None where none is. Thread-safe."""
+
 
 class Holdings:
     """What one process holds of the table. Thread-safe.
@@ -62,7 +66,7 @@ class Holdings:
         patience: Seconds that deliveries may go on at shutdown; None where the application says so.
         lost: How many leases were lost before the outcome was written.
         closed: Whether the outbox is detached, so that nothing is claimed any more.
-        given_back: How many rows were given back as relays ended.
+        given_back: How many rows were given back: cancelled, or not begun as relays ended.
     """
 
     def __init__(
@@ -147,8 +151,14 @@ class Holdings:
 
     async def settle(self) -> None:
         """Write down what has become of deliveries, within five seconds. Is not cancelled."""
-        if not self._outcomes and not self._flushes:
-            return
+        if self._outcomes or self._flushes:
+            try:
+                await self._settle()
+            except get_cancelled_exc_class():  # `Task.cancel()` knows no shields
+                await self._settle()
+                raise
+
+    async def _settle(self) -> None:
         with move_on_after(_SECONDS_TO_WRITE, shield=True):
             while not await self.flush():  # noqa: ASYNC110 - a database tells nobody
                 await sleep(PAUSE_AFTER_ERROR)
@@ -184,6 +194,10 @@ class Holdings:
             self._outcomes.extendleft(reversed(outcomes))
             self.wake()
             raise
+        for relay in self.looking:
+            for outcome in outcomes:
+                relay.expect(outcome.pause)
+        self.given_back += sum(each.unused for each in outcomes)
         for outcome in outcomes:
             outcome.row.ended = True
             if outcome.is_death and outcome.row not in lost:
@@ -242,8 +256,9 @@ class Holdings:
                 relays.remove(relay)
                 if not relays:
                     del self._relays[loop]
-        while self._outcomes or self._flushes:
-            await self.settle()
+        await self.settle()
+        await checkpoint()  # no further, if the time is over
+        await self.settle()  # what another task was writing, and could not
         if self._relays or not (self.relays or self.lease.is_valid):
             return
         # Copied in one step, as above.
@@ -287,8 +302,9 @@ class Holdings:
         """Know in which schema the tables are, before a user's transaction could change the way.
 
         It is looked up once, on a connection of the outbox's own. A relay has done so at its start.
+        A process that only writes has no such connection: there `schema=` says it.
         """
-        if not self.store.is_placed:
+        if self.relays and not self.store.is_placed:
             self.database.call(self.store.place, writes=False)
 
     async def check(self) -> None:

@@ -45,7 +45,7 @@ from eventkit.outbox._source import Fed, RowSource
 
 _AWAY = "the outbox cannot reach its database"
 POLL = 0.5  # seconds between two looks into the table, while something is found
-_SLOWEST_POLL = 2.0
+_SLOWEST_POLL = 1.6  # with the spread less than two seconds, in which others are to take over
 _SPREAD = 0.2  # so that processes do not look at the same moments
 _GATHERING = 0.005  # seconds in which outcomes gather, to be written at once
 _SECOND_LOOK = 0.25  # seconds; who waits for SQLite's lock tries again each 0.1 s
@@ -89,6 +89,7 @@ class Relay:
         self._over = Event()  # it looks no more
         self._scope = CancelScope()
         self._poll = POLL
+        self._due_at = math.inf  # when a row is due that failed here
         self._looked_at = self._round_at = self._swept_at = -math.inf
         self._lapsed: frozenset[str] = frozenset()  # who looked dead the time before
         self._looks_twice = False  # whether it has to look at them again, soon
@@ -138,6 +139,12 @@ class Relay:
     def _look_now(self) -> None:
         self._wanted.set()
         self._heard.set()  # also what another task has left
+
+    def expect(self, seconds: float | None) -> None:
+        """Look into the table in so many seconds, too; None for no such wish. Thread-safe."""
+        if seconds is not None and seconds < self._poll:
+            self._due_at = min(self._due_at, self._holdings.lease.now() + seconds)
+            self.wake()
 
     def hear(self) -> None:
         """An outcome waits to be written. On the relay's event loop alone."""
@@ -208,7 +215,8 @@ class Relay:
         """Seconds until the next look, unless somebody wants one."""
         if self._looks_twice:
             return _SECOND_LOOK
-        return self._poll * random.uniform(1 - _SPREAD, 1 + _SPREAD)
+        until_due = max(0.0, self._due_at - self._holdings.lease.now())
+        return min(until_due, self._poll * random.uniform(1 - _SPREAD, 1 + _SPREAD))
 
     async def _look(self) -> bool:
         """Look into the table once, and do what there is to do; whether there was something."""
@@ -219,13 +227,15 @@ class Relay:
         if not lease.is_valid:
             await holdings.hold_lease()
         await self._make_round()
+        if self._due_at <= lease.now():
+            self._due_at = math.inf
         look = partial(holdings.store.look, owner=lease.owner, known=holdings.catalog.known())
         lapsed, due = await holdings.database.run(look, writes=False)
         found = await self._reap(frozenset(lapsed)) or due
         if found and not self._is_over:
             found = await self._source.claim() > 0
         self._feed()
-        return found
+        return found or bool(lapsed)  # who has lapsed is soon to be reaped
 
     async def _reap(self, lapsed: frozenset[str]) -> bool:
         """Have the rows of dead processes run by others; whether there were some.
@@ -387,6 +397,8 @@ async def run_due(
         failures.append(Failure(delivery, error))
         state.report(delivery, error)
 
+    if holdings.database.is_in_memory:  # nothing is kept in it
+        return DrainReport(0, ())
     await holdings.check()
     source = RowSource(holdings, state, concurrency, lambda: None)
     handled = requeued = 0
@@ -403,6 +415,7 @@ async def run_due(
             requeued += fed.unit.requeued
         return DrainReport(handled, tuple(failures), requeued)
     finally:
+        source.stock.clear()  # a cancellation's traceback leads here, and would hold the leases
         failures.clear()  # a traceback leads to `report`, which would close a reference cycle
 
 

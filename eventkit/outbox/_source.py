@@ -13,7 +13,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextvars import Context, copy_context
-from functools import partial
+from functools import cache, partial
 from itertools import count
 
 from anyio import current_time
@@ -24,11 +24,13 @@ from eventkit._core.log import log
 from eventkit._core.loops.running import current_loop
 from eventkit._core.state import BusState
 from eventkit._core.units import Ending, Unit, next_number
+from eventkit.outbox._catalog import Found
 from eventkit.outbox._holdings import Holdings
 from eventkit.outbox._rows import EventRows, Outcome, Row, StoredEnvelope, describe, restore
 from eventkit.outbox._store import Claimed
 
 _MOST_HELD = 500
+_PATIENCE = 5.0  # seconds that a suspect waits to run alone
 _PACE = 2.0  # seconds: as many rows are held as have ended in so many
 
 _UNKNOWN = Durable()  # of a handler that has gone since its row was claimed
@@ -110,6 +112,7 @@ class RowSource:
         self._state = state
         self._tell_ended = ended
         self._variables = copy_context()
+        self._busy_since = current_time()  # when nothing was held the last time, or a suspect came
         self._ended: deque[float] = deque()  # when rows have ended, within the pace
         # The one that runs, until its outcome is written or nobody has it any more.
         self._suspect: weakref.ref[Row] | None = None
@@ -131,7 +134,8 @@ class RowSource:
 
         A handler that holds half of the rows is given no more, and does not count: rows of others
         find room beside it. A row whose process has died repeatedly is claimed once nothing else
-        is held, and the next one when its outcome is written.
+        is held, or after some seconds in which that was never so; the next one when its outcome
+        is written.
 
         Args:
             within: Also what is due in so many seconds.
@@ -151,11 +155,15 @@ class RowSource:
         rest = most - held.total() - claimed
         if busy and rest > 0:  # nobody else waits
             claimed += self._receive(await holdings.database.run(partial(claim, limit=rest)), term)
-        if not claimed and not held and not self._suspect_runs:
+        if not held:
+            self._busy_since = current_time()
+        alone = not held and not claimed
+        if not self._suspect_runs and (alone or current_time() - self._busy_since >= _PATIENCE):
+            self._busy_since = current_time()
             one = await holdings.database.run(
                 partial(holdings.store.claim_suspect, owner=owner, known=known)
             )
-            claimed = self._receive([] if one is None else [one], term)
+            claimed += self._receive([] if one is None else [one], term)
         return claimed
 
     def suspect_is_done(self) -> bool:
@@ -172,6 +180,7 @@ class RowSource:
 
     def _receive(self, claimed: Sequence[Claimed], term: object | None) -> int:
         """Have them wait for their run, or write down at once why not; returns how many."""
+        find = cache(self._holdings.catalog.find)  # most of them are of few handlers
         for each in claimed:
             row = Row(each.id, each.handler, _UNKNOWN, each.key, each.attempt)
             row.leased, row.term = True, term
@@ -179,32 +188,29 @@ class RowSource:
             if each.suspect:
                 self._suspect = weakref.ref(row)
             try:
-                self._admit(each, row)
+                self._admit(each, row, find)
             except Exception as error:  # noqa: BLE001 - also of the user's functions in `formerly`
                 self._complain(each, error)
                 self._holdings.hear(Outcome(row, describe(error), unreadable=True))
         return len(claimed)
 
-    def _admit(self, claimed: Claimed, row: Row) -> None:
-        holdings, catalog = self._holdings, self._holdings.catalog
-        codec = catalog.codec(claimed.event_type)
-        subscription = None
-        if codec is not None:
-            subscription = catalog.handler(claimed.handler, codec.event_type)
-        if codec is None or subscription is None:
+    def _admit(self, claimed: Claimed, row: Row, find: Callable[[str, str], Found | None]) -> None:
+        holdings = self._holdings
+        found = find(claimed.handler, claimed.event_type)
+        if found is None:
             reason = "no handler of this name takes such events here"
             holdings.hear(Outcome(row, reason, unreadable=True))
             return
-        row.durable = subscription.durable or _UNKNOWN
+        row.durable = found.subscription.durable or _UNKNOWN
         if claimed.attempt > row.durable.attempts:
             holdings.hear(Outcome(row, "its process ended, each time"))
             return
-        event = codec.decode(claimed.payload, claimed.event_type)
+        event = found.codec.decode(claimed.payload, claimed.event_type)
         variables = self._restored(claimed)
-        row.handler = subscription.name  # which may have been another one at the publish
+        row.handler = found.subscription.name  # which may have been another one at the publish
         rows = EventRows(holdings, {0: row}, None, None)
-        plan = catalog.plan(subscription)
-        self.stock.add(StoredEnvelope(claimed, event, plan, variables, next_number(), rows))
+        envelope = StoredEnvelope(claimed, event, found.plan, variables, next_number(), rows)
+        self.stock.add(envelope)
 
     def _restored(self, claimed: Claimed) -> Context:
         """The context variables of its run."""
@@ -250,6 +256,9 @@ class Fed(Ending):
             self._taken = self._source.stock.take()
             if self._taken is None:
                 return super().next_turn()
+            (subscription,) = self._taken.plan
+            if not subscription.active:  # it was cancelled after the claim
+                self._taken.plan.valid = False
             unit.queue.feed(self._taken)
         return turn
 

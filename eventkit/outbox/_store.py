@@ -256,7 +256,7 @@ class Store(Operations):
             connection: In a transaction.
             owner: This process, which is never among the lapsed.
             known: What it can run.
-            within: What is due in so many seconds is due.
+            within: What is due in so many seconds is due, but for unreadable rows.
         """
         rows = self._statements.run(
             connection, _LOOK, owner=owner, seconds=within, **known._asdict()
@@ -306,7 +306,7 @@ class Store(Operations):
             owner: Who leases them.
             known: What it can run. Other rows are not touched.
             limit: How many at most.
-            within: What is due in so many seconds is due.
+            within: What is due in so many seconds is due, but for unreadable rows.
             busy: Handlers that get no row now.
         """
         return self._claimed(

@@ -330,6 +330,11 @@ async def until_its_mail_has_arrived(stage: Stage, shot: Shot) -> None:
     await stage.until(lambda: _outcomes_of(shot, _WELCOME)[1:] == ["ok"])
 
 
+def recovered_ns(shot: Shot) -> int:
+    """When the mail was sent again; 0 if it was not."""
+    return max((run.started_ns for run in shot.story.of(_WELCOME)[1:]), default=0)
+
+
 def recovered(shot: Shot) -> list[Check]:
     """What must be true of a sign-up whose mail was on its way when the shop was killed."""
     return [

@@ -21,6 +21,7 @@ from examples.demo.cases import (
     Stage,
     last_words,
     recovered,
+    recovered_ns,
     until_its_mail_has_arrived,
     until_its_mail_is_on_its_way,
 )
@@ -95,7 +96,7 @@ async def _play_killed(report: Report, around: Neighbourhood, log: IO[str]) -> N
         "SIGKILL": killed_ns,
         "the lease runs out": lapses_ns,
         "the shop is up again": started_ns,
-        "recovery": max(run.started_ns for run in shot.story.runs),
+        "recovery": recovered_ns(shot),
     }
     report.section(
         f"{len(CASES) + 2}  Killed, and started again",

@@ -20,7 +20,7 @@ from examples.shop.settings import Settings
 
 _ROOT = Path(__file__).parents[2]
 _LONGEST_LINE = 65_536
-_SECONDS_TO_START = 15.0
+_SECONDS_TO_START = 30.0
 _SECONDS_TO_STOP = 10.0
 
 

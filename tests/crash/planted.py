@@ -1,9 +1,9 @@
 """Faults that are planted in a copy of the package, and the tests that have to find them.
 
-`python -m tests.crash.planted` runs all of those tests without a fault. Then it plants each fault by
-itself, runs the tests that are named beside it, and prints a table. Words choose the faults whose
-names contain one of them. It ends non-zero where a test has passed in spite of its fault, or where
-a fault cannot be planted any more.
+`python -m tests.crash.planted` runs all of those tests without a fault, then plants each by itself,
+runs the tests that are named beside it, and prints a table; words choose the faults whose names
+contain one of them. It ends non-zero where a test has passed in spite of its fault, or where a
+fault cannot be planted any more.
 """
 
 import os

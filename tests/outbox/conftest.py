@@ -1,6 +1,7 @@
 """The outbox's tables in each kind of database, through each driver."""
 
 import asyncio
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ DRIVERS = {
     "asyncpg": "postgresql+asyncpg",
 }
 
+# One that blocks and one that is awaited. `nox -s coverage` uses all, by EVENTKIT_DRIVERS=all.
+KINDS = [*DRIVERS] if os.environ.get("EVENTKIT_DRIVERS") == "all" else ["sqlite", "asyncpg"]
+
 # Drivers that are awaited know asyncio alone.
 BLOCKING = ["sqlite", "psycopg"]
 
@@ -48,7 +52,7 @@ def _can_run(item: pytest.Item) -> bool:
     return loop == "asyncio" or chosen["used_scene"] in BLOCKING
 
 
-@pytest.fixture(scope="module", params=DRIVERS)
+@pytest.fixture(scope="module", params=KINDS)
 def used_scene(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
@@ -89,7 +93,7 @@ def outbox(scene: Scene, bus: EventBus) -> Outbox:
     return scene.outbox(bus)
 
 
-@pytest.fixture(scope="module", params=DRIVERS)
+@pytest.fixture(scope="module", params=KINDS)
 def used_database(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,

@@ -1,5 +1,6 @@
 """Engines of each kind that an outbox may have, on databases of tests' own."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Generator
@@ -19,7 +20,8 @@ DRIVERS = {
     "psycopg": "postgresql+psycopg",
     "asyncpg": "postgresql+asyncpg",
 }
-KINDS = [*DRIVERS]
+# One that blocks and one that is awaited. `nox -s coverage` uses all, by EVENTKIT_DRIVERS=all.
+KINDS = [*DRIVERS] if os.environ.get("EVENTKIT_DRIVERS") == "all" else ["pysqlite", "asyncpg"]
 
 
 class Place:

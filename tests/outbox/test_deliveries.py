@@ -4,13 +4,16 @@ import logging
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 import anyio
 import pytest
+from anyio import to_thread
 from sqlalchemy import create_engine
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.asyncio import async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
 
 from eventkit import Durable, EventBus, EventDepthError, LeaseLostError, current_delivery, named
 from eventkit.exceptions import DispatchError
@@ -18,7 +21,7 @@ from eventkit.outbox import Outbox, complete_with
 from eventkit.outbox._store import State
 from tests.contract.bus import kept_reports
 from tests.databases import Row
-from tests.outbox.scenes import Paid, Placed, Scene
+from tests.outbox.scenes import Paid, Placed, Scene, lapse
 from tests.sqlalchemy.steps import done, put
 
 pytestmark = pytest.mark.anyio
@@ -121,7 +124,10 @@ async def test_a_backoff_that_fails_or_is_negative_gives_a_pause_all_the_same(
     def broken(attempt: int, error: BaseException) -> float:
         raise LookupError
 
-    for name, backoff in (("broken", broken), ("negative", lambda attempt, error: -5.0)):
+    def negative(attempt: int, error: BaseException) -> float:
+        return -5.0
+
+    for name, backoff in (("broken", broken), ("negative", negative)):
 
         @bus.on(Placed, durable=Durable(backoff=backoff), name=name)
         async def handle(event: Placed) -> None:
@@ -302,6 +308,30 @@ async def test_a_commit_that_fails_completes_nothing_and_the_next_attempt_has_th
     reports.clear()
 
 
+async def test_a_scoped_session_completes_as_the_one_does_that_it_stands_for(
+    bus: EventBus, outbox: Outbox, scene: Scene
+) -> None:
+    kept: list[object] = []
+    scoped: Any = (
+        async_scoped_session(scene.sessions(), scopefunc=lambda: 1)
+        if scene.awaits
+        else scoped_session(scene.sessions())
+    )
+
+    @bus.on(Placed, durable=True, name="reserve")
+    async def reserve(event: Placed) -> None:
+        complete_with(scoped)
+        await put(scoped, "reserved")
+        await done(scoped.commit())
+        kept.append(scene.kept())
+        await done(scoped.remove())
+
+    await publish(scene, bus)
+
+    assert kept == [{}]
+    assert scene.names() == ["ada", "reserved"]
+
+
 async def test_a_rollback_after_the_mark_completes_nothing(
     bus: EventBus, outbox: Outbox, scene: Scene
 ) -> None:
@@ -477,6 +507,30 @@ async def test_what_handlers_publish_has_its_depth_and_ends_also_after_a_restart
     reports.clear()
     assert scene.kept() == {"next": (State.DEAD, 1)}
     assert scene.names() == (["1", "2", "3", "ada"] if inside else ["ada"])
+
+
+async def test_a_subscription_that_is_cancelled_meanwhile_leaves_its_row_to_others(
+    bus: EventBus, outbox: Outbox, scene: Scene
+) -> None:
+    seen: list[str] = []
+
+    def mail(event: Placed) -> None:
+        seen.append(event.name)
+
+    subscription = bus.subscribe(Placed, mail, durable=True, name="mail")
+    async with bus.context():
+        async with scene.begun() as session:
+            await put(session)
+            bus.publish(Placed())
+        subscription.cancel()
+
+    assert seen == []
+    assert bus.stats.requeued == 1
+    assert scene.kept() == {"mail": LEASED}  # until the lease looks twice
+    bus.subscribe(Placed, mail, durable=True, name="mail")
+    await to_thread.run_sync(lapse, outbox)
+    assert (await outbox.run_due()).handled == 1
+    assert seen == ["ada"]
 
 
 async def test_what_handlers_publish_is_done_in_the_same_unit_with_a_row_of_its_own(

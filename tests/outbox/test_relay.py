@@ -38,6 +38,18 @@ AWAY = "the outbox cannot reach its database"
 UNKNOWN = "stored deliveries wait for a handler that is not known here"
 
 
+def seldom(relay: Relay) -> float:
+    return 10_000.0
+
+
+def at_once(relay: Relay) -> float:
+    return 0.001
+
+
+def no_column(connection: object) -> str:
+    return "no such column"
+
+
 @pytest.fixture
 def clock(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(outbox, monkeypatch)
@@ -59,7 +71,7 @@ def seen(bus: EventBus) -> list[str]:
 @pytest.fixture
 def only_woken(monkeypatch: pytest.MonkeyPatch) -> None:
     """After its first look a relay looks only when it is woken."""
-    monkeypatch.setattr(Relay, "_pause", lambda relay: 10_000.0)
+    monkeypatch.setattr(Relay, "_pause", seldom)
 
 
 async def test_a_relay_runs_what_is_due_by_handlers_of_both_kinds(
@@ -149,7 +161,7 @@ async def test_a_database_that_is_away_is_complained_of_once_a_minute_and_asked_
     come_back = be_away(outbox, monkeypatch)
     async with relay_of(bus, outbox, starts=True):
         await until(lambda: len(polls) > 5)
-        assert polls[:4] == [1.0, 2.0, 2.0, 2.0]
+        assert polls[:4] == [1.0, 1.6, 1.6, 1.6]
         assert warned(caplog, AWAY) == 1
         assert not outbox.healthy
         clock.now += 60
@@ -201,8 +213,8 @@ async def test_tables_that_are_missing_are_told_once_the_database_is_there(
     scene: Scene, bus: EventBus, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     outbox = scene.outbox(bus)
-    monkeypatch.setattr(holdings_of(outbox).store, "problem", lambda connection: "no such column")
-    monkeypatch.setattr(Relay, "_pause", lambda relay: 0.001)
+    monkeypatch.setattr(holdings_of(outbox).store, "problem", no_column)
+    monkeypatch.setattr(Relay, "_pause", at_once)
     come_back = be_away(outbox, monkeypatch)
     async with relay_of(bus, outbox, starts=True):
         come_back()
@@ -214,7 +226,7 @@ async def test_tables_that_are_missing_are_told_once_the_database_is_there(
 async def test_tables_that_are_missing_keep_a_relay_from_its_start(
     scene: Scene, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holdings_of(outbox).store, "problem", lambda connection: "no such column")
+    monkeypatch.setattr(holdings_of(outbox).store, "problem", no_column)
     with pytest.raises(OutboxSchemaError, match="no such column"):
         await outbox.run()
     with pytest.raises(OutboxSchemaError, match="no such column"):
@@ -412,6 +424,35 @@ async def test_a_suspect_that_was_never_begun_does_not_hold_up_the_others(
     assert not scene.table.rows()
 
 
+async def test_a_suspect_that_is_never_alone_runs_beside_others_in_the_end(
+    scene: Scene, bus: EventBus, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("eventkit.outbox._source.current_time", lambda: now)
+    may_end, running = anyio.Event(), list[str]()
+
+    @bus.on(Placed, durable=True, name="mail")
+    async def mail(event: Placed) -> None:
+        running.append(event.name)
+        await may_end.wait()
+
+    scene.table.insert(event("mail", name="busy"))
+    async with relay_of(bus, outbox) as relay:
+        await look(relay)
+        await until(lambda: running == ["busy"])
+        (suspect,) = scene.table.insert(event("mail", name="suspect"))
+        scene.table.change(suspect, "state = 4, attempt = 2")
+        await look(relay)
+        assert scene.table.rows()[suspect][0] == State.SUSPECT
+        now += 5
+        await look(relay)
+        await until(lambda: running == ["busy", "suspect"])
+        may_end.set()
+        await until(lambda: not bus.stats.running)
+        await holdings_of(outbox).settle()
+    assert not scene.table.rows()
+
+
 async def until_looked(relay: Relay, true: Callable[[], bool]) -> None:
     """Look until it is so."""
     with anyio.fail_after(30):
@@ -598,7 +639,7 @@ async def test_two_relays_on_one_event_loop_say_goodbye_when_both_have_left(
 async def test_after_detach_a_relay_claims_nothing_more_and_leaves_nothing_open(
     scene: Scene, bus: EventBus, outbox: Outbox, seen: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Relay, "_pause", lambda relay: 0.001)
+    monkeypatch.setattr(Relay, "_pause", at_once)
     begun, may_end = anyio.Event(), anyio.Event()
 
     @bus.on(Placed, durable=True, name="stock")

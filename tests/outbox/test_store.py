@@ -263,9 +263,12 @@ def test_what_cannot_be_decoded_waits_uncounted_for_ten_minutes(database: Databa
 
     assert database.do(database.store.unreadable, ME, id_, 1, "ValidationError")
     assert database.rows() == {id_: (UNREADABLE, 0, None)}
-    assert database.claimed(within=590.0) == []
+    database.change(id_, "due_at = due_at - 590")
+    assert database.claimed() == []
+    assert database.claimed(within=10_000.0) == []  # else it would be found again and again
     assert database.do(database.store.look, ME, KNOWN) == Look((), False)
-    assert database.claimed(within=601.0) == [id_]
+    database.change(id_, "due_at = due_at - 11")
+    assert database.claimed() == [id_]
 
 
 def test_a_relay_that_starts_tries_unreadable_rows_that_it_knows(database: Database) -> None:

@@ -9,7 +9,7 @@ import pytest
 from anyio import create_task_group
 from starlette.types import Receive, Scope, Send
 
-from benchmarks import behind, dispatch, served
+from benchmarks import behind, dispatch, outbox, served
 from benchmarks.__main__ import TOPICS, keep, main, page, run, topic
 from benchmarks.harness import (
     FINE_SLACK,
@@ -433,6 +433,34 @@ def test_on_a_server_what_the_event_adds_is_held_against_what_another_adds(
     }
 
     assert verdict_of(Comparison({"handlers": handlers}, rounds), served).measured == 0.5
+
+
+def test_a_durable_transaction_is_held_against_the_bare_insert_by_the_wall_clock_alone() -> None:
+    rounds: dict[str, list[float]] = {
+        outbox.PLAIN: [100, 200],
+        outbox.BARE: [120, 240],
+        outbox.DURABLE: [126, 252],
+    }
+    cases = [
+        Comparison(
+            {"measured": outbox.TRANSACTION, "database": "one", "clock": clock, "rows": 3}, rounds
+        )
+        for clock in outbox.CLOCKS
+    ]
+
+    (verdict,) = outbox.verdicts(cases)
+
+    assert (verdict.measured, verdict.limit) == (1.05, 1.1)
+
+
+def test_a_relay_is_held_against_bare_statements_and_not_where_there_are_none() -> None:
+    case: dict[str, str | int] = {"measured": outbox.BACKLOG, "database": "one"}
+    rounds: dict[str, list[float]] = {outbox.RAW: [15, 15], outbox.RELAY: [60, 60]}
+
+    (verdict,) = outbox.verdicts([Comparison(case, rounds), Comparison(case, {}, {"all": "away"})])
+
+    assert verdict.measured == 4
+    assert verdict.holds
 
 
 def test_a_drain_is_held_against_the_plain_loop_on_asyncio_alone() -> None:

@@ -414,6 +414,25 @@ def test_the_durable_page_forgets_what_is_long_dead_and_nothing_else(durable: Mo
     assert [each.id for each in kept(durable)] == [second.id]
 
 
+def test_a_delivery_with_one_attempt_is_not_run_again_after_its_process_has_died(
+    durable: ModuleType,
+) -> None:
+    ran: list[object] = []
+
+    async def note(event: object) -> None:
+        ran.append(event)
+
+    once = Durable(attempts=1, key=lambda event: "all")  # so that it waits for `run_due`
+    durable.bus.subscribe(durable.Refunded, note, name="shop:note", durable=once)
+    publish(durable, durable.Refunded(1, "EUR"))
+    with durable.engine.begin() as connection:
+        connection.execute(text("update eventkit_outbox set attempt = 1"))
+    anyio.run(durable.outbox.run_due)
+
+    assert ran == []
+    assert [each.state for each in kept(durable)] == ["dead"]
+
+
 def test_transactions_on_sqlite_begin_as_the_durable_page_has_it(durable: ModuleType) -> None:
     with durable.patient.begin() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"

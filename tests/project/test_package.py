@@ -13,6 +13,7 @@ import pytest
 import eventkit
 
 MODULES = sorted(Path(eventkit.__file__).parent.rglob("*.py"))
+# rich is left out: structlog imports it where it is installed.
 OPTIONAL = {
     "aiosqlite",
     "click",
@@ -21,7 +22,6 @@ OPTIONAL = {
     "msgspec",
     "pydantic",
     "pytest",
-    "rich",
     "sqlalchemy",
     "trio",
     "uvicorn",
