@@ -260,9 +260,8 @@ class _Keeper:
         if underway.renewed is not None:
             lease = self._holdings.lease
             lease.extend(underway.renewed)
-            term = lease.term
             for each in underway.events:
-                each.enter(term)
+                each.enter(lease.term)
 
     async def write(self, envelopes: Sequence[Envelope]) -> None:
         """Write the rows of what no transaction has decided. See the core's `Keeper`."""
