@@ -11,7 +11,8 @@ try:
 except ImportError as _missing:  # without greenlet SQLAlchemy raises one that has no name
     raise not_installed(__name__, _missing.name or "greenlet", "outbox") from _missing
 
-from eventkit.outbox._outbox import Outbox, complete_with
+from eventkit.outbox._keeper import complete_with
+from eventkit.outbox._outbox import Outbox
 from eventkit.outbox._store import OutboxStats, StoredDelivery, add_tables
 
 __all__ = ["Outbox", "OutboxStats", "StoredDelivery", "add_tables", "complete_with"]
