@@ -175,12 +175,13 @@ def finish(group: Workers, running: list[Process], report: Report, url: str) -> 
     for process in running:
         report.lost += process.hear("rests")["lost"]
     engine = create_engine(url, poolclass=NullPool)
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
+    least, deadline = sys.maxsize, time.monotonic() + PATIENCE
+    while least and time.monotonic() < deadline:  # as long as it becomes less
         try:
             with engine.connect() as connection:
-                if not connection.execute(text("select count(*) from eventkit_outbox")).scalar():
-                    break
+                left = connection.execute(text("select count(*) from eventkit_outbox")).scalar_one()
+            if left < least:
+                least, deadline = left, time.monotonic() + PATIENCE
         except OperationalError:
             pass
         time.sleep(0.2)  # other processes write it, and tell nobody
