@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Protocol
 from uuid import UUID
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 from anyio import (
     CancelScope,
@@ -105,6 +106,13 @@ class Holdings:
         self._relays: dict[object, list[Looking]] = {}  # by event loop
         self._complained_at = -math.inf
         self.lease = Lease(database, store, seconds, self._known_ids)
+        _in_this_process.add(self)
+
+    def forget(self) -> None:
+        """Hold nothing: this is a forked child, and all of it is its parent's."""
+        self._rows = WeakValueDictionary()
+        self._running, self._flushes = set(), set()
+        self._outcomes, self._relays = deque(), {}
 
     def become_relay(self) -> None:
         """Have this process run rows, whatever was said before: it does nothing else."""
@@ -216,7 +224,7 @@ class Holdings:
             if outcome.is_death and not taken:
                 _say_dead(outcome)
         unsure = {outcome.row for outcome in outcomes if outcome.unsure}
-        self._tell_lost([row for row in lost if row not in unsure])
+        self.tell_lost([row for row in lost if row not in unsure])
         if any(outcome.row.key is not None for outcome in outcomes):
             self.wake()  # the next one of the key may run
         return True
@@ -241,7 +249,8 @@ class Holdings:
                 lost.append(each.row)
         return lost
 
-    def _tell_lost(self, rows: Sequence[Row]) -> None:
+    def tell_lost(self, rows: Sequence[Row]) -> None:
+        """Count and warn of rows that another process was given meanwhile."""
         self.lost += len(rows)
         for row in rows:
             log(
@@ -272,8 +281,15 @@ class Holdings:
         await self.settle()
         await checkpoint()  # no further, if the time is over
         await self.settle()  # what another task was writing, and could not
-        if self._relays or not (self.relays or self.lease.is_valid):
-            return
+        if not self._relays and (self.relays or self.lease.is_valid):
+            await self._say_farewell()
+
+    async def leave_if_idle(self) -> None:
+        """Say farewell, too, where rows were run without a relay, and nobody here has one."""
+        if not self._relays and not self._running and not self._known_ids():
+            await self._say_farewell()
+
+    async def _say_farewell(self) -> None:
         # Copied in one step, as above.
         running = [row.id for row in [*self._running]]
         farewell = partial(self.store.farewell, owner=self.lease.owner, but=running)
@@ -345,6 +361,19 @@ def _when_to_give_up() -> float:
     """
     latest, around = current_time() + _SECONDS_TO_WRITE, current_effective_deadline()
     return latest if around == -math.inf else min(latest, around)  # cancelled: it is written still
+
+
+# All of the process, for a child that is forked.
+_in_this_process: WeakSet[Holdings] = WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for holdings in [*_in_this_process]:
+        holdings.forget()
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows has none
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _say_dead(outcome: Outcome) -> None:

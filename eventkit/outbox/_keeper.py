@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 from uuid import UUID
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakMethod
 
 from anyio import fail_after
 from anyio.abc import TaskGroup
@@ -83,14 +83,16 @@ class Keeper:
         self._unseen: WeakKeyDictionary[RootTransaction, Counter[str]] = WeakKeyDictionary()
         self._lock = Lock()
         self._told: set[object] = set()  # what was warned of
-        tie.before_commit.append(self._before_commit)
-        tie.ended.append(self._ended)
-        event.listen(Session, "before_commit", self._before_session_commit)
+        # Weakly, for the tie and SQLAlchemy outlive a bus that is dropped.
+        tie.before_commit.append(_weakly(self._before_commit))
+        tie.ended.append(_weakly(self._ended))
+        self._session_hook = _weakly(self._before_session_commit)
+        event.listen(Session, "before_commit", self._session_hook)
 
     def detach(self) -> None:
         """Write no rows any more."""
         self._tie.detach()
-        event.remove(Session, "before_commit", self._before_session_commit)
+        event.remove(Session, "before_commit", self._session_hook)
 
     def admit(self, declarations: Sequence[Declaration]) -> None:
         """Refuse durable handlers of events that cannot be stored. See the core's `Keeper`."""
@@ -192,6 +194,7 @@ class Keeper:
         for row in marked:
             if row.id not in done:
                 row.lost = True
+                self._holdings.tell_lost([row])
                 raise LeaseLostError(
                     f"another process has been given delivery {row.id} meanwhile: nothing of this "
                     "transaction is committed"
@@ -358,6 +361,17 @@ def complete_with(
     keeper = None if unit is None else unit.state.keeper
     if unit is not None and unit.delivery is not None and isinstance(keeper, Keeper):
         keeper.mark(found, unit.delivery.id)
+
+
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """What calls a method for as long as its object lives, and does not keep that alive."""
+    alive = WeakMethod(method)
+
+    def call(*arguments: object) -> None:
+        if (found := alive()) is not None:
+            found(*arguments)
+
+    return call
 
 
 def _deciding(transaction: Transaction) -> list[EventRows]:

@@ -158,7 +158,9 @@ class Outbox:
         """Run what is due, here and now, until nothing is; for tests, cron, and serverless.
 
         Handlers get their dependencies from the application whose request or lifespan this is
-        called in, or whose lifespan is on this event loop.
+        called in, or whose lifespan is on this event loop. Beside a relay it may return while the
+        relay still runs rows. It takes over nothing from processes that were killed: that is for a
+        relay, which sees them for a whole lease.
 
         Args:
             within: Also what is due in so many seconds, as if they were over. With a large number

@@ -413,6 +413,8 @@ async def run_due(
                 fed.end()
                 await holdings.settle()
             requeued += fed.unit.requeued
+            del fed  # or it would keep the last row
+        await holdings.leave_if_idle()
         return DrainReport(handled, tuple(failures), requeued)
     finally:
         source.stock.clear()  # a cancellation's traceback leads here, and would hold the leases

@@ -283,6 +283,7 @@ def rows_of(
 
     Raises:
         TypeError: `key` of a handler gave something else than a text or None.
+        ValueError: The text has a null character.
     """
     plan, event, published_ns = envelope.plan, envelope.event, envelope.published_ns
     # Not those whose subscription was cancelled.
@@ -313,6 +314,11 @@ def key_of(handler: str, durable: Durable, envelope: Envelope) -> str | None:
     if durable.key is None:
         return None
     key: object = durable.key(envelope.event)
+    if isinstance(key, str) and "\0" in key:
+        raise ValueError(
+            f"the key of durable handler {handler} has a null character, which PostgreSQL does not "
+            "store"
+        )
     if key is None or isinstance(key, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         return key
     raise TypeError(
@@ -328,7 +334,7 @@ def headers_of(event: object, observers: Sequence[Observer]) -> str | None:
     for observer in observers:
         with contained(observer):
             headers.update(observer.headers(event))
-    return json.dumps(headers) if headers else None
+    return json.dumps(headers, default=str) if headers else None
 
 
 def restore(headers: Mapping[str, str], observers: Sequence[Observer]) -> None:

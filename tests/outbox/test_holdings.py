@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import os
+import weakref
 from collections import deque
 from contextlib import suppress
 from functools import partial
@@ -381,3 +383,41 @@ async def test_a_unit_of_another_thread_writes_its_outcomes_itself(
     assert not errors
     assert seen == ["bob"]
     assert not scene.table.rows()
+
+
+async def test_without_a_relay_who_has_run_what_is_due_says_farewell(
+    scene: Scene, bus: EventBus, outbox: Outbox, seen: list[str]
+) -> None:
+    scene.table.insert(event("mail"))
+
+    await outbox.run_due()
+
+    assert seen == ["ada"]
+    assert not scene.table.processes()
+
+
+def test_a_forked_child_holds_nothing_of_its_parents(scene: Scene, outbox: Outbox) -> None:
+    row = Row(uuid4(), "mail", Durable(), None)
+    holdings = holdings_of(outbox)
+    holdings.know(row)
+    holdings.begin(row)
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        os.write(write, f"{holdings.row_of(row.id)} {holdings.runs(row)}".encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+
+    assert os.read(read, 100) == b"None False"
+    assert holdings.row_of(row.id) is row
+    os.close(read)
+    os.close(write)
+
+
+async def test_a_bus_that_is_dropped_takes_its_outbox_along(scene: Scene) -> None:
+    bus = EventBus()
+    outbox = Outbox(bus, scene.engine, schema=scene.schema)
+    gone = weakref.ref(outbox)
+    del bus, outbox
+    gc.collect()
+
+    assert gone() is None
