@@ -217,10 +217,10 @@ class Transaction(ABC):
     __slots__ = ("__weakref__", "gone", "inside", "levels", "state", "units")
 
     def __init__(self, state: BusState) -> None:
-        self.state = state
+        self.state: BusState = state
         self.levels: list[Level] = [Level()]
         self.units: set[Unit] = set()
-        self.gone = False
+        self.gone: bool = False
         self.inside: Callable[[], Transaction | None] | None = None
 
     @property

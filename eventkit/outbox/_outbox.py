@@ -112,7 +112,7 @@ class Outbox:
         )
         root = found.sync_engine if isinstance(found, AsyncEngine) else found
         self._keeper = Keeper(self, state, self._holdings, _tied(bus, engine), root)
-        self.detached = False
+        self.detached: bool = False
         state.keeper = self._keeper
 
     def detach(self) -> None:

@@ -38,8 +38,8 @@ class Codec(Generic[E]):
     __slots__ = ("_dump", "_fits", "_format", "_load", "_probe", "event_type", "name")
 
     def __init__(self, event_type: type[E], language: Format, probe: Probe, pair: Pair) -> None:
-        self.event_type = event_type
-        self.name = names_on(event_type).current
+        self.event_type: type[E] = event_type
+        self.name: str = names_on(event_type).current
         self._format = language
         self._probe = probe
         self._fits = probe.fits

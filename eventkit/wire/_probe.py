@@ -87,7 +87,7 @@ class Probe:
         self._by_msgspec = language.name == "msgspec"
         self._met: dict[object, Fits] = {}
         self.declared: dict[str, Hint] = {}
-        self.fits = self._judge(event_type, event_type.__qualname__, {})
+        self.fits: Fits = self._judge(event_type, event_type.__qualname__, {})
 
     def blame(self) -> list[str]:
         """List the fields that the package refuses, innermost first."""
