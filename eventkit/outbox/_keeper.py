@@ -124,7 +124,7 @@ class Keeper:
             payload=payload,
             headers=headers_of(envelope.event, self._state.observers),
             # Who delivers an event in any case knows that it waits for no commit.
-            place=None if envelope.verdict is Verdict.EVEN_ON_FAILURE else caller(),
+            location=None if envelope.verdict is Verdict.EVEN_ON_FAILURE else caller(),
         )
         for row in rows.rows.values():
             if row.key is None:
@@ -260,13 +260,13 @@ class Keeper:
         """Write the rows of what no transaction has decided. See the core's `Keeper`."""
         underway = _Underway([each.rows for each in envelopes if isinstance(each.rows, EventRows)])
         for rows in underway.events:
-            if rows.place is not None:
+            if rows.location is not None:
                 self._warn_once(
-                    rows.place,
+                    rows.location,
                     "an event with durable handlers belongs to no transaction: it is kept from now "
                     "on only, and a crash before loses it. Publish inside of a session's "
                     "transaction",
-                    published_from=rows.place,
+                    published_from=rows.location,
                     bus=self._state.name,
                 )
         leased = self._may_lease()

@@ -138,15 +138,15 @@ class EventRows(Observer):
 
     Attributes:
         written: Whether they are in the table, or in a transaction that is being committed.
-        place: Where the event was published, as `file:line`; None for one that is delivered even on
+        location: Where the event was published, as `file:line`; None for one that is delivered even on
             failure, and for what comes from the table.
     """
 
     def __init__(
-        self, holder: Holder, rows: dict[int, Row], facts: NewEvent | None, place: str | None
+        self, holder: Holder, rows: dict[int, Row], facts: NewEvent | None, location: str | None
     ) -> None:
         self.written: bool = facts is None
-        self.place: str | None = place
+        self.location: str | None = location
         self.facts: NewEvent | None = facts
         self.rows: dict[int, Row] = rows
         self._holder = holder
@@ -269,7 +269,7 @@ def rows_of(
     name: str,
     payload: str,
     headers: str | None,
-    place: str | None,
+    location: str | None,
 ) -> EventRows:
     """The rows of an event that is being published.
 
@@ -279,7 +279,7 @@ def rows_of(
         name: What the table calls its type.
         payload: The event as JSON.
         headers: What goes along with it, as JSON.
-        place: Where it was published.
+        location: Where it was published, as `file:line`.
 
     Raises:
         TypeError: `key` of a handler gave something else than a text or None.
@@ -306,7 +306,7 @@ def rows_of(
         published_at=published_ns / 1e9,
         rows=[NewRow(row.id, row.handler, row.key) for row in rows.values()],
     )
-    return EventRows(holder, rows, facts, place)
+    return EventRows(holder, rows, facts, location)
 
 
 def key_of(handler: str, durable: Durable, envelope: Envelope) -> str | None:
