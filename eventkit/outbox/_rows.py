@@ -138,8 +138,8 @@ class EventRows(Observer):
 
     Attributes:
         written: Whether they are in the table, or in a transaction that is being committed.
-        location: Where the event was published, as `file:line`; None for one that is delivered even on
-            failure, and for what comes from the table.
+        location: Where the event was published, as `file:line`; None for one that is delivered even
+            on failure, and for what comes from the table.
     """
 
     def __init__(
