@@ -55,7 +55,7 @@ class Fault(NamedTuple):
 FAULTS = [
     Fault(
         "rows are not written before the commit",
-        "_outbox.py",
+        "_keeper.py",
         "leased=leased)\n            if not transaction.is_root:",
         "leased=leased) if False else None\n            if not transaction.is_root:",
         (
@@ -65,7 +65,7 @@ FAULTS = [
     ),
     Fault(
         "rows are written in a transaction of their own",
-        "_outbox.py",
+        "_keeper.py",
         "        self._holdings.store.insert(connection, facts, owner)\n",
         "        self._holdings.database.call("
         "lambda own: self._holdings.store.insert(own, facts, owner))\n",
@@ -73,7 +73,7 @@ FAULTS = [
     ),
     Fault(
         "complete_with has no fence",
-        "_outbox.py",
+        "_keeper.py",
         "            if row.id not in done:\n",
         "            if False:\n",
         (f"{STOPPED}[pysqlite]",),
@@ -160,8 +160,8 @@ FAULTS = [
     Fault(
         "a claim does not look at the key",
         "_store.py",
-        "and (e.state = 1 or e.state in (0, 4) and e.position < r.position)))",
-        "and false))",
+        "and (e.state = 1 or e.position < r.position and (e.state in (0, 4)",
+        "and false and (e.state = 1 or e.position < r.position and (e.state in (0, 4)",
         (f"{STORE}::test_deliveries_of_one_key_are_claimed_one_at_a_time_in_their_order",),
     ),
     Fault(

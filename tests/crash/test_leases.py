@@ -40,8 +40,9 @@ def test_who_stands_still_for_longer_than_its_lease_has_lost_what_it_runs(place:
     sleeper.tell("go")
 
     sleeper.hear("raises", handler="exact", error="LeaseLostError")
-    line = sleeper.hear("log", text=LOST, level="WARNING")
-    assert line["facts"]["delivery_id"] == waits["plain"]["delivery"]
+    lines = [sleeper.hear("log", n, text=LOST, level="WARNING") for n in (1, 2)]
+    lost = {line["facts"]["delivery_id"] for line in lines}
+    assert lost == {line["delivery"] for line in waits.values()}
     finish(place, other, sleeper)
     found = place.count()
     assert not found.missing
@@ -107,7 +108,8 @@ def test_a_commit_may_take_several_leases(place: Place) -> None:
     slow, other = place.start("--slow-insert"), place.start()
     other.hear("ready")
     slow.tell("commit", id="one")
-    slow.hear("ends", 2)
+    slow.hear("done")
+    # On SQLite it holds the lock that heartbeats need, so a relay may be the one that runs them.
     finish(place, slow, other)
     found = place.count()
     assert not found.missing

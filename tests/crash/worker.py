@@ -30,7 +30,7 @@ from eventkit import Durable, EventBus, current_delivery, named
 from eventkit._core.bus import state_of
 from eventkit.outbox import Outbox, complete_with
 from eventkit.outbox import _holdings as holdings
-from eventkit.outbox import _outbox as front
+from eventkit.outbox import _keeper as keeper
 from eventkit.outbox import _source as source
 from eventkit.outbox import _store as store
 from tests.crash.tables import Business, Effect
@@ -113,8 +113,8 @@ def something_is_done(_: object, connection: object, owner: str, done: list[obje
 POINTS: dict[str, tuple[Patched, bool, Callable[..., bool]] | None] = {
     "before the commit": None,
     "before the insert": ((store.Store, "insert"), True, always),
-    "after the insert": ((front.Outbox, "_before_commit"), False, always),
-    "after the commit": ((front.Outbox, "_ended"), True, always),
+    "after the insert": ((keeper.Keeper, "_before_commit"), False, always),
+    "after the commit": ((keeper.Keeper, "_ended"), True, always),
     "after the release": None,
     "before the handler": ((holdings.Holdings, "begin"), True, always),
     "in the handler": None,
@@ -122,7 +122,7 @@ POINTS: dict[str, tuple[Patched, bool, Callable[..., bool]] | None] = {
     "after the effect": None,
     "before the deletion": ((store.Store, "complete"), True, something_is_done),
     "after the deletion": ((store.Store, "complete"), False, something_is_done),
-    "after the writing": ((holdings.Holdings, "_tell_lost"), True, always),
+    "after the writing": ((holdings.Holdings, "tell_lost"), True, always),
     "before the claim": ((store.Store, "claim"), True, always),
     "after the claim": ((store.Store, "claim"), False, always),
     "after the claim's commit": ((source.RowSource, "_receive"), True, always),
@@ -404,6 +404,8 @@ def engine_of(url: str) -> Engine | AsyncEngine:
             if address.drivername.endswith("asyncpg")
             else {"prepare_threshold": None}
         )
+    if address.get_backend_name() == "sqlite":
+        options["connect_args"] = {"timeout": 50}  # ten times SQLite's own, on a busy machine
     if address.get_dialect().is_async:
         return create_async_engine(address, **options)
     return create_engine(address, **options)
