@@ -224,9 +224,9 @@ class Transaction(ABC):
         self.inside: Callable[[], Transaction | None] | None = None
 
     @property
+    @abstractmethod
     def is_root(self) -> bool:
         """Whether its commit is the database's, and not that of a savepoint."""
-        return True
 
     def with_those_inside(self) -> list[Transaction]:
         """Itself, and those that its commit commits, too."""
@@ -494,7 +494,7 @@ def _settle(state: BusState, units: Sequence[Unit], *, last: bool = False) -> No
             dropped.setdefault(_why(envelope), []).append(envelope)
     announce_released(state, sorted(released, key=_number))
     for (reason, warning), envelopes in dropped.items():
-        if warning is not None:
+        if warning is not None and any(each.plan for each in envelopes):
             _warn(state, warning, envelopes)
         announce_dropped(state, envelopes, Outcome.DISCARDED, reason)
     for unit in units if dropped else ():
@@ -502,16 +502,15 @@ def _settle(state: BusState, units: Sequence[Unit], *, last: bool = False) -> No
 
 
 def _warn(state: BusState, warning: str, envelopes: Sequence[Envelope]) -> None:
-    """Warn of what is lost, if anybody would have handled it."""
+    """Warn of what is lost."""
     deliveries = [delivery for each in envelopes for delivery in each.deliveries()]
-    if deliveries:
-        log(
-            logging.WARNING,
-            warning,
-            bus=state.name,
-            deliveries=len(deliveries),
-            event_types=event_types(deliveries),
-        )
+    log(
+        logging.WARNING,
+        warning,
+        bus=state.name,
+        deliveries=len(deliveries),
+        event_types=event_types(deliveries),
+    )
 
 
 def _why(envelope: Envelope) -> tuple[str | None, str | None]:

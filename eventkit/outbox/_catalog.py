@@ -119,7 +119,6 @@ def _names_of_handler(subscription: Subscription) -> tuple[str, ...]:
 
 def _with_subclasses(event_type: type) -> Iterator[type]:
     yield event_type
-    if event_type is not object:
-        subclasses: list[type] = event_type.__subclasses__()
-        for subclass in subclasses:
-            yield from _with_subclasses(subclass)
+    subclasses: list[type] = event_type.__subclasses__()
+    for subclass in subclasses:
+        yield from _with_subclasses(subclass)

@@ -267,11 +267,8 @@ class Lease:
     def _process(self) -> _Process:
         pid = os.getpid()
         process = self._processes.get(pid)
-        if process is None:
-            with self._lock:
-                process = self._processes.get(pid)
-                if process is None:
-                    process = self._processes[pid] = _Process()
+        if process is None:  # of several threads one has its way, in one step
+            process = self._processes.setdefault(pid, _Process())
         return process
 
     def _reconcile(
@@ -309,7 +306,7 @@ class Lease:
 def _keep(lease: weakref.ref[Lease], over: Event, pause: float) -> None:
     if pause and over.wait(pause):
         return
-    while not over.is_set() and (alive := lease()) is not None:
+    while not over.is_set() and (alive := lease()) is not None:  # pragma: no branch - it waits
         pause = alive.take_turn()
         del alive
         if over.wait(pause):
