@@ -9,7 +9,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.orm import scoped_session, sessionmaker
 from sqlalchemy.pool import StaticPool
 
-from eventkit import DrainReport, EventBus
+from eventkit import DomainEvent, DrainReport, Durable, EventBus
 from eventkit._cli import _show
 from eventkit.outbox import Outbox, _holdings
 from eventkit.outbox._rows import describe
@@ -27,7 +27,16 @@ class Scripted:
 Scripted.__module__ = "__main__"
 
 
+@dataclass(frozen=True, slots=True)
+class Shipped(DomainEvent):
+    number: int
+
+
 async def mail(event: object) -> None: ...
+
+
+async def fails(event: object) -> None:
+    raise LookupError
 
 
 async def test_what_is_not_written_yet_waits_here(bus: EventBus, outbox: Outbox) -> None:
@@ -43,8 +52,29 @@ def test_an_error_that_was_never_raised_is_named_without_a_line() -> None:
     assert describe(ValueError("secret")) == "builtins.ValueError"
 
 
-def test_a_time_below_a_second_is_none() -> None:
-    assert _show._span(0.4) == "0 s"
+def test_a_time_is_shown_in_its_largest_unit() -> None:
+    assert [_show._span(seconds) for seconds in (0.4, 59.9, 90.0)] == ["0 s", "59 s", "1 m"]
+
+
+async def test_an_event_that_has_an_id_keeps_it_in_the_table(bus: EventBus, outbox: Outbox) -> None:
+    placed = Shipped(7)
+    bus.subscribe(Shipped, fails, durable=True, name="fails")
+
+    async with bus.context():
+        bus.publish(placed)
+
+    (kept,) = await outbox.deliveries("ready")
+    assert kept.event_id == placed.event_id
+
+
+async def test_a_key_that_postgresql_cannot_store_is_refused_at_publish(
+    bus: EventBus, outbox: Outbox
+) -> None:
+    bus.subscribe(Placed, mail, durable=Durable(key=lambda event: "a\0b"), name="mail")
+
+    async with bus.context():
+        with pytest.raises(ValueError, match="key of durable handler mail has a null character"):
+            bus.publish(Placed())
 
 
 def test_names_of_a_script_are_warned_of_once(
