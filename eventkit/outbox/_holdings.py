@@ -143,10 +143,14 @@ class Holdings:
         lease.start()
         if not lease.is_valid:
             since = lease.now()
-            await self.database.run(
-                partial(self.store.beat, owner=lease.owner, lease_seconds=lease.seconds)
-            )
+            await self.beat()
             lease.extend(since)
+
+    async def beat(self) -> None:
+        """Write into the table that this process is alive."""
+        await self.database.run(
+            partial(self.store.beat, owner=self.lease.owner, lease_seconds=self.lease.seconds)
+        )
 
     # Outcomes
 
@@ -201,16 +205,14 @@ class Holdings:
             with CancelScope(shield=True, deadline=_when_to_give_up()) as scope:
                 lost = await self.database.run(partial(self._write_down, outcomes))
             if scope.cancelled_caught:  # it goes on by itself, and nobody knows how it ends
-                for outcome in outcomes:
-                    outcome.unsure = True
+                _doubt(outcomes)
                 raise TimeoutError("the database does not answer")
         except Exception as error:  # noqa: BLE001 - of a database, or of its driver
             self._outcomes.extendleft(reversed(outcomes))
             self.complain("outcomes of deliveries could not be written down, and wait", error)
             return False
         except BaseException:  # `Task.cancel()` knows no shields
-            for outcome in outcomes:
-                outcome.unsure = True
+            _doubt(outcomes)
             self._outcomes.extendleft(reversed(outcomes))
             self.wake()
             raise
@@ -374,6 +376,12 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch - Windows has none
     os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _doubt(outcomes: Sequence[Outcome]) -> None:
+    """Note that they may be written already."""
+    for outcome in outcomes:
+        outcome.unsure = True
 
 
 def _say_dead(outcome: Outcome) -> None:

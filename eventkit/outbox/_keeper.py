@@ -244,17 +244,17 @@ class Keeper:
             return
         for row in underway.completed:
             row.completed = True
-        self._extend(underway)
-        if underway.unowned:
-            self._holdings.wake()
+        self._committed(underway)
 
-    def _extend(self, underway: _Underway) -> None:
-        """What was renewed is, now that it is committed."""
+    def _committed(self, underway: _Underway) -> None:
+        """What was renewed is, and what was written can be claimed."""
         if underway.renewed is not None:
             lease = self._holdings.lease
             lease.extend(underway.renewed)
             for each in underway.events:
                 each.enter(lease.term)
+        if underway.unowned:
+            self._holdings.wake()
 
     async def write(self, envelopes: Sequence[Envelope]) -> None:
         """Write the rows of what no transaction has decided. See the core's `Keeper`."""
@@ -291,9 +291,7 @@ class Keeper:
                 events=len(envelopes),
             )
             return
-        self._extend(underway)
-        if underway.unowned:
-            self._holdings.wake()
+        self._committed(underway)
 
     def mark(self, session: Session, delivery_id: UUID) -> None:
         """Have the session's next commit complete the delivery, if it has a row here."""

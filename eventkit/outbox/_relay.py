@@ -252,8 +252,7 @@ class Relay:
             return False
         self._lapsed = lapsed
         if holdings.database.dialect.name == "sqlite":
-            renew = partial(holdings.store.beat, owner=lease.owner, lease_seconds=lease.seconds)
-            await holdings.database.run(renew)
+            await holdings.beat()
             # Others wait for that lock, too: they need a moment until they have had it.
             self._looks_twice = not lapsed <= seen
             lapsed &= seen
