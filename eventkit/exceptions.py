@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Self
 
 __all__ = [
+    "BadMessageError",
+    "BridgeError",
     "BusLookupError",
     "DispatchError",
     "DrainInProgressError",
@@ -259,6 +261,26 @@ class EventEncodingError(EventKitError, ValueError):
         super().__init__(f"{field}: {problem}")
         self.event = event
         self.field = field
+
+
+class BadMessageError(EventKitError, ValueError):
+    """A message cannot be read as one of the events that are consumed. Says nothing of its body.
+
+    Attributes:
+        reason: "foreign": it is no CloudEvent. "unknown": nobody consumes its type. "undecodable":
+            its body is not the JSON of its type.
+    """
+
+    def __init__(self, reason: str, problem: str) -> None:
+        super().__init__(problem)
+        self.reason = reason
+
+
+class BridgeError(EventKitError, RuntimeError):
+    """Events cannot be sent to a broker, or received from it, as the application is wired.
+
+    In a forward it is the failure of one delivery: the broker has not taken the event.
+    """
 
 
 class DrainInProgressError(EventKitError, RuntimeError):
