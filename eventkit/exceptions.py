@@ -119,11 +119,16 @@ class DuplicateSubscriptionError(EventKitError, ValueError):
 
 
 class NoOutboxError(EventKitError, RuntimeError):
-    """An application starts whose bus has durable handlers and no outbox to keep deliveries in."""
+    """An application starts whose bus has to keep deliveries, and has no outbox for them.
 
-    def __init__(self, bus: str, handlers: Sequence[str]) -> None:
+    The bus has durable handlers, or consumers that hand messages of other services to its outbox.
+    """
+
+    def __init__(self, bus: str, handlers: Sequence[str], consumers: Sequence[str] = ()) -> None:
+        found = (("durable handlers", handlers), ("durable consumers", consumers))
+        needs = " and ".join(f"{kind} ({', '.join(names)})" for kind, names in found if names)
         super().__init__(
-            f"bus {bus!r} has durable handlers ({', '.join(handlers)}) and no outbox: "
+            f"bus {bus!r} has {needs} and no outbox: "
             "Outbox(bus, engine), where the application is wired"
         )
 
