@@ -50,7 +50,13 @@ class Decisions(Protocol):
 
 
 class Keeper(Protocol):
-    """Keeps the deliveries of durable handlers in a table: see `eventkit.outbox`."""
+    """Keeps the deliveries of durable handlers in a table: see `eventkit.outbox`.
+
+    Attributes:
+        outbox: What users have of it. Any: an `Outbox`, which is a floor above.
+    """
+
+    outbox: Any
 
     def admit(self, declarations: Sequence[Declaration], /) -> None:
         """Refuse durable handlers of events that cannot be stored."""

@@ -348,8 +348,7 @@ def _inbox(state: BusState, name: str) -> Callable[[Received], Awaitable[object]
                 "consume(..., durable=True) needs an outbox: Outbox(bus, engine), where the "
                 "application is wired"
             )
-        outbox: Any = state.keeper.outbox
-        await outbox.receive(
+        await state.keeper.outbox.receive(
             received.event,
             consumer=name,
             message_id=received.unique_id,

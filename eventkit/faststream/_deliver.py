@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from anyio import current_time, move_on_after, sleep
 from faststream.exceptions import NackMessage, RejectMessage
@@ -189,8 +189,7 @@ class ToKeeper:
 def _leaves(errors: Sequence[BaseException]) -> Iterator[BaseException]:
     for error in errors:
         if isinstance(error, BaseExceptionGroup):
-            inner: Sequence[BaseException] = error.exceptions
-            yield from _leaves(inner)
+            yield from _leaves(cast("BaseExceptionGroup[BaseException]", error).exceptions)
         else:
             yield error
 
