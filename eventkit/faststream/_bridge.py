@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar, Union, cast
 from weakref import WeakKeyDictionary
 
-from pydantic import WrapValidator
+from pydantic import GetCoreSchemaHandler, WithJsonSchema
+from pydantic_core import CoreSchema, core_schema
 from stamina import AsyncRetryingCaller
 
 from eventkit._core.bus import EventBus, state_of
@@ -21,6 +23,7 @@ from eventkit.faststream._engines import Engine, engine_of, problem_of_policy, r
 from eventkit.faststream._forward import Forward
 from eventkit.wire import Received, codec_for, names_of, wire_name
 from eventkit.wire._names import is_named
+from eventkit.wire._probe import language_of
 
 E = TypeVar("E")
 
@@ -367,10 +370,40 @@ def _attach(
     async def consume(event: Any) -> None:
         await consumer.receive(event, subscriber)
 
-    # The schema in AsyncAPI is that of the events; what comes is the whole message.
-    either: Any = Union[tuple(event_types)]  # noqa: UP007 - `|` takes no tuple
-    consume.__annotations__["event"] = Annotated[either, WrapValidator(_as_it_is)]
-    subscriber(consume, decoder=_whole, parser=repaired if engine.name == "Kafka" else None)
+    consume.__annotations__["event"] = _whole_message(event_types)
+    if engine.name == "Kafka":  # beneath a parser of the user's own, which is called with this one
+        subscriber._parser = partial(repaired, parse=subscriber._parser)  # noqa: SLF001 - no other way
+    subscriber(consume, decoder=_whole)
+
+
+def _whole_message(event_types: Sequence[type]) -> type:
+    """Make a type whose schema in AsyncAPI is that of the events, and of which everything is.
+
+    FastStream has pydantic or msgspec convert what a handler takes, and loses what cannot be.
+    """
+    either: Any = Union[tuple(map(_described, event_types))]  # noqa: UP007 - `|` takes no tuple
+
+    class Message(metaclass=_Everything):
+        @classmethod
+        def __get_pydantic_core_schema__(cls, _: object, build: GetCoreSchemaHandler) -> CoreSchema:
+            return core_schema.no_info_wrap_validator_function(_as_it_is, build(either))
+
+    return Message
+
+
+def _described(event_type: type) -> Any:
+    """Give what pydantic can describe: of msgspec and attrs it knows nothing."""
+    if language_of(event_type) == "pydantic":
+        return event_type
+    schema = {"title": event_type.__name__, "type": "object"}
+    return Annotated[Any, WithJsonSchema(schema)]
+
+
+class _Everything(type):
+    """The type of types of which everything is an instance: msgspec asks for that."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return True
 
 
 def _as_it_is(message: object, _: object) -> object:
