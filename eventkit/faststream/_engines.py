@@ -57,8 +57,8 @@ class Engine:
         """What the broker knows all processes of this consumer by."""
         raise NotImplementedError
 
-    def place(self, endpoint: Any) -> str | None:
-        """Where a publisher sends to, or a subscriber reads from; None if that is not one place."""
+    def comes_to(self, publisher: Any, subscriber: Any) -> bool:
+        """Whether what a publisher sends is given to a subscriber, as far as one can see."""
         raise NotImplementedError
 
     def patience(self, subscriber: Any) -> float | None:
@@ -101,10 +101,12 @@ class Nats(Engine):
 
     def consumer(self, subscriber: Any) -> str:
         group = subscriber.extra_options.get("durable") or subscriber.queue
-        return f"{self.place(subscriber)}/{group}"
+        return f"{subscriber.stream.name}/{group or subscriber.subject.template}"
 
-    def place(self, endpoint: Any) -> str | None:
-        return endpoint.subject.template or None
+    def comes_to(self, publisher: Any, subscriber: Any) -> bool:
+        subject = publisher.subject.broker_address
+        filters = [subscriber.subject.broker_address, *subscriber.filter_subjects]
+        return any(_matches(subject, each) for each in filters if each)
 
     def patience(self, subscriber: Any) -> float | None:
         return subscriber.config.ack_wait or 30.0
@@ -125,6 +127,15 @@ class Nats(Engine):
         if "Batch" in type(subscriber).__name__:
             return _BATCH
         return None
+
+
+def _matches(subject: str, filter_: str) -> bool:
+    """Whether a subject of NATS is one that a filter names, with its wildcards."""
+    parts, wanted = subject.split("."), filter_.split(".")
+    if wanted[-1] == ">":
+        parts, wanted = parts[: len(wanted) - 1], wanted[:-1]
+    alike = all(want in ("*", part) for part, want in zip(parts, wanted, strict=False))
+    return alike and len(parts) == len(wanted)
 
 
 class Rabbit(Engine):
@@ -163,11 +174,13 @@ class Rabbit(Engine):
     def consumer(self, subscriber: Any) -> str:
         return str(subscriber.queue.name)
 
-    def place(self, endpoint: Any) -> str | None:
-        exchange = getattr(endpoint.exchange, "name", None)
-        if not exchange or exchange == "default":  # which routes to the queue of the name
-            return endpoint.queue.name or endpoint.routing_key or None
-        return None
+    def comes_to(self, publisher: Any, subscriber: Any) -> bool:
+        exchange, key = publisher.exchange, publisher.routing()
+        if not exchange.name:  # the default one, which routes to the queue of this name
+            return bool(key == subscriber.routing())
+        if exchange.name != subscriber.exchange.name:
+            return False
+        return exchange.type.value == "fanout" or key == subscriber.routing()
 
     def patience(self, subscriber: Any) -> float | None:
         return None  # as long as the connection
@@ -194,9 +207,8 @@ class Redis(Engine):
     def consumer(self, subscriber: Any) -> str:
         return f"{subscriber.stream_sub.name}/{subscriber.stream_sub.group}"
 
-    def place(self, endpoint: Any) -> str | None:
-        stream = getattr(endpoint, "stream_sub", None) or endpoint.stream
-        return str(stream.name)
+    def comes_to(self, publisher: Any, subscriber: Any) -> bool:
+        return bool(publisher.stream.name == subscriber.stream_sub.name)
 
     def patience(self, subscriber: Any) -> float | None:
         stream = subscriber.stream_sub
@@ -243,7 +255,7 @@ class Redis(Engine):
             return None
         return (
             "nobody would take over what a killed consumer of the Redis stream "
-            f"{self.place(subscribers[0])!r} had read: pass [subscriber, another one with "
+            f"{subscribers[0].stream_sub.name!r} had read: pass [subscriber, another one with "
             "StreamSub(min_idle_time=60_000)]"
         )
 
@@ -277,13 +289,11 @@ class Kafka(Engine):
         return None if getattr(result, "offset", -1) >= 0 else "there is no offset of a record"
 
     def consumer(self, subscriber: Any) -> str:
-        return f"{self.place(subscriber) or ''}/{subscriber.group_id}"
+        topics: Sequence[str] = subscriber.topic_names
+        return f"{','.join(sorted(topics))}/{subscriber.group_id}"
 
-    def place(self, endpoint: Any) -> str | None:
-        if (topic := getattr(endpoint, "topic", None)) is not None:
-            return str(topic)
-        topics: Sequence[str] = endpoint.topic_names
-        return ",".join(sorted(topics)) or None
+    def comes_to(self, publisher: Any, subscriber: Any) -> bool:
+        return publisher.topic in subscriber.topic_names
 
     def patience(self, subscriber: Any) -> float | None:
         return 300.0  # max_poll_interval_ms, by default

@@ -104,11 +104,12 @@ def check_dead_letter(publisher: Any, group: Group) -> Engine:
         BridgeError: One of the group does, or the broker confirms nothing.
     """
     engine = check_publisher(publisher)
-    place = engine.place(publisher) if engine is group.engine else None
-    if place is not None and place in [engine.place(each) for each in group.subscribers]:
+    if engine is group.engine and any(
+        engine.comes_to(publisher, each) for each in group.subscribers
+    ):
         raise BridgeError(
-            f"dead letters would go to {place!r}, where they are consumed, and go round for ever: "
-            "give them a place of their own"
+            f"dead letters of {group.name!r} would be sent to where they are consumed, and go round "
+            "for ever: give them a place of their own"
         )
     return engine
 
