@@ -131,8 +131,9 @@ def encode(
         EventEncodingError: The event would not come back as it is. The error names the field.
         InvalidEventTypeError: Its class cannot be written as JSON.
     """
-    for name, value in (("source", source), ("id", id), ("key", key)):
-        if value is not None and not (isinstance(value, str) and value):  # pyright: ignore[reportUnnecessaryIsInstance]
+    texts: dict[str, object] = {"source": source, "id": id, "key": key}
+    for name, value in texts.items():
+        if value is not None and not (isinstance(value, str) and value):
             raise ValueError(f"{name} is a text that is not empty")
     codec = codec_for(type(event))
     body = codec.encode(event).encode()
