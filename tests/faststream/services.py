@@ -200,7 +200,7 @@ def publisher_of(broker: Any, place: str, **options: Any) -> Any:
 def subscribers_of(broker: Any, place: str, group: str = "billing", **options: Any) -> list[Any]:
     match broker:
         case NatsBroker():
-            given = {"stream": stream_of(place), "durable": group, "queue": group} | options
+            given = {"stream": stream_of(place), "durable": group, "pull_sub": True} | options
             return [broker.subscriber(place, **given)]
         case RabbitBroker():
             return [broker.subscriber(RabbitQueue(place, durable=True), **options)]
