@@ -231,7 +231,7 @@ def headers_of(message: Any) -> dict[str, str]:
 def _line(text: str) -> str:
     """One line that every broker takes: not all of them take, or give back, what is not ASCII."""
     line = " ".join(text[:_LONGEST].split())
-    return line.encode("ascii", "backslashreplace").decode()[:_LONGEST]
+    return line.encode("unicode_escape").decode()[:_LONGEST]
 
 
 def _text(value: object) -> str:
