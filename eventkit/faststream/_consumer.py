@@ -231,7 +231,11 @@ def headers_of(message: Any) -> dict[str, str]:
 def _line(text: str) -> str:
     """One line that every broker takes: not all of them take, or give back, what is not ASCII."""
     line = " ".join(text[:_LONGEST].split())
-    return line.encode("unicode_escape").decode()[:_LONGEST]
+    return "".join(each if " " <= each <= "~" else _escaped(each) for each in line)[:_LONGEST]
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def _text(value: object) -> str:

@@ -24,7 +24,7 @@ class Fails:
     """A handler that raises what it is given, one after the other; the last one again and again."""
 
     def __init__(self, service: Service, *errors: BaseException | None) -> None:
-        self.errors = [*errors]
+        self.errors: list[BaseException | None] = [*errors]
         self.attempts = 0
         service.bus.on(OrderPlaced)(self.handle)
 
