@@ -20,16 +20,18 @@ from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
 from eventkit._core.events import DomainEvent
 from eventkit.exceptions import BadMessageError
 from eventkit.wire._codec import Codec, EventDecodingError, codec_for
-from eventkit.wire._names import names_of
+from eventkit.wire._names import names_of, wire_name
 
 JSON = "application/json"
 _STRUCTURED = "application/cloudevents+json"
 _REQUIRED = ("id", "type", "source")
 # Of HTTP, NATS and RabbitMQ; of Kafka; of AMQP 1.0. The first one's values are percent-encoded.
 _ESCAPING = "ce-"
-_PREFIX = re.compile(r"(?:ce-|ce_|cloudEvents:|cloudEvents_)(?P<name>[a-z0-9]+)", re.IGNORECASE)
+_PREFIXES = ("ce-", "ce_", "cloudevents:", "cloudevents_")
+_ATTRIBUTE = re.compile(r"(?:ce-|ce_|cloudevents:|cloudevents_)([a-z0-9]+)")
 # What HTTP's binding leaves as it is: printable ASCII but for the space, `"` and `%`.
 _SAFE = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '"%')
+_UNSAFE = re.compile(r"[^!#$&-~]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,11 @@ class Wired:
             prefix: "ce-" for NATS, RabbitMQ, Redis and HTTP, "ce_" for Kafka, "cloudEvents:" for
                 AMQP 1.0. Values after "ce-" are percent-encoded, as HTTP's binding has it.
         """
-        escaped = prefix == _ESCAPING
-        headers = {
-            f"{prefix}{name}": quote(value, _SAFE) if escaped else value
-            for name, value in self.attributes.items()
-        }
+        headers = {f"{prefix}{name}": value for name, value in self.attributes.items()}
+        if prefix == _ESCAPING:
+            for name, value in headers.items():
+                if _UNSAFE.search(value) is not None:
+                    headers[name] = quote(value, _SAFE)
         headers["content-type"] = JSON
         return headers
 
@@ -188,7 +190,7 @@ def decode(headers: Mapping[str, str], body: bytes, *types: type) -> Received:
 
 def _codec_of(name: str, types: tuple[type, ...]) -> Codec[Any]:
     for each in types:
-        if name in names_of(each):
+        if name == wire_name(each) or name in names_of(each):
             return codec_for(each)
     known = ", ".join(repr(names_of(each)[0]) for each in types)
     raise BadMessageError("unknown", f"nobody here consumes {name!r}, only {known or 'nothing'}")
@@ -196,14 +198,14 @@ def _codec_of(name: str, types: tuple[type, ...]) -> Codec[Any]:
 
 def _opened(headers: Mapping[str, str], body: bytes) -> tuple[dict[str, str], bytes]:
     """The attributes, and the JSON of the event."""
-    for name, value in headers.items():
-        if name.lower() == "content-type" and value.partition(";")[0].strip() == _STRUCTURED:
-            return _structured(body)
     attributes: dict[str, str] = {}
     for name, value in headers.items():
-        if (found := _PREFIX.fullmatch(name)) is not None:
-            escaped = name.lower().startswith(_ESCAPING)
-            attributes[found["name"].lower()] = unquote(value) if escaped else value
+        lower = name.lower()
+        if lower == "content-type" and value.partition(";")[0].strip() == _STRUCTURED:
+            return _structured(body)
+        if lower.startswith(_PREFIXES) and (found := _ATTRIBUTE.fullmatch(lower)) is not None:
+            escaped = "%" in value and lower.startswith(_ESCAPING)
+            attributes[found[1]] = unquote(value) if escaped else value
     return attributes, body
 
 
@@ -246,9 +248,9 @@ def _read(
 
 def _completed(payload: str, attributes: Mapping[str, str]) -> str:
     """Give a foreign event the id and the time that its sender wrote into the message."""
-    given = {"event_id": attributes["id"], "occurred_at": attributes.get("time")}
-    if all(f'"{name}"' in payload for name in given):
+    if '"event_id"' in payload and '"occurred_at"' in payload:
         return payload
+    given = {"event_id": attributes["id"], "occurred_at": attributes.get("time")}
     try:
         fields: object = json.loads(payload)
         UUID(attributes["id"])
