@@ -185,7 +185,7 @@ class Consumer:
         rounds = _number(kept.get(_ROUND)) if kept.get(_BY) == self._name else 0
         headers = kept | {
             _REASON: problem.reason,
-            _ERROR: " ".join(problem.error.split())[:_LONGEST],
+            _ERROR: _line(problem.error),
             _BY: self._name,
             _ROUND: str(rounds + 1),
         }
@@ -226,6 +226,12 @@ def headers_of(message: Any) -> dict[str, str]:
     if message.content_type and "content-type" not in texts:  # RabbitMQ has it beside them
         texts["content-type"] = message.content_type
     return texts
+
+
+def _line(text: str) -> str:
+    """One line that every broker takes: not all of them take, or give back, what is not ASCII."""
+    line = " ".join(text[:_LONGEST].split())
+    return line.encode("ascii", "backslashreplace").decode()[:_LONGEST]
 
 
 def _text(value: object) -> str:

@@ -13,7 +13,6 @@ from faststream import AckPolicy
 
 from eventkit.wire import Wired
 
-JSON = "application/json"
 _LOSING = {AckPolicy.ACK_FIRST: "ACK_FIRST", AckPolicy.MANUAL: "MANUAL"}
 
 
@@ -154,7 +153,7 @@ class Rabbit(Engine):
 
     def dead_options(self, message: Any, headers: dict[str, str]) -> dict[str, Any]:
         return {
-            "content_type": headers.pop("content-type", JSON),
+            "content_type": headers.pop("content-type", None),
             "headers": headers,
             "message_id": message.message_id,
             "persist": True,
