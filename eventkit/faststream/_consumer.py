@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Protocol, TypedDict
 
 from anyio import move_on_after, sleep
 from faststream.exceptions import NackMessage
-from structlog.contextvars import bound_contextvars
+from structlog.contextvars import bind_contextvars, reset_contextvars
 
 from eventkit._core.ambient import carried
 from eventkit._core.log import log
@@ -165,10 +165,11 @@ class Consumer:
                 return None
             return Problem(error.reason, str(error))
         before = carried.set({name: headers[name] for name in _TRACE if name in headers})
+        bound = bind_contextvars(correlation_id=message.correlation_id)
         try:
-            with bound_contextvars(correlation_id=message.correlation_id):
-                return await self._deliver(received, subscriber)
+            return await self._deliver(received, subscriber)
         finally:
+            reset_contextvars(**bound)
             carried.reset(before)
 
     async def _bury(self, message: Any, problem: Problem) -> None:
