@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Self
 
 __all__ = [
+    "BadMessageError",
+    "BridgeError",
     "BusLookupError",
     "DispatchError",
     "DrainInProgressError",
@@ -117,11 +119,16 @@ class DuplicateSubscriptionError(EventKitError, ValueError):
 
 
 class NoOutboxError(EventKitError, RuntimeError):
-    """An application starts whose bus has durable handlers and no outbox to keep deliveries in."""
+    """An application starts whose bus has to keep deliveries, and has no outbox for them.
 
-    def __init__(self, bus: str, handlers: Sequence[str]) -> None:
+    The bus has durable handlers, or consumers that hand messages of other services to its outbox.
+    """
+
+    def __init__(self, bus: str, handlers: Sequence[str], consumers: Sequence[str] = ()) -> None:
+        found = (("durable handlers", handlers), ("durable consumers", consumers))
+        needs = " and ".join(f"{kind} ({', '.join(names)})" for kind, names in found if names)
         super().__init__(
-            f"bus {bus!r} has durable handlers ({', '.join(handlers)}) and no outbox: "
+            f"bus {bus!r} has {needs} and no outbox: "
             "Outbox(bus, engine), where the application is wired"
         )
 
@@ -259,6 +266,26 @@ class EventEncodingError(EventKitError, ValueError):
         super().__init__(f"{field}: {problem}")
         self.event = event
         self.field = field
+
+
+class BadMessageError(EventKitError, ValueError):
+    """A message cannot be read as one of the events that are consumed. Says nothing of its body.
+
+    Attributes:
+        reason: "foreign": it is no CloudEvent. "unknown": nobody consumes its type. "undecodable":
+            its body is not the JSON of its type.
+    """
+
+    def __init__(self, reason: str, problem: str) -> None:
+        super().__init__(problem)
+        self.reason = reason
+
+
+class BridgeError(EventKitError, RuntimeError):
+    """Events cannot be sent to a broker, or received from it, as the application is wired.
+
+    In a forward it is the failure of one delivery: the broker has not taken the event.
+    """
 
 
 class DrainInProgressError(EventKitError, RuntimeError):

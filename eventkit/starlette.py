@@ -364,16 +364,18 @@ class EventContextMiddleware:
         """
         keeper = self._state.keeper
         if keeper is None:
-            self._refuse_durable_handlers()
+            self._refuse_what_is_durable()
             return None
         service = keeper.serve(host, tasks, concurrency=self._concurrency)
         await service.start()
         return service
 
-    def _refuse_durable_handlers(self) -> None:
+    def _refuse_what_is_durable(self) -> None:
         durable = [entry["handler"] for entry in self.bus.describe() if entry["durable"]]
-        if durable:
-            raise NoOutboxError(self.bus.name, [*dict.fromkeys(durable)])
+        consumers = self._state.needs_keeper
+        if durable or consumers:
+            handlers = [*dict.fromkeys(durable)]
+            raise NoOutboxError(self.bus.name, handlers, [*dict.fromkeys(consumers)])
 
     @contextmanager
     def _running(self, drainer: Drainer, origin: Origin) -> Generator[None]:

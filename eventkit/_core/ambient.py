@@ -6,9 +6,10 @@ Knows of a unit of work only what it asks it, and makes none.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import Context, ContextVar
+from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 from eventkit._core.dispatch import Turn
@@ -53,6 +54,11 @@ origin: ContextVar[object] = ContextVar("eventkit_origin", default=None)
 _outside: ContextVar[str | None] = ContextVar("eventkit_outside", default=None)
 # The buses whose units deliver their events themselves here, whatever `background` they ask for.
 waiting: ContextVar[frozenset[BusState]] = ContextVar("eventkit_waiting", default=frozenset())
+
+# Headers that go along with all that comes of a unit of work, to other processes, too: those of a
+# trace for instance. Whoever reads a message sets it; what handlers publish inherits it.
+NOTHING_CARRIED: Mapping[str, str] = MappingProxyType({})
+carried: ContextVar[Mapping[str, str]] = ContextVar("eventkit_carried", default=NOTHING_CARRIED)
 
 
 def current() -> Any:  # Any: as above; None outside of all

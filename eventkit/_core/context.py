@@ -13,7 +13,7 @@ from weakref import ref
 from eventkit._core.ambient import current, why_not_open
 from eventkit._core.dependencies import Aliased
 from eventkit._core.endings import deliver, end, finish
-from eventkit._core.events import Delivery
+from eventkit._core.events import Delivery, Incoming
 from eventkit._core.loops.running import current_loop, on_event_loop
 from eventkit._core.loops.threads import run
 from eventkit._core.queue import State
@@ -194,10 +194,12 @@ def context_of(unit: Unit) -> EventContext:
     return EventContext(unit) if context is None else context
 
 
-async def dispatch(state: BusState, event: object) -> list[Failure]:
+async def dispatch(
+    state: BusState, event: object, incoming: Incoming | None = None
+) -> list[Failure]:
     """Run the handlers of one event, and of all that comes of it, and return what failed.
 
-    See `EventBus.dispatch`.
+    See `EventBus.dispatch`. `incoming` is the message that the event was read from.
     """
     plan = state.plan_for(event)
     if not plan and not state.observers:
@@ -209,7 +211,7 @@ async def dispatch(state: BusState, event: object) -> list[Failure]:
     unit = Unit(state)
     unit.keeps = False  # who awaits the outcome is the one who tries again
     unit.open(current(), nested=False)
-    unit.publish((event,), even_on_failure=False)
+    unit.publish((event,), False, incoming)
     del event  # or a traceback that shows local variables shows the payload
     failures: list[Failure] = []
 

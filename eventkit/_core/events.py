@@ -3,7 +3,7 @@
 # No `from __future__ import annotations` here: who evaluates the annotations of a DomainEvent looks
 # names up in the module it says it is from, and the front door has neither UUID nor datetime.
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha1
@@ -64,6 +64,19 @@ def ids_of(published_ns: int, number: int, indexes: Iterable[int]) -> list[UUID]
     return [UUID(int=first), *[UUID(int=first + 1 + index) for index in indexes]]
 
 
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """The message of another service that an event was read from.
+
+    Attributes:
+        event_id: The id that the message gave the event.
+        headers: Those of the message.
+    """
+
+    event_id: UUID
+    headers: Mapping[str, str]
+
+
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Delivery:
     """One run of one handler for one event, as observers and `current_delivery()` see it.
@@ -88,6 +101,7 @@ class Delivery:
     published_from: str | None = None
     attempts: int = 1
     _kept: tuple[UUID, UUID] | None = None  # its id and the event's, where it comes from a table
+    _incoming: Incoming | None = None
 
     @property
     def id(self) -> UUID:
@@ -105,13 +119,25 @@ class Delivery:
     def event_id(self) -> UUID:
         """The same for all deliveries of one publish: the event's own, if it is a `DomainEvent`.
 
-        The same object that is published twice is two events, unless it brings its own id.
+        The same object that is published twice is two events, unless it brings its own id. Where
+        the event was read from a message, it is the id that the message gave it.
         """
         if self._kept:
             return self._kept[1]
+        if self._incoming is not None:
+            return self._incoming.event_id
         if isinstance(self.event, DomainEvent):
             return self.event.event_id
         return ids_of(self._published_ns, self._number[0], ())[0]
+
+    @property
+    def received(self) -> Mapping[str, str] | None:
+        """The headers of the message of another service that the event was read from.
+
+        None for an event that was published in this service, also by the handler of one that was
+        received. The same in a run from an outbox's table.
+        """
+        return None if self._incoming is None else self._incoming.headers
 
     @property
     def published_at(self) -> datetime:

@@ -18,7 +18,7 @@ from contextvars import Context
 from enum import Enum
 from typing import Any, Protocol
 
-from eventkit._core.events import Delivery
+from eventkit._core.events import Delivery, Incoming
 from eventkit._core.stats import Tally
 from eventkit._core.subscriptions import Plan
 
@@ -63,6 +63,7 @@ class Envelope:
         "cause",
         "decision",
         "event",
+        "incoming",
         "number",
         "plan",
         "published_from",
@@ -82,6 +83,7 @@ class Envelope:
         number: int,
         verdict: Verdict,
         published_from: str | None,
+        incoming: Incoming | None = None,
     ) -> None:
         self.event: object = event
         self.plan: Plan = plan
@@ -91,6 +93,7 @@ class Envelope:
         self.number: int = number
         self.verdict: Verdict = verdict
         self.published_from: str | None = published_from
+        self.incoming: Incoming | None = incoming  # the message that it was read from
         self.announced: bool = False  # observers know that it will be delivered
         self.decision: Any = None  # which transactions may decide it; Any: see `transactions`
         self.rows: Rows | None = None  # where an outbox keeps some of its deliveries
@@ -122,6 +125,7 @@ class Envelope:
             _number=(self.number, index),
             published_from=self.published_from,
             attempts=1 if self.rows is None else self.plan.attempts(index),
+            _incoming=self.incoming,
         )
 
 

@@ -50,7 +50,13 @@ class Decisions(Protocol):
 
 
 class Keeper(Protocol):
-    """Keeps the deliveries of durable handlers in a table: see `eventkit.outbox`."""
+    """Keeps the deliveries of durable handlers in a table: see `eventkit.outbox`.
+
+    Attributes:
+        outbox: What users have of it. Any: an `Outbox`, which is a floor above.
+    """
+
+    outbox: Any
 
     def admit(self, declarations: Sequence[Declaration], /) -> None:
         """Refuse durable handlers of events that cannot be stored."""
@@ -122,7 +128,8 @@ class BusState:
 
     The bus makes it and changes `observers` and `report_failure`; `add_host` and `remove_host`
     change `hosts`; drainers that close change `losses`; who ties a database to the bus sets
-    `decisions`; an outbox sets `keeper` and changes `unseen`; everything else is fixed.
+    `decisions`; an outbox sets `keeper` and changes `unseen`; `need_keeper` changes `needs_keeper`;
+    everything else is fixed.
     """
 
     bus: object  # whose they are, for those above who know what it is
@@ -140,6 +147,7 @@ class BusState:
     hosts: tuple[Host, ...] = ()  # in the order in which they began
     decisions: Decisions | None = None  # where transactions decide
     keeper: Keeper | None = None  # where durable deliveries are kept
+    needs_keeper: tuple[str, ...] = ()  # the consumers that hand their messages to an outbox
     told_of_no_keeper: bool = False
     # By handler, the rows in transactions of callers that were not committed: nobody sees them.
     unseen: Counter[str] = field(default_factory=Counter[str])
@@ -151,6 +159,13 @@ class BusState:
         except Exception as broken:  # noqa: BLE001 - a reporter is user code
             log(logging.ERROR, "report_failure failed", error=broken, bus=self.name)
             log_failure(delivery, error)
+
+    def need_keeper(self, consumer: str) -> None:
+        """Have no application of the bus start without an outbox: this one hands it messages.
+
+        The name is for the error's text.
+        """
+        self.needs_keeper = (*self.needs_keeper, consumer)
 
     def miss_keeper(self) -> None:
         """Warn once that durable handlers run in memory, for want of an outbox."""

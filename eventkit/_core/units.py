@@ -37,7 +37,7 @@ from eventkit._core.announcements import (
     announce_released,
 )
 from eventkit._core.dispatch import Terms, Turn
-from eventkit._core.events import Delivery, type_name
+from eventkit._core.events import Delivery, Incoming, type_name
 from eventkit._core.locations import caller
 from eventkit._core.loops.running import current_loop
 from eventkit._core.loops.threads import Function, reach
@@ -233,8 +233,13 @@ class Unit:
 
     # Publishing
 
-    def publish(self, events: Sequence[object], even_on_failure: bool) -> None:
-        """Queue the deliveries of all of them, or raise and queue none."""
+    def publish(
+        self, events: Sequence[object], even_on_failure: bool, incoming: Incoming | None = None
+    ) -> None:
+        """Queue the deliveries of all of them, or raise and queue none.
+
+        `incoming` is the message that they were read from, if they are another service's.
+        """
         state = self.state
         cause = self.delivery if active.get() is self else running() or self.delivery
         if cause is not None and cause.depth >= state.max_depth and events:
@@ -242,12 +247,14 @@ class Unit:
                 type_name(type(events[0])), state.max_depth, [str(d) for d in cause.chain()]
             )
         variables, now = copy_context(), time_ns()
-        place = caller() if state.debug else None
+        here = caller() if state.debug else None
         verdict = Verdict.EVEN_ON_FAILURE if even_on_failure else Verdict.OPEN
         plan_for = state.plan_for
         envelopes = [
-            Envelope(event, plan_for(event), variables, cause, now, next(_numbers), verdict, place)
-            for event in events
+            Envelope(
+                each, plan_for(each), variables, cause, now, next(_numbers), verdict, here, incoming
+            )
+            for each in events
         ]
         if self.keeps:
             for envelope in envelopes:

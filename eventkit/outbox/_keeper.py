@@ -122,7 +122,7 @@ class Keeper:
             self._holdings,
             name=codec.name,
             payload=payload,
-            headers=headers_of(envelope.event, self._state.observers),
+            headers=headers_of(envelope, self._state.observers),
             # Who delivers an event in any case knows that it waits for no commit.
             location=None if envelope.verdict is Verdict.EVEN_ON_FAILURE else caller(),
         )

@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from uuid import UUID
 
 from structlog.contextvars import bind_contextvars, get_contextvars
 
+from eventkit._core.ambient import NOTHING_CARRIED, carried
 from eventkit._core.durable import Durable, doubling
-from eventkit._core.events import Delivery, DomainEvent, ids_of
+from eventkit._core.events import Delivery, DomainEvent, Incoming, ids_of
 from eventkit._core.log import log
 from eventkit._core.observers import Observer, contained
 from eventkit._core.queue import Envelope, Verdict
@@ -268,7 +269,7 @@ def rows_of(
     *,
     name: str,
     payload: str,
-    headers: str | None,
+    headers: Headers,
     location: str | None,
 ) -> EventRows:
     """The rows of an event that is being published.
@@ -278,7 +279,7 @@ def rows_of(
         holder: Whose rows they are.
         name: What the table calls its type.
         payload: The event as JSON.
-        headers: What goes along with it, as JSON.
+        headers: What goes along with it.
         location: Where it was published, as `file:line`.
 
     Raises:
@@ -289,7 +290,9 @@ def rows_of(
     # Not those whose subscription was cancelled.
     indexes = [index for index in plan.durable if index in plan.indexes]
     event_id, *ids = ids_of(published_ns, envelope.number, indexes)
-    if isinstance(event, DomainEvent):
+    if envelope.incoming is not None:
+        event_id = envelope.incoming.event_id
+    elif isinstance(event, DomainEvent):
         event_id = event.event_id
     rows: dict[int, Row] = {}
     for index, id_ in zip(indexes, ids, strict=True):
@@ -301,7 +304,7 @@ def rows_of(
         event_id=event_id,
         event_type=name,
         payload=payload,
-        headers=headers,
+        headers=headers.dump(),
         depth=0 if envelope.cause is None else envelope.cause.depth + 1,
         published_at=published_ns / 1e9,
         rows=[NewRow(row.id, row.handler, row.key) for row in rows.values()],
@@ -327,22 +330,59 @@ def key_of(handler: str, durable: Durable, envelope: Envelope) -> str | None:
     )
 
 
-def headers_of(event: object, observers: Sequence[Observer]) -> str | None:
-    """What goes along with an event, as JSON: ids of structlog's, and what observers give."""
+class Headers(NamedTuple):
+    """What goes along with an event, beside its payload.
+
+    A row keeps it as a JSON object that has an object for each of these that says something. So
+    no name that an observer gives is confused with another. Rows of older versions have an object
+    of texts: what was observed.
+
+    Attributes:
+        observed: Ids of structlog's, and what observers give.
+        carried: Headers that go along with all that comes of the event.
+        received: Those of the message that the event was read from; None where it was published.
+    """
+
+    observed: Mapping[str, str]
+    carried: Mapping[str, str] = NOTHING_CARRIED
+    received: Mapping[str, str] | None = None
+
+    def dump(self) -> str | None:
+        """As a row keeps it; None where there is nothing."""
+        kept = {
+            name: dict(headers)
+            for name, headers in self._asdict().items()
+            if headers or (headers is not None and name == "received")
+        }
+        return json.dumps(kept, default=str) if kept else None
+
+    @classmethod
+    def load(cls, text: str) -> Headers:
+        """What a row keeps."""
+        kept: dict[str, Any] = json.loads(text)  # Any: an object, or a text
+        if not all(isinstance(each, dict) for each in kept.values()):
+            return cls(kept)
+        return cls(kept.get("observed", {}), kept.get("carried", {}), kept.get("received"))
+
+    def restore(self, observers: Sequence[Observer]) -> None:
+        """Put them back, in the context variables of the caller."""
+        carried.set(self.carried)
+        observed = self.observed
+        bind_contextvars(**{name: observed[name] for name in _CORRELATION if name in observed})
+        for observer in observers:
+            with contained(observer):
+                observer.restored(observed)
+
+
+def headers_of(envelope: Envelope, observers: Sequence[Observer]) -> Headers:
+    """What goes along with an event, in the context variables of its publisher."""
     bound = get_contextvars()
-    headers = {name: str(bound[name]) for name in _CORRELATION if name in bound}
+    observed = {name: str(bound[name]) for name in _CORRELATION if name in bound}
     for observer in observers:
         with contained(observer):
-            headers.update(observer.headers(event))
-    return json.dumps(headers, default=str) if headers else None
-
-
-def restore(headers: Mapping[str, str], observers: Sequence[Observer]) -> None:
-    """Put back what went along with an event, in the context variables of the caller."""
-    bind_contextvars(**{name: headers[name] for name in _CORRELATION if name in headers})
-    for observer in observers:
-        with contained(observer):
-            observer.restored(headers)
+            observed.update(observer.headers(envelope.event))
+    incoming = envelope.incoming
+    return Headers(observed, carried.get(), None if incoming is None else incoming.headers)
 
 
 class StoredEnvelope(Envelope):
@@ -358,9 +398,13 @@ class StoredEnvelope(Envelope):
         variables: Context,
         number: int,
         rows: EventRows,
+        headers: Mapping[str, str] | None,
     ) -> None:
         published_ns = round(claimed.published_at * 1e9)
-        super().__init__(event, plan, variables, None, published_ns, number, Verdict.RELEASED, None)
+        incoming = None if headers is None else Incoming(claimed.event_id, headers)
+        super().__init__(
+            event, plan, variables, None, published_ns, number, Verdict.RELEASED, None, incoming
+        )
         self.claimed = claimed
         self.announced = True  # where it was published
         self.rows: Any = rows  # Any: the core's `Rows`, which this is
@@ -378,4 +422,5 @@ class StoredEnvelope(Envelope):
             _published_ns=self.published_ns,
             _number=(self.number, index),
             _kept=(claimed.id, claimed.event_id),
+            _incoming=self.incoming,
         )

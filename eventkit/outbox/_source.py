@@ -7,18 +7,18 @@ behind a slow one.
 
 from __future__ import annotations
 
-import json
 import logging
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from contextvars import Context, copy_context
+from contextvars import copy_context
 from functools import cache, partial
 from itertools import count
 
 from anyio import current_time
 from sqlalchemy import Connection
 
+from eventkit._core.ambient import NOTHING_CARRIED, carried
 from eventkit._core.dispatch import Turn
 from eventkit._core.durable import Durable
 from eventkit._core.log import log
@@ -27,7 +27,7 @@ from eventkit._core.state import BusState
 from eventkit._core.units import Ending, Unit, next_number
 from eventkit.outbox._catalog import Found
 from eventkit.outbox._holdings import Holdings
-from eventkit.outbox._rows import EventRows, Outcome, Row, StoredEnvelope, describe, restore
+from eventkit.outbox._rows import EventRows, Headers, Outcome, Row, StoredEnvelope, describe
 from eventkit.outbox._store import Claimed
 
 _MOST_HELD = 500
@@ -113,6 +113,7 @@ class RowSource:
         self._state = state
         self._tell_ended = ended
         self._variables = copy_context()
+        self._variables.run(carried.set, NOTHING_CARRIED)  # who runs rows has not caused them
         self._busy_since = current_time()  # when nothing was held the last time, or a suspect came
         self._ended: deque[float] = deque()  # when rows have ended, within the pace
         # The one that runs, until its outcome is written or nobody has it any more.
@@ -223,18 +224,16 @@ class RowSource:
             holdings.hear(Outcome(row, "its process ended, each time"))
             return
         event = found.codec.decode(claimed.payload, claimed.event_type)
-        variables = self._restored(claimed)
+        variables, headers = self._variables.copy(), Headers({})
+        if claimed.headers:
+            headers = Headers.load(claimed.headers)
+            variables.run(headers.restore, self._state.observers)
         row.handler = found.subscription.name  # which may have been another one at the publish
         rows = EventRows(holdings, {0: row}, None, None)
-        envelope = StoredEnvelope(claimed, event, found.plan, variables, next_number(), rows)
-        self.stock.add(envelope)
-
-    def _restored(self, claimed: Claimed) -> Context:
-        """The context variables of its run."""
-        variables = self._variables.copy()
-        if claimed.headers:
-            variables.run(restore, json.loads(claimed.headers), self._state.observers)
-        return variables
+        received, number = headers.received, next_number()
+        self.stock.add(
+            StoredEnvelope(claimed, event, found.plan, variables, number, rows, received)
+        )
 
     def _complain(self, claimed: Claimed, error: Exception) -> None:
         log(

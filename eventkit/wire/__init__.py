@@ -5,14 +5,19 @@ is refused, when the class is looked at or when the value is written, and never 
 Pydantic and msgspec are imported when the first class needs them.
 """
 
+from eventkit.wire._cloudevents import Received, Wired, decode, encode
 from eventkit.wire._codec import Codec, EventDecodingError, codec_for
 from eventkit.wire._names import Upcast, named, names_of, wire_name
 
 __all__ = [
     "Codec",
     "EventDecodingError",
+    "Received",
     "Upcast",
+    "Wired",
     "codec_for",
+    "decode",
+    "encode",
     "named",
     "names_of",
     "wire_name",

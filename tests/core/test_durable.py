@@ -253,6 +253,32 @@ async def test_an_application_with_durable_handlers_does_not_start_without_an_ou
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("is_durable", "needs"),
+    [
+        (False, "durable consumers (billing, stock)"),
+        (True, f"durable handlers ({__name__}:handle) and durable consumers (billing, stock)"),
+    ],
+)
+async def test_nor_does_one_whose_consumers_hand_messages_to_an_outbox(
+    is_durable: bool, needs: str
+) -> None:
+    bus = EventBus(name="shop")
+    bus.on(Number, durable=is_durable)(handle)
+    for consumer in ("billing", "stock", "billing"):
+        state_of(bus).need_keeper(consumer)
+    app = Starlette(middleware=[Middleware(EventContextMiddleware, bus=bus)])
+
+    async with lifespan_of(app, []) as lifespan:
+        pass
+
+    assert isinstance(lifespan.error, NoOutboxError)
+    assert str(lifespan.error) == (
+        f"bus 'shop' has {needs} and no outbox: Outbox(bus, engine), where the application is wired"
+    )
+
+
+@pytest.mark.anyio
 async def test_an_application_whose_outbox_cannot_run_does_not_start() -> None:
     bus = EventBus()
     keeper = FakeKeeper(bus)

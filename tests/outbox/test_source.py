@@ -12,6 +12,7 @@ import pytest
 import structlog
 
 from eventkit import Delivery, Durable, EventBus, Observer, current_delivery
+from eventkit._core.ambient import carried
 from eventkit._core.bus import state_of
 from eventkit.exceptions import EventDepthError
 from eventkit.outbox import Outbox
@@ -317,6 +318,62 @@ async def test_observers_give_headers_and_get_them_back_and_one_that_fails_chang
     assert seen == ["t-1"]
     assert trace.get() == "none"
     assert warned(caplog, "an observer failed") == 2
+
+
+class Confusing(Observer):
+    """One whose headers have the names of what a row keeps beside them."""
+
+    def __init__(self) -> None:
+        self.got: list[Mapping[str, str]] = []
+
+    def headers(self, event: object) -> Mapping[str, str]:
+        return {"carried": "c", "received": "r", "observed": "o"}
+
+    def restored(self, headers: Mapping[str, str]) -> None:
+        self.got.append(headers)
+
+
+async def test_what_is_carried_goes_along_with_a_row_whatever_observers_give(
+    scene: Scene, bus: EventBus
+) -> None:
+    seen: list[object] = []
+    relay, observer = EventBus(), Confusing()
+    scene.outbox(bus, relay=False)
+    for each in (bus, relay):
+        each.observe(observer)
+
+        @each.on(Placed, durable=True, name="mail")
+        async def mail(event: Placed) -> None:
+            seen.append((event.name, {**carried.get()}, current_delivery().received))
+
+    token = carried.set({"traceparent": "00-1"})
+    await keep(scene, bus, Placed("ada"))
+    carried.reset(token)
+    await keep(scene, bus, Placed("bob"))
+    scene.table.insert(event("mail", name="eve"))
+
+    carried.set({"of": "who runs it"})
+    await scene.outbox(relay).run_due()
+
+    assert seen == [("ada", {"traceparent": "00-1"}, None), ("bob", {}, None), ("eve", {}, None)]
+    assert observer.got == [{"carried": "c", "received": "r", "observed": "o"}] * 2
+
+
+async def test_a_row_of_an_older_version_has_its_headers(scene: Scene, bus: EventBus) -> None:
+    observer = Confusing()
+    bus.observe(observer)
+
+    @bus.on(Placed, durable=True, name="mail")
+    async def mail(event: Placed) -> None:
+        assert current_delivery().received is None
+        assert carried.get() == {}
+
+    (id_,) = scene.table.insert(event("mail"))
+    scene.table.change(id_, """headers = '{{"carried": "c", "trace": "t"}}'""")
+    report = await scene.outbox(bus).run_due()
+
+    assert report.handled == 1
+    assert observer.got == [{"carried": "c", "trace": "t"}]
 
 
 @pytest.mark.parametrize("headers", ["nonsense", "7"])

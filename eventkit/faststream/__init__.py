@@ -1,0 +1,18 @@
+"""Events from and to other services, on NATS, Kafka, RabbitMQ and Redis. FastStream carries them.
+
+    bridge = Bridge(bus, source="/orders")
+    bridge.forward(OrderPlaced, broker.publisher("orders.placed", stream=orders))
+
+Runs on asyncio alone, as FastStream does; on trio, `eventkit.wire` and a client of your own do it.
+"""
+
+from eventkit.exceptions import BridgeError, not_installed
+
+try:
+    from eventkit.faststream._bridge import Bridge
+except ModuleNotFoundError as missing:
+    if missing.name not in ("faststream", "pydantic", "stamina"):
+        raise
+    raise not_installed("eventkit.faststream", missing.name, "faststream") from missing
+
+__all__ = ["Bridge", "BridgeError"]

@@ -1,0 +1,363 @@
+"""Owns what differs between the brokers: how a message is sent, confirmed, counted and kept.
+
+Knows nothing of buses. FastStream's objects are told by the module of their class, so that no
+broker's client is imported that is not used. Any stands for them: each broker has its own classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+from faststream import AckPolicy
+
+from eventkit.wire import Wired
+
+JSON = "application/json"
+_LOSING = {AckPolicy.ACK_FIRST: "ACK_FIRST", AckPolicy.MANUAL: "MANUAL"}
+
+
+class Engine(Protocol):
+    """One broker.
+
+    Attributes:
+        name: As people call it.
+        prefix: Of the headers that are attributes of CloudEvents.
+        how_to_wait: Which option has it wait longer, in brackets; empty where none does.
+    """
+
+    name: str
+    prefix: str
+    how_to_wait: str
+
+    def options(self, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
+        """What `publish` of a publisher takes beside the body, for an event.
+
+        Args:
+            wired: The event.
+            headers: Further ones.
+        """
+        ...
+
+    def dead_options(self, message: Any, headers: dict[str, str]) -> dict[str, Any]:
+        """What `publish` takes beside the body, for a dead letter that has these headers."""
+        ...
+
+    def refusal(self, result: Any) -> str | None:
+        """Why the broker has not taken a message, by what `publish` returned; None if it has."""
+        ...
+
+    async def deliveries(self, message: Any, subscriber: Any) -> int | None:
+        """How often the broker has given out the message; None where it does not count."""
+        ...
+
+    def consumer(self, subscriber: Any) -> str:
+        """What the broker knows all processes of this consumer by."""
+        ...
+
+    def place(self, endpoint: Any) -> str | None:
+        """Where a publisher sends to, or a subscriber reads from; None if that is not one place."""
+        ...
+
+    def patience(self, subscriber: Any) -> float | None:
+        """Seconds until the broker gives a message to another process; None if it waits."""
+        ...
+
+    def problem_of_publisher(self, publisher: Any) -> str | None:
+        """Why it cannot be used, and what to do."""
+        ...
+
+    def problem_of_subscriber(self, subscriber: Any) -> str | None:
+        """Why it cannot be used, and what to do."""
+        ...
+
+    def problem_of_subscribers(self, subscribers: Sequence[Any]) -> str | None:
+        """Why these cannot be used together, and what to do."""
+        ...
+
+
+class Nats:
+    """NATS JetStream."""
+
+    name = "NATS"
+    prefix = "ce-"
+    how_to_wait = " (ConsumerConfig(ack_wait=))"
+
+    def options(self, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
+        # JetStream drops a second message of this id, for two minutes by default.
+        headers = headers | wired.headers(self.prefix) | {"Nats-Msg-Id": wired.attributes["id"]}
+        return {"headers": headers}
+
+    def dead_options(self, message: Any, headers: dict[str, str]) -> dict[str, Any]:
+        # Without Nats-Msg-Id: two consumers' dead letters of one message are two.
+        return {"headers": headers}
+
+    def refusal(self, result: Any) -> str | None:
+        return None if getattr(result, "seq", None) is not None else "there is no acknowledgement"
+
+    async def deliveries(self, message: Any, subscriber: Any) -> int | None:
+        try:
+            delivered: int | None = message.raw_message.metadata.num_delivered
+        except Exception:  # noqa: BLE001 - a test broker's message has no metadata
+            return None
+        return delivered
+
+    def consumer(self, subscriber: Any) -> str:
+        group = subscriber.extra_options.get("durable") or subscriber.queue
+        return f"{self.place(subscriber)}/{group}"
+
+    def place(self, endpoint: Any) -> str | None:
+        return endpoint.subject.template or None
+
+    def patience(self, subscriber: Any) -> float | None:
+        return subscriber.config.ack_wait or 30.0
+
+    def problem_of_publisher(self, publisher: Any) -> str | None:
+        if publisher.stream is None:
+            return (
+                "this publisher is core NATS, which keeps and confirms nothing: give it a stream="
+            )
+        return None
+
+    def problem_of_subscriber(self, subscriber: Any) -> str | None:
+        if getattr(subscriber, "stream", None) is None:
+            return (
+                "this subscriber is core NATS, which keeps nothing for it and cannot be "
+                "acknowledged: give it a stream="
+            )
+        if "Batch" in type(subscriber).__name__:
+            return _BATCH
+        return None
+
+    def problem_of_subscribers(self, subscribers: Sequence[Any]) -> str | None:
+        return None
+
+
+class Rabbit:
+    """RabbitMQ."""
+
+    name = "RabbitMQ"
+    prefix = "ce-"
+    how_to_wait = ""
+
+    def options(self, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
+        headers = headers | wired.headers(self.prefix)
+        return {
+            "content_type": headers.pop("content-type"),
+            "headers": headers,
+            "message_id": wired.attributes["id"],
+            "persist": True,
+        }
+
+    def dead_options(self, message: Any, headers: dict[str, str]) -> dict[str, Any]:
+        return {
+            "content_type": headers.pop("content-type", JSON),
+            "headers": headers,
+            "message_id": message.message_id,
+            "persist": True,
+        }
+
+    def refusal(self, result: Any) -> str | None:
+        # A message that was returned is no exception, but holds the broker's answer.
+        answer = getattr(result, "delivery", result)
+        if type(answer).__name__ == "Ack":
+            return None
+        return getattr(answer, "reply_text", None) or "there is no confirmation"
+
+    async def deliveries(self, message: Any, subscriber: Any) -> int | None:
+        returned = message.headers.get("x-delivery-count")  # quorum queues alone count
+        return returned + 1 if isinstance(returned, int) else None
+
+    def consumer(self, subscriber: Any) -> str:
+        return str(subscriber.queue.name)
+
+    def place(self, endpoint: Any) -> str | None:
+        exchange = getattr(endpoint.exchange, "name", None)
+        if not exchange or exchange == "default":  # which routes to the queue of the name
+            return endpoint.queue.name or endpoint.routing_key or None
+        return None
+
+    def patience(self, subscriber: Any) -> float | None:
+        return None  # as long as the connection
+
+    def problem_of_publisher(self, publisher: Any) -> str | None:
+        return None
+
+    def problem_of_subscriber(self, subscriber: Any) -> str | None:
+        return None
+
+    def problem_of_subscribers(self, subscribers: Sequence[Any]) -> str | None:
+        return None
+
+
+class Redis:
+    """Streams of Redis."""
+
+    name = "Redis"
+    prefix = "ce-"
+    how_to_wait = " (StreamSub(min_idle_time=))"
+
+    def options(self, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
+        return {"headers": headers | wired.headers(self.prefix)}
+
+    def dead_options(self, message: Any, headers: dict[str, str]) -> dict[str, Any]:
+        return {"headers": headers}
+
+    def refusal(self, result: Any) -> str | None:
+        return None if result else "there is no id of an entry"
+
+    async def deliveries(self, message: Any, subscriber: Any) -> int | None:
+        if "delivery_counts" in message.raw_message:  # XREADGROUP CLAIM
+            claimed: int = message.raw_message["delivery_counts"][0]
+            return claimed + 1
+        if subscriber.min_idle_time is None:  # it reads what is new
+            return 1
+        counted: int = await message.get_delivery_count()
+        return counted
+
+    def consumer(self, subscriber: Any) -> str:
+        return f"{subscriber.stream_sub.name}/{subscriber.stream_sub.group}"
+
+    def place(self, endpoint: Any) -> str | None:
+        stream = getattr(endpoint, "stream_sub", None) or endpoint.stream
+        return str(stream.name)
+
+    def patience(self, subscriber: Any) -> float | None:
+        stream = subscriber.stream_sub
+        idle = stream.min_idle_time or stream.claim_min_idle_time
+        return None if idle is None else idle / 1000
+
+    def problem_of_publisher(self, publisher: Any) -> str | None:
+        if not hasattr(publisher, "stream"):
+            return (
+                "this publisher is Redis pub/sub or a list, which cannot be acknowledged: give it "
+                "a stream="
+            )
+        return None
+
+    def problem_of_subscriber(self, subscriber: Any) -> str | None:
+        stream = getattr(subscriber, "stream_sub", None)
+        if stream is None:
+            return (
+                "this subscriber is Redis pub/sub or a list, which cannot be acknowledged: give it "
+                "a stream="
+            )
+        if stream.batch:
+            return _BATCH
+        if not stream.group or stream.no_ack:
+            return (
+                f"StreamSub({stream.name!r}) acknowledges nothing: give it group= and consumer=, "
+                "and no no_ack="
+            )
+        if stream.last_id != ">":
+            return (
+                f"StreamSub({stream.name!r}, last_id={stream.last_id!r}) reads no new entry once "
+                "its group exists: leave last_id= out, and create the group at the id that it is "
+                "to begin with"
+            )
+        if stream.min_idle_time is None and stream.max_records is None:
+            return (
+                f"StreamSub({stream.name!r}) reads the whole backlog into one consumer, where it "
+                "waits for min_idle_time if that one stops: give it max_records=10"
+            )
+        return None
+
+    def problem_of_subscribers(self, subscribers: Sequence[Any]) -> str | None:
+        if any(self.patience(each) is not None for each in subscribers):
+            return None
+        return (
+            "nobody would take over what a killed consumer of the Redis stream "
+            f"{self.place(subscribers[0])!r} had read: pass [subscriber, another one with "
+            "StreamSub(min_idle_time=60_000)]"
+        )
+
+
+class Kafka:
+    """Kafka, by aiokafka."""
+
+    name = "Kafka"
+    prefix = "ce_"
+    how_to_wait = ""
+
+    def options(self, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
+        key = wired.attributes.get("partitionkey")
+        headers = headers | wired.headers(self.prefix)
+        return {"headers": headers, "key": None if key is None else key.encode()}
+
+    def dead_options(self, message: Any, headers: dict[str, str]) -> dict[str, Any]:
+        return {"headers": headers, "key": getattr(message.raw_message, "key", None)}
+
+    def refusal(self, result: Any) -> str | None:
+        return None if getattr(result, "offset", -1) >= 0 else "there is no offset of a record"
+
+    async def deliveries(self, message: Any, subscriber: Any) -> int | None:
+        return None
+
+    def consumer(self, subscriber: Any) -> str:
+        return f"{self.place(subscriber) or ''}/{subscriber.group_id}"
+
+    def place(self, endpoint: Any) -> str | None:
+        if (topic := getattr(endpoint, "topic", None)) is not None:
+            return str(topic)
+        topics: Sequence[str] = endpoint.topic_names
+        return ",".join(sorted(topics)) or None
+
+    def patience(self, subscriber: Any) -> float | None:
+        return 300.0  # max_poll_interval_ms, by default
+
+    def problem_of_publisher(self, publisher: Any) -> str | None:
+        return _BATCH if "Batch" in type(publisher).__name__ else None
+
+    def problem_of_subscriber(self, subscriber: Any) -> str | None:
+        if "Batch" in type(subscriber).__name__:
+            return _BATCH
+        if subscriber.group_id is None:
+            return (
+                "this subscriber has no group, so nothing is acknowledged: give it group_id= and "
+                'auto_offset_reset="earliest"'
+            )
+        return None
+
+    def problem_of_subscribers(self, subscribers: Sequence[Any]) -> str | None:
+        return None
+
+
+_BATCH = "batches are not for events: an event is one message. Leave batch= out"
+_ENGINES: Mapping[str, Engine] = {
+    "nats": Nats(),
+    "rabbit": Rabbit(),
+    "redis": Redis(),
+    "kafka": Kafka(),
+}
+
+
+def engine_of(endpoint: object, kind: Literal["publisher", "subscriber"]) -> Engine | None:
+    """The broker of a publisher or subscriber of FastStream's; None if it is none that is known."""
+    if not hasattr(endpoint, "publish" if kind == "publisher" else "calls"):
+        return None
+    for each in type(endpoint).__mro__:
+        package, _, _ = each.__module__.removeprefix("faststream.").partition(".")
+        if f"faststream.{package}.{kind}" in each.__module__ and package in _ENGINES:
+            return _ENGINES[package]
+    return None
+
+
+async def repaired(record: Any, parse: Callable[[Any], Awaitable[Any]]) -> Any:
+    """Parse a record of Kafka whose headers may be null, or no UTF-8: FastStream drops such."""
+    record.headers = tuple((name, _utf8(value)) for name, value in record.headers)
+    return await parse(record)
+
+
+def _utf8(value: bytes | None) -> bytes:
+    return b"" if value is None else value.decode(errors="replace").encode()
+
+
+def problem_of_policy(subscriber: Any) -> str | None:
+    """How its policy of acknowledgements loses what a handler fails on, and what to do."""
+    policy = _LOSING.get(subscriber.ack_policy)
+    if policy is None:
+        return None
+    return (
+        f"the subscriber's ack_policy is {policy}, which loses what a handler fails on: give it "
+        "ack_policy=AckPolicy.NACK_ON_ERROR"
+    )

@@ -1,0 +1,107 @@
+"""Owns the handler that sends an event to a broker, and what of a unit of work goes along.
+
+Knows nothing of those who consume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from faststream.exceptions import IncorrectState
+from structlog.contextvars import get_contextvars
+
+from eventkit._core.ambient import carried, current_delivery
+from eventkit.exceptions import BridgeError
+from eventkit.faststream._engines import Engine
+from eventkit.wire import encode, wire_name
+
+E = TypeVar("E")
+
+# What log lines of one request have in common, in the order in which it is looked for.
+CORRELATION = ("correlation_id", "request_id")
+
+
+class Forward(Generic[E]):
+    """Sends the events of one class: a handler like any other.
+
+    It has succeeded when the broker has confirmed the message.
+
+    Args:
+        event_type: The class. Subclasses have names of their own, and forwards of their own.
+        publisher: One of FastStream's. Any: each broker has its own class.
+        engine: The broker's.
+        source: Who sends.
+        key: What belongs together.
+    """
+
+    def __init__(
+        self,
+        event_type: type[E],
+        publisher: Any,
+        engine: Engine,
+        source: str,
+        key: Callable[[E], str | None] | None,
+    ) -> None:
+        self._event_type = event_type
+        self._publisher = publisher
+        self._engine = engine
+        self._source = source
+        self._key = key
+
+    async def __call__(self, event: E) -> None:
+        """Send one event.
+
+        Raises:
+            BridgeError: The broker has not taken it.
+            EventEncodingError: It cannot be written as JSON.
+        """
+        if type(event) is not self._event_type:
+            kind = type(event).__qualname__
+            raise BridgeError(
+                f"{kind} is a subclass of {self._event_type.__qualname__}: forward it by its own "
+                "name"
+            )
+        delivery = current_delivery()
+        wired = encode(
+            event,
+            source=self._source,
+            id=str(delivery.event_id),
+            key=None if self._key is None else self._key(event),
+            time=delivery.published_at,
+        )
+        options = self._engine.options(wired, dict(carried.get()))
+        await send(
+            self._publisher,
+            self._engine,
+            wired.body,
+            options | {"correlation_id": _correlation_id()},
+        )
+
+    def __repr__(self) -> str:
+        return f"<Forward of {wire_name(self._event_type)} to {self._engine.name}>"
+
+
+async def send(publisher: Any, engine: Engine, body: bytes, options: dict[str, Any]) -> None:
+    """Publish a message, and see that the broker has taken it.
+
+    Raises:
+        BridgeError: It has not.
+    """
+    try:
+        result = await publisher.publish(body, **options)
+    except IncorrectState as error:
+        raise BridgeError(
+            "the broker is not started: await broker.start() in the application's lifespan"
+        ) from error
+    if publisher.is_test:  # a test broker confirms nothing
+        return
+    refusal = engine.refusal(result)
+    if refusal is not None:
+        raise BridgeError(f"the broker has not taken the message: {refusal}")
+
+
+def _correlation_id() -> str | None:
+    """What the unit of work is called in logs; None where nobody has said, and FastStream does."""
+    bound = get_contextvars()
+    return next((str(bound[name]) for name in CORRELATION if name in bound), None)

@@ -1,0 +1,259 @@
+"""Owns an event as a message: CloudEvents 1.0 in headers, and the event's JSON as the body.
+
+Knows no broker. `encode` writes the binary mode, in which attributes are headers. `decode` reads
+that mode and the structured one, in which the whole event is one JSON object.
+https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/spec.md
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, cast
+from urllib.parse import quote, unquote
+from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
+
+from eventkit._core.events import DomainEvent
+from eventkit.exceptions import BadMessageError
+from eventkit.wire._codec import Codec, EventDecodingError, codec_for
+from eventkit.wire._names import names_of
+
+JSON = "application/json"
+_STRUCTURED = "application/cloudevents+json"
+_REQUIRED = ("id", "type", "source")
+# Of HTTP, NATS and RabbitMQ; of Kafka; of AMQP 1.0. The first one's values are percent-encoded.
+_ESCAPING = "ce-"
+_PREFIX = re.compile(r"(?:ce-|ce_|cloudEvents:|cloudEvents_)(?P<name>[a-z0-9]+)", re.IGNORECASE)
+# What HTTP's binding leaves as it is: printable ASCII but for the space, `"` and `%`.
+_SAFE = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '"%')
+
+
+@dataclass(frozen=True, slots=True)
+class Wired:
+    """An event as it is sent.
+
+    Attributes:
+        attributes: Of CloudEvents: `specversion`, `id`, `type`, `source`, `time`, `partitionkey`.
+        body: The event's JSON.
+    """
+
+    attributes: Mapping[str, str]
+    body: bytes
+
+    def headers(self, prefix: str = "ce-") -> dict[str, str]:
+        """The headers of the message, `content-type` included.
+
+        Args:
+            prefix: "ce-" for NATS, RabbitMQ, Redis and HTTP, "ce_" for Kafka, "cloudEvents:" for
+                AMQP 1.0. Values after "ce-" are percent-encoded, as HTTP's binding has it.
+        """
+        escaped = prefix == _ESCAPING
+        headers = {
+            f"{prefix}{name}": quote(value, _SAFE) if escaped else value
+            for name, value in self.attributes.items()
+        }
+        headers["content-type"] = JSON
+        return headers
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """An event as it came.
+
+    Attributes:
+        event: The event.
+        attributes: Those of CloudEvents, by their lower-case names.
+        headers: All headers of the message, as they came.
+    """
+
+    event: object
+    attributes: Mapping[str, str]
+    headers: Mapping[str, str]
+
+    @property
+    def id(self) -> str:
+        """The message's id, as its sender wrote it."""
+        return self.attributes["id"]
+
+    @property
+    def type(self) -> str:
+        """The name that the event was sent under; may be a former one."""
+        return self.attributes["type"]
+
+    @property
+    def source(self) -> str:
+        """Who sent it."""
+        return self.attributes["source"]
+
+    @property
+    def unique_id(self) -> str:
+        """Source and id, which CloudEvents has unique together: what an inbox keeps."""
+        return f"{self.source} {self.id}"
+
+    @property
+    def event_id(self) -> UUID:
+        """The id as a UUID. One that is none gives a UUID of version 5 of source and id."""
+        try:
+            return UUID(self.id)
+        except ValueError:
+            return uuid5(NAMESPACE_URL, self.unique_id)
+
+
+def encode(
+    event: object,
+    *,
+    source: str,
+    id: str | None = None,
+    key: str | None = None,
+    time: datetime | None = None,
+) -> Wired:
+    """Write an event as a message.
+
+        wired = encode(OrderPlaced(7), source="/orders")
+        await client.publish("orders", wired.body, headers=wired.headers())
+
+    The attribute `type` is the name that `named` gave, else `module:qualname`. Needs no event loop;
+    safe to use from any thread.
+
+    Args:
+        event: An event, of a class that `codec_for` takes.
+        source: Who sends it, a URI reference such as "/orders".
+        id: Equal for each sending of one event. By default the `event_id` of a `DomainEvent`, else
+            a random UUID.
+        key: Events with an equal key belong together: the attribute `partitionkey`.
+        time: When it happened; aware. By default the `occurred_at` of a `DomainEvent`, else now.
+
+    Raises:
+        ValueError: `source`, `id` or `key` is empty.
+        EventEncodingError: The event would not come back as it is. The error names the field.
+        InvalidEventTypeError: Its class cannot be written as JSON.
+    """
+    for name, value in (("source", source), ("id", id), ("key", key)):
+        if value is not None and not value:
+            raise ValueError(f"{name} is a text that is not empty")
+    codec = codec_for(type(event))
+    body = codec.encode(event).encode()
+    if isinstance(event, DomainEvent):
+        id, time = id or str(event.event_id), time or event.occurred_at
+    attributes = {
+        "specversion": "1.0",
+        "id": id or str(uuid4()),
+        "type": codec.name,
+        "source": source,
+        "time": (time or datetime.now(UTC)).isoformat(),
+    }
+    if key is not None:
+        attributes["partitionkey"] = key
+    return Wired(attributes, body)
+
+
+def decode(headers: Mapping[str, str], body: bytes, *types: type) -> Received:
+    """Read a message.
+
+        received = decode(message.headers, message.data, OrderPlaced)
+
+    Reads the prefixes "ce-", "ce_", "cloudEvents:" and "cloudEvents_", and the structured mode,
+    which the header `content-type` tells. A `DomainEvent` whose JSON lacks `event_id` or
+    `occurred_at` has those of the message. Needs no event loop; safe to use from any thread.
+
+    Args:
+        headers: Of the message.
+        body: Of the message.
+        types: What may come, by all of their names. Subclasses are types of their own.
+
+    Raises:
+        BadMessageError: It is no CloudEvent, none of these, or cannot be read as one. The text
+            has nothing of the body.
+    """
+    attributes, payload = _opened(headers, body)
+    missing = [name for name in _REQUIRED if not attributes.get(name)]
+    if missing:
+        attributes = {}  # the traceback keeps the locals of this frame
+        body = payload = b""
+        raise BadMessageError(
+            "foreign", f"no CloudEvent: it lacks the attributes {', '.join(missing)}"
+        )
+    name = attributes["type"]
+    codec = _codec_of(name, types)
+    event, problem = _read(codec, name, attributes, payload)
+    if problem is not None:
+        body = payload = b""
+        raise BadMessageError("undecodable", problem)
+    return Received(event, attributes, dict(headers))
+
+
+def _codec_of(name: str, types: tuple[type, ...]) -> Codec[Any]:
+    for each in types:
+        if name in names_of(each):
+            return codec_for(each)
+    known = ", ".join(repr(names_of(each)[0]) for each in types)
+    raise BadMessageError("unknown", f"nobody here consumes {name!r}, only {known or 'nothing'}")
+
+
+def _opened(headers: Mapping[str, str], body: bytes) -> tuple[dict[str, str], bytes]:
+    """The attributes, and the JSON of the event."""
+    for name, value in headers.items():
+        if name.lower() == "content-type" and value.partition(";")[0].strip() == _STRUCTURED:
+            return _structured(body)
+    attributes: dict[str, str] = {}
+    for name, value in headers.items():
+        if (found := _PREFIX.fullmatch(name)) is not None:
+            escaped = name.lower().startswith(_ESCAPING)
+            attributes[found["name"].lower()] = unquote(value) if escaped else value
+    return attributes, body
+
+
+def _structured(body: bytes) -> tuple[dict[str, str], bytes]:
+    try:
+        envelope: object = json.loads(body)
+    except ValueError:
+        return {}, b""
+    if not isinstance(envelope, dict):
+        return {}, b""
+    parts = cast("dict[str, object]", envelope)
+    data, encoded = parts.pop("data", None), parts.pop("data_base64", None)
+    attributes = {name: str(value) for name, value in parts.items() if value is not None}
+    if not isinstance(encoded, str):
+        return attributes, json.dumps(data).encode()
+    try:
+        return attributes, base64.b64decode(encoded, validate=True)
+    except ValueError:
+        return attributes, b""
+
+
+def _read(
+    codec: Codec[Any], name: str, attributes: Mapping[str, str], payload: bytes
+) -> tuple[object, str | None]:
+    """Give the event, or say what is wrong with the body."""
+    try:
+        text = payload.decode()
+    except UnicodeDecodeError:
+        return None, f"the body is no {codec.name}: it is not in UTF-8"
+    if issubclass(codec.event_type, DomainEvent):
+        text = _completed(text, attributes)
+    try:
+        return codec.decode(text, name), None
+    except EventDecodingError as error:
+        problem = str(error)
+        if problem.startswith("this is no "):
+            problem = f"the body{problem.removeprefix('this')}"
+        return None, problem
+
+
+def _completed(payload: str, attributes: Mapping[str, str]) -> str:
+    """Give a foreign event the id and the time that its sender wrote into the message."""
+    given = {"event_id": attributes["id"], "occurred_at": attributes.get("time")}
+    if all(f'"{name}"' in payload for name in given):
+        return payload
+    try:
+        fields: object = json.loads(payload)
+        UUID(attributes["id"])
+    except ValueError:
+        return payload
+    if not isinstance(fields, dict):
+        return payload
+    return json.dumps({name: value for name, value in given.items() if value} | fields)
