@@ -189,7 +189,8 @@ class Bridge:
         if max_deliveries is not None and max_deliveries < 1:
             raise ValueError(f"max_deliveries is at least 1, not {max_deliveries!r}")
         patience = _patience(engine, subscribers)
-        _check_within(_WITHIN if within is None else within, patience, engine)
+        if not durable and deliver is None:
+            _check_within(_WITHIN if within is None else within, patience, engine)
         dead_engine = _engine_of(dead_letter, "publisher")
         _refuse(dead_engine.problem_of_publisher(dead_letter))
         _refuse_circle(dead_letter, dead_engine, subscribers, engine)

@@ -12,6 +12,7 @@ from faststream.exceptions import IncorrectState
 from structlog.contextvars import get_contextvars
 
 from eventkit._core.ambient import carried, current_delivery
+from eventkit._core.events import DomainEvent
 from eventkit.exceptions import BridgeError
 from eventkit.faststream._engines import Engine
 from eventkit.wire import encode, wire_name
@@ -68,7 +69,7 @@ class Forward(Generic[E]):
             source=self._source,
             id=str(delivery.event_id),
             key=None if self._key is None else self._key(event),
-            time=delivery.published_at,
+            time=None if isinstance(event, DomainEvent) else delivery.published_at,
         )
         options = self._engine.options(wired, dict(carried.get()))
         await send(

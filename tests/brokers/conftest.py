@@ -54,10 +54,18 @@ def anyio_backend() -> tuple[str, dict[str, bool]]:
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
-    made = Nursery("tests.brokers.worker")
-    yield made
-    made.close()
+def nursery() -> Iterator[Callable[[], Nursery]]:
+    """Give the maker of processes, which is started when the first test asks."""
+    made: list[Nursery] = []
+
+    def get() -> Nursery:
+        if not made:
+            made.append(Nursery("tests.brokers.worker"))
+        return made[0]
+
+    yield get
+    for each in made:
+        each.close()
 
 
 class OwnServers:
@@ -98,7 +106,7 @@ def on_each(fact: str) -> pytest.MarkDecorator:
 
 @pytest.fixture(params=[*KINDS])
 def place(
-    request: pytest.FixtureRequest, broker_url: ServiceUrl, nursery: Nursery
+    request: pytest.FixtureRequest, broker_url: ServiceUrl, nursery: Callable[[], Nursery]
 ) -> Iterator[Place]:
     """On each broker."""
     name: str = request.param
@@ -110,7 +118,7 @@ def place(
     params=[pytest.param(each, marks=pytest.mark.xdist_group(f"own {each}")) for each in KINDS]
 )
 def own_place(
-    request: pytest.FixtureRequest, own_servers: OwnServers, nursery: Nursery
+    request: pytest.FixtureRequest, own_servers: OwnServers, nursery: Callable[[], Nursery]
 ) -> Iterator[Place]:
     """On each broker, which the test may kill."""
     name: str = request.param

@@ -250,7 +250,7 @@ class Rabbit:
     ) -> AsyncGenerator[Reader]:
         reader = Reader()
 
-        def take(message: Any) -> None:
+        async def take(message: Any) -> None:
             headers = {name: str(value) for name, value in message.headers.items()}
             if message.content_type is not None:
                 headers["content-type"] = message.content_type
@@ -385,13 +385,15 @@ class Kafka:
     ) -> Any:
         from faststream import AckPolicy
 
+        # Tansu has the first member of a group wait for half of it.
+        session = min(returns_after, 4.0)
         return broker.subscriber(
             channel,
             group_id=f"{channel}.{group}",
             auto_offset_reset="earliest",
             ack_policy=AckPolicy.NACK_ON_ERROR,
-            session_timeout_ms=int(returns_after * 1000),
-            heartbeat_interval_ms=int(returns_after * 250),
+            session_timeout_ms=int(session * 1000),
+            heartbeat_interval_ms=int(session * 250),
         )
 
     def dead_letters(self, broker: Any, channel: str) -> Any:

@@ -1,7 +1,7 @@
 """Where a test takes place: channels of its own on a broker, and the processes that use them."""
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from uuid import uuid4
@@ -30,7 +30,7 @@ class Place:
 
     kind: Kind
     url: str
-    nursery: Nursery
+    nursery: Callable[[], Nursery]
     server: Server | None = None
     orders: str = field(default_factory=lambda: f"orders-{uuid4().hex[:12]}")
     dead: str = field(default_factory=lambda: f"dead-{uuid4().hex[:12]}")
@@ -41,7 +41,7 @@ class Place:
         name = f"{self.kind.name} {len(self.processes) + 1}"
         channels = ["--orders", self.orders, "--dead", self.dead]
         arguments = ["--kind", self.kind.name, "--url", url or self.url, *channels, *options]
-        process = Process(name, arguments, self.nursery, {})
+        process = Process(name, arguments, self.nursery(), {})
         self.processes.append(process)
         return process
 
@@ -83,7 +83,7 @@ class Place:
 
 @contextmanager
 def place_on(
-    kind: Kind, url: str, nursery: Nursery, server: Server | None = None
+    kind: Kind, url: str, nursery: Callable[[], Nursery], server: Server | None = None
 ) -> Generator[Place]:
     """Channels that are removed after the block, and processes that are ended by their pids."""
     place = Place(kind, url, nursery, server)
