@@ -20,6 +20,7 @@ from sqlalchemy.event import listen
 from sqlalchemy.orm import Session
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
 
 from eventkit import Delivery, EventBus, Observer
 from examples.demo.trace import Record, What, clock_ns
@@ -29,6 +30,21 @@ _request: ContextVar[str] = ContextVar("_request", default="")
 _delivery: ContextVar[Delivery | None] = ContextVar("_delivery", default=None)
 
 _stdout = Lock()
+
+
+def request_name() -> str:
+    """On whose behalf we are at work; empty where nobody has said."""
+    return _request.get()
+
+
+@contextmanager
+def on_behalf_of(name: str) -> Generator[None]:
+    """What happens in the block belongs to a request, perhaps of another service."""
+    before = _request.set(name)
+    try:
+        yield
+    finally:
+        _request.reset(before)
 
 
 def tell(record: Record) -> None:
@@ -129,7 +145,8 @@ class Wiretap:
             return
         _request.set(Headers(scope=scope).get("x-request-id") or f"#{next(self._anonymous)}")
         try:
-            await self._app(scope, receive, self._tell_response(scope, send))
+            with bound_contextvars(request_id=_request.get()):  # goes along to other services
+                await self._app(scope, receive, self._tell_response(scope, send))
         finally:
             tell(Record(what="returned", request=_request.get()))
 

@@ -17,7 +17,8 @@ from typing import Any
 # Also what Redis knows this process by: in Kubernetes the pod's name, which a restart keeps.
 _HOST = socket.gethostname()
 
-_QUIET = logging.DEBUG  # FastStream has a line for each message, by a logger of its own
+# FastStream's own prints a line for each message; this one goes where the others go.
+_log = logging.getLogger("shop.broker")
 
 
 async def _nothing() -> None:
@@ -67,13 +68,13 @@ def nats(url: str) -> Broker:
     from nats.js.api import DeliverPolicy
 
     # By default it gives up after 60 attempts to connect again, and nobody is told.
-    broker = NatsBroker(url, max_reconnect_attempts=-1, log_level=_QUIET)
+    broker = NatsBroker(url, max_reconnect_attempts=-1, logger=_log)
 
     def publisher(place: str) -> Any:
         return broker.publisher(place, stream=place)
 
     def subscribers(place: str, group: str) -> list[Any]:
-        # `durable=` is NATS's word for a group that it remembers. Those that pull share its messages.
+        # `durable=` is NATS's word for a group that it remembers; who pulls shares its messages.
         return [
             broker.subscriber(
                 place,
@@ -99,7 +100,7 @@ def rabbitmq(url: str) -> Broker:
     )
 
     # Without a limit the whole queue would come at once.
-    broker = RabbitBroker(url, default_channel=Channel(prefetch_count=10), log_level=_QUIET)
+    broker = RabbitBroker(url, default_channel=Channel(prefetch_count=10), logger=_log)
     dead: list[RabbitQueue] = []
 
     def exchange(place: str) -> RabbitExchange:
@@ -134,7 +135,7 @@ def redis(url: str) -> Broker:
     from faststream.redis import RedisBroker, StreamSub
     from redis.exceptions import ResponseError
 
-    broker = RedisBroker(url, log_level=_QUIET)
+    broker = RedisBroker(url, logger=_log)
     groups: list[tuple[str, str]] = []
 
     def publisher(place: str) -> Any:
@@ -144,9 +145,7 @@ def redis(url: str) -> Broker:
         groups.append((place, group))
         # The second one takes over what a process has read that was killed.
         return [
-            broker.subscriber(
-                stream=StreamSub(place, group=group, consumer=_HOST, max_records=10)
-            ),
+            broker.subscriber(stream=StreamSub(place, group=group, consumer=_HOST, max_records=10)),
             broker.subscriber(
                 stream=StreamSub(place, group=group, consumer=_HOST, min_idle_time=60_000)
             ),
@@ -169,7 +168,7 @@ def kafka(url: str) -> Broker:
     from faststream import AckPolicy
     from faststream.kafka import KafkaBroker
 
-    broker = KafkaBroker(url, log_level=_QUIET)
+    broker = KafkaBroker(url, logger=_log)
 
     def publisher(place: str) -> Any:
         return broker.publisher(place)
@@ -196,7 +195,7 @@ BROKERS: dict[str, tuple[Callable[[str], Broker], str]] = {
 
 
 def from_env() -> Broker:
-    """The broker that `SHOP_BROKER` names, at `SHOP_BROKER_URL`: by default NATS on this machine."""
+    """The broker that `SHOP_BROKER` names, at `SHOP_BROKER_URL`; by default NATS, on this host."""
     make, url = BROKERS[os.environ.get("SHOP_BROKER", "nats")]
     return make(os.environ.get("SHOP_BROKER_URL", url))
 
