@@ -132,7 +132,7 @@ class Nats(Engine):
 def _matches(subject: str, filter_: str) -> bool:
     """Whether a subject of NATS is one that a filter names, with its wildcards."""
     parts, wanted = subject.split("."), filter_.split(".")
-    if wanted[-1] == ">":
+    if wanted[-1] == ">" and len(parts) >= len(wanted):
         parts, wanted = parts[: len(wanted) - 1], wanted[:-1]
     alike = all(want in ("*", part) for part, want in zip(parts, wanted, strict=False))
     return alike and len(parts) == len(wanted)
@@ -180,7 +180,7 @@ class Rabbit(Engine):
             return bool(key == subscriber.routing())
         if exchange.name != subscriber.exchange.name:
             return False
-        return exchange.type.value == "fanout" or key == subscriber.routing()
+        return bool(exchange.type.value == "fanout" or key == subscriber.routing())
 
     def patience(self, subscriber: Any) -> float | None:
         return None  # as long as the connection

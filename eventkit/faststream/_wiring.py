@@ -108,8 +108,8 @@ def check_dead_letter(publisher: Any, group: Group) -> Engine:
         engine.comes_to(publisher, each) for each in group.subscribers
     ):
         raise BridgeError(
-            f"dead letters of {group.name!r} would be sent to where they are consumed, and go round "
-            "for ever: give them a place of their own"
+            f"dead letters of {group.name!r} would come back to it, and go round for ever: give "
+            "them a place of their own"
         )
     return engine
 
