@@ -54,7 +54,7 @@ def _options() -> argparse.Namespace:
         nargs="?",
         choices=["shop", "two-services"],
         default="shop",
-        help="what to watch (default: %(default)s; two-services needs a broker)",
+        help="what to watch (default: %(default)s); two services need a broker",
     )
     parser.add_argument(
         "--serve", action="store_true", help="keep the shop running, to try it with curl"
@@ -62,7 +62,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--port", type=int, default=8000, help="where to serve (default: %(default)s; 0: any)"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.serve and options.what != "shop":
+        parser.error("--serve is for the shop")
+    return options
 
 
 def _console() -> Console:

@@ -29,17 +29,15 @@ _SECONDS_TO_START = 10.0
 _SECONDS_TO_ARRIVE = 10.0
 
 MISSING = """\
-This demo needs a broker, and there is none: nothing was shown, and nothing is wrong.
-
-It starts NATS by itself where it finds `nats-server` in the path (Debian: apt install nats-server;
-macOS: brew install nats-server). Or start a broker, and run the demo again:
+Two services need a broker between them. The demo starts NATS by itself where `nats-server` is in
+the path; `apt install nats-server` and `brew install nats-server` put it there. Or start one of
+these, and run the demo again, for the last two with SHOP_BROKER=rabbitmq or SHOP_BROKER=redis:
 
   docker run --rm -p 4222:4222 nats -js
+  docker run --rm -p 5672:5672 rabbitmq
+  docker run --rm -p 6379:6379 redis
 
-  SHOP_BROKER=rabbitmq    docker run --rm -p 5672:5672 rabbitmq
-  SHOP_BROKER=redis       docker run --rm -p 6379:6379 redis
-
-SHOP_BROKER_URL says where it is, if it is elsewhere."""
+SHOP_BROKER_URL says where it is, if it is not there."""
 
 
 class NoBroker(Exception):

@@ -47,7 +47,7 @@ async def play(console: Console) -> bool:
             async with broker_at_hand(folder) as at_hand:
                 return await _play(Report(console), at_hand, folder)
         except NoBroker as none:
-            console.print("", MISSING, "", f"({none})", sep="\n", markup=False)
+            console.print("", f"Nothing is shown: {none}.", "", MISSING, sep="\n", markup=False)
             return not none.was_named
 
 
