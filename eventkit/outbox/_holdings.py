@@ -128,6 +128,10 @@ class Holdings:
         """Somebody here has the row, for as long as the object lives."""
         self._rows[row.id] = row
 
+    def disown(self, row: Row) -> None:
+        """Nobody here has it any more, whoever refers to it still: the lease gives it back."""
+        self._rows.pop(row.id, None)
+
     def row_of(self, delivery_id: UUID) -> Row | None:
         """The row of a delivery that runs here; None where it has none."""
         return self._rows.get(delivery_id)

@@ -83,6 +83,7 @@ class Keeper:
         self._unseen: WeakKeyDictionary[RootTransaction, Counter[str]] = WeakKeyDictionary()
         self._lock = Lock()
         self._told: set[object] = set()  # what was warned of
+        self._examined = False  # whether the tables are as they should be
         # Weakly, for the tie and SQLAlchemy outlive a bus that is dropped.
         tie.before_commit.append(_weakly(self._before_commit))
         tie.ended.append(_weakly(self._ended))
@@ -124,7 +125,7 @@ class Keeper:
             payload=payload,
             headers=headers_of(envelope, self._state.observers),
             # Who delivers an event in any case knows that it waits for no commit.
-            location=None if envelope.verdict is Verdict.EVEN_ON_FAILURE else caller(),
+            location=caller() if envelope.verdict is Verdict.OPEN else None,
         )
         for row in rows.rows.values():
             if row.key is None:
@@ -292,6 +293,46 @@ class Keeper:
             )
             return
         self._committed(underway)
+
+    async def receive(self, envelope: Envelope, consumer: str, message_id: str) -> bool:
+        """Commit that a message was received, with the rows of its event; False if it was before.
+
+        Cancelled, or failing, in the midst: it may have been committed. Then nobody here has the
+        rows, so the lease gives them back.
+        """
+        holdings = self._holdings
+        if self.memory or holdings.database.is_in_memory:
+            return True
+        await self._examine()
+        underway = _Underway([envelope.rows] if isinstance(envelope.rows, EventRows) else [])
+        leased = bool(underway.events) and self._may_lease()
+
+        def write(connection: Connection) -> bool:
+            # First: who waits here for another one with this message holds nothing.
+            is_new = holdings.store.note_message(connection, consumer, message_id)
+            if is_new and leased:
+                self._renew(connection, underway)
+            if is_new:
+                self._write(connection, underway, leased=leased)
+            return is_new
+
+        is_new = False
+        try:
+            is_new = await holdings.database.run(write)
+        finally:
+            if not is_new:
+                for each in underway.events:
+                    for row in each.rows.values():
+                        holdings.disown(row)
+        if is_new:
+            self._committed(underway)
+        return is_new
+
+    async def _examine(self) -> None:
+        """Look once whether the tables are as they should be, as relays do at their start."""
+        if not self._examined:
+            await self._holdings.check()
+            self._examined = True
 
     def mark(self, session: Session, delivery_id: UUID) -> None:
         """Have the session's next commit complete the delivery, if it has a row here."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, cast
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import (
@@ -22,11 +22,13 @@ from sqlalchemy.ext.asyncio import (
 from sqlalchemy.orm import scoped_session, sessionmaker
 
 from eventkit._core.bus import EventBus, state_of
+from eventkit._core.events import DomainEvent, Incoming
 from eventkit._core.turns import DrainReport
 from eventkit.outbox._catalog import Catalog
 from eventkit.outbox._database import Database
 from eventkit.outbox._holdings import Holdings
 from eventkit.outbox._keeper import Keeper
+from eventkit.outbox._receive import receive
 from eventkit.outbox._relay import POLL, run_due, run_until_cancelled
 from eventkit.outbox._store import Batch, OutboxStats, Store, StoredDelivery, in_batches
 from eventkit.sqlalchemy import CommitTie, deliver_on_commit
@@ -167,6 +169,79 @@ class Outbox:
                 a delivery that fails is tried until its attempts are used up.
         """
         return await run_due(self._holdings, self._state, self.concurrency or CONCURRENCY, within)
+
+    # Messages of other services
+
+    async def receive(
+        self,
+        event: object,
+        *,
+        consumer: str,
+        message_id: str,
+        headers: Mapping[str, str] = {},
+        event_id: UUID | None = None,
+    ) -> bool:
+        """Take over an event that was read from a message of another service.
+
+            await outbox.receive(event, consumer="billing", message_id=message.id)
+            await message.ack()
+
+        One transaction on the outbox's own connection notes the message, and writes the deliveries
+        of durable handlers. When this returns they are committed, so acknowledge the message to
+        its broker afterwards. A message that this consumer has received within the last seven days
+        is dropped: nothing is written or counted, and no handler runs.
+
+        After the commit durable handlers run as after a commit of yours, at least once, and the
+        others at most once. The tasks of an application with `EventContextMiddleware` on this event
+        loop run them, as with `bus.context(background=True)`. Where there is none, or where
+        more than half of its `max_pending` deliveries wait, they run before this returns: whoever
+        receives messages one by one then receives no more than can be handled. Handlers that fail
+        are reported, and not raised here.
+
+        It is a unit of work of its own, also inside of another one, as is
+        `bus.context(independent=True)`; no transaction of yours takes part. Call it in as many
+        tasks as you like, and on the event loop that handlers are to run on.
+
+        What is raised before or by the commit comes out of here: then no handler has run, so have
+        the broker hand the message out again. The commit may have happened all the same, as where
+        this is cancelled while it commits. Then the message is dropped when it comes again, and its
+        durable handlers run within the lease. A cancellation after the commit ends handlers that
+        are awaited here: durable ones run later, the others do not.
+
+        In an `in_memory` block, and with SQLite in memory, nothing is kept: all handlers run in
+        memory, and no message is taken for an old one.
+
+        Args:
+            event: What was read from the message.
+            consumer: Who has received it, by a name that stays: of the service, or of the queue.
+            message_id: The same each time the broker hands the message out, and each time its
+                publisher sends it, if that may happen twice.
+            headers: What `current_delivery().received` gives in its handlers, also in later runs.
+            event_id: What `current_delivery().event_id` gives there; by default the event's own if
+                it is a `DomainEvent`, else a new one.
+
+        Returns:
+            True if the message is new, False if it was received before. Acknowledge both.
+
+        Raises:
+            ValueError: The consumer or the id is empty or has a null character.
+            EventEncodingError: The event cannot be stored.
+            EventDepthError: Called in a handler, too many handlers deep.
+            InvalidEventTypeError: As in `EventBus.publish`.
+            OutboxSchemaError: The tables are missing, or of another version.
+            RuntimeError: The outbox is detached. Or an `AsyncEngine` on trio.
+            Exception: What the database raised.
+        """
+        if self.detached:
+            raise RuntimeError(f"{self!r} is detached, so it receives nothing: make another one")
+        for name, value in (("consumer", consumer), ("message_id", message_id)):
+            _refuse_text(name, value)
+        if event_id is None:
+            event_id = event.event_id if isinstance(event, DomainEvent) else uuid4()
+        incoming = Incoming(event_id, {**headers})
+        receiving = receive(self._state, self._keeper, event, incoming, consumer, message_id)
+        del event  # or a traceback that shows local variables shows the payload
+        return await receiving
 
     # Operations
 
@@ -325,6 +400,21 @@ def _engine_of(given: Any) -> Engine | AsyncEngine:  # Any: as `deliver_on_commi
     raise ValueError(
         f"Outbox() needs an engine, and {shown} leads to none: give it the engine itself"
     )
+
+
+def _refuse_text(name: str, value: str) -> None:
+    """Refuse what no inbox can tell messages by."""
+    what = {
+        "consumer": "the name of the service or of the queue",
+        "message_id": "an id of the message that is the same each time it comes",
+    }[name]
+    if not value:
+        raise ValueError(f"receive() was given an empty {name}: give it {what}")
+    if "\0" in value:
+        raise ValueError(
+            f"the {name} {value!r} has a null character, which PostgreSQL does not store: give "
+            f"receive() {what}, without one"
+        )
 
 
 def _chosen(ids: Iterable[UUID] | None, **others: object) -> dict[str, Any]:

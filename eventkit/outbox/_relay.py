@@ -50,6 +50,9 @@ _SPREAD = 0.2  # so that processes do not look at the same moments
 _GATHERING = 0.005  # seconds in which outcomes gather, to be written at once
 _SECOND_LOOK = 0.25  # seconds; who waits for SQLite's lock tries again each 0.1 s
 _ROUND = 60.0  # seconds between two looks for rows without an owner, or without a handler
+_SECONDS_TO_FORGET = 7 * 86400.0  # after which a message that comes again is a new one
+_FORGET_EVERY = 3600.0  # seconds
+_FORGET_AT_ONCE = 5000  # messages
 _SECONDS_TO_LEAVE = 5.0
 _SECONDS_TO_LOOK = 2.0  # of these, for a look that is on its way
 
@@ -90,7 +93,7 @@ class Relay:
         self._scope = CancelScope()
         self._poll = POLL
         self._due_at = math.inf  # when a row is due that failed here
-        self._looked_at = self._round_at = self._swept_at = -math.inf
+        self._looked_at = self._round_at = self._swept_at = self._forgot_at = -math.inf
         self._lapsed: frozenset[str] = frozenset()  # who looked dead the time before
         self._looks_twice = False  # whether it has to look at them again, soon
         self._unknown: set[tuple[str, str]] = set()  # what was warned of
@@ -196,6 +199,7 @@ class Relay:
                 try:
                     found = await self._look()
                     self._looked_at = self._holdings.lease.now()
+                    found = await self._forget_messages() or found
                 except Exception as error:  # noqa: BLE001 - of a database, or of its driver
                     self._holdings.complain(_AWAY, error)
                 idle = not found and self._holdings.slows_down
@@ -294,6 +298,19 @@ class Relay:
                     bus=self._state.name,
                 )
         self._round_at = now
+
+    async def _forget_messages(self) -> bool:
+        """Once per hour, delete what is noted of old messages; whether more of them are left."""
+        holdings, now = self._holdings, self._holdings.lease.now()
+        if self._is_over or now - self._forgot_at < _FORGET_EVERY:
+            return False
+        forget = partial(
+            holdings.store.forget_messages, older_than=_SECONDS_TO_FORGET, limit=_FORGET_AT_ONCE
+        )
+        if await holdings.database.run(forget) == _FORGET_AT_ONCE:
+            return True
+        self._forgot_at = now
+        return False
 
     # Running
 

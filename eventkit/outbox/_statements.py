@@ -2,10 +2,10 @@
 
 Knows nothing of what the statements are for.
 
-Statements are written once, for both: `{outbox}` and `{process}` are the tables, `{clock}` is the
-database's time as the statement runs, `{now}` the one that is compared with, `{skip}` leaves out
-rows that another transaction holds, and `in :names` takes a list. Their text does not depend on
-the length of a list, so that drivers prepare each statement once.
+Statements are written once, for both: `{outbox}`, `{process}` and `{inbox}` are the tables,
+`{clock}` is the database's time as the statement runs, `{now}` the one that is compared with,
+`{skip}` leaves out rows that another transaction holds, and `in :names` takes a list. Their text
+does not depend on the length of a list, so that drivers prepare each statement once.
 
 Each is qualified with the schema, which is looked up once, so neither a later `search_path` nor a
 `schema_translate_map` leads it to other tables.
@@ -33,7 +33,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine
 
-from eventkit.outbox._tables import OUTBOX, PROCESS
+from eventkit.outbox._tables import INBOX, OUTBOX, PROCESS
 
 __all__ = ["Statements", "to_uuid"]
 
@@ -43,6 +43,7 @@ _TYPES: dict[str, TypeEngine[Any]] = {
     "attempt": Integer(),
     "before": Double(),
     "busy": ARRAY(Text()),
+    "consumer": Text(),
     "error": Text(),
     "event_types": ARRAY(Text()),
     "handler": Text(),
@@ -50,6 +51,7 @@ _TYPES: dict[str, TypeEngine[Any]] = {
     "id": Uuid(),
     "ids": ARRAY(Uuid()),
     "limit": Integer(),
+    "message_id": Text(),
     "owner": Text(),
     "owners": ARRAY(Text()),
     "seconds": Double(),
@@ -113,7 +115,8 @@ class Statements:
         quote = self.dialect.identifier_preparer.quote
         prefix = "" if self.schema is None else f"{quote(self.schema)}."
         words = _SQLITE if self.is_sqlite else _POSTGRESQL
-        return {**words, "outbox": prefix + OUTBOX, "process": prefix + PROCESS}
+        tables = {"outbox": OUTBOX, "process": PROCESS, "inbox": INBOX}
+        return words | {word: prefix + table for word, table in tables.items()}
 
     def resolve(self, connection: Connection) -> None:
         """Look where the tables are, unless that is known.

@@ -126,6 +126,17 @@ def _claim(condition: str) -> str:
 _CLAIM_READY = _claim("state <> 4 and handler not in :busy")
 _CLAIM_SUSPECT = _claim("state = 4")
 
+# Who notes the same message at the same time waits for the transaction of the other one.
+_NOTE = """
+    insert into {inbox} (consumer, message_id, received_at)
+    values (:consumer, :message_id, {clock}) on conflict do nothing returning message_id
+"""
+_FORGET = """
+    delete from {inbox} where (consumer, message_id) in (
+        select consumer, message_id from {inbox} as r where received_at < {now} - :seconds
+        order by received_at limit :limit {skip})
+"""
+
 
 @dataclass(slots=True)
 class Claimed:
@@ -350,6 +361,19 @@ class Store(Operations):
             **known._asdict(),
         )
         return [(handler, event_type, count) for handler, event_type, count in rows]
+
+    def note_message(self, connection: Connection, consumer: str, message_id: str) -> bool:
+        """Note that a consumer has received a message; False if it had received it before."""
+        noted = self._statements.run(connection, _NOTE, consumer=consumer, message_id=message_id)
+        return bool(noted)
+
+    def forget_messages(self, connection: Connection, older_than: float, limit: int) -> int:
+        """Delete notes of messages that were received so many seconds ago, the oldest first.
+
+        Returns:
+            How many. Fewer than `limit` only if no more are left, or others are deleting them.
+        """
+        return self._statements.count(connection, _FORGET, seconds=older_than, limit=limit)
 
     def _end(
         self,

@@ -26,11 +26,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.schema import CreateIndex, CreateTable, SchemaItem
 
-__all__ = ["OUTBOX", "PROCESS", "State", "add_tables", "ddl_of", "problem_of"]
+__all__ = ["INBOX", "OUTBOX", "PROCESS", "State", "add_tables", "ddl_of", "problem_of"]
 
 OUTBOX = "eventkit_outbox"
 PROCESS = "eventkit_process"
-_INBOX = "eventkit_inbox"
+INBOX = "eventkit_inbox"
 
 # The same words in every statement: SQLite uses a partial index only if it finds its condition
 # in the statement, term by term.
@@ -148,10 +148,12 @@ def _items() -> dict[str, list[SchemaItem]]:
             Column("alive_until", Double, nullable=False),
         ],
         # Messages that were received from a broker.
-        _INBOX: [
+        INBOX: [
             Column("consumer", Text, primary_key=True),
             Column("message_id", Text, primary_key=True),
             Column("received_at", Double, nullable=False),
+            # A week of messages is kept, and relays look for the oldest of them once per hour.
+            Index(f"{INBOX}_received", "received_at"),
         ],
     }
 

@@ -65,6 +65,7 @@ class Database:
     def clear(self) -> None:
         self.sql("delete from {p}eventkit_outbox")
         self.sql("delete from {p}eventkit_process")
+        self.sql("delete from {p}eventkit_inbox")
 
     def insert(self, *events: NewEvent, owner: str | None = None) -> list[UUID]:
         """Write events; the ids of their rows."""

@@ -1,0 +1,87 @@
+"""Owns what becomes of an event that was read from a message: kept first, then delivered.
+
+Knows no SQL, and nothing of brokers.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextvars import copy_context
+from time import time_ns
+
+from eventkit._core.announcements import announce_published
+from eventkit._core.context import EventContext
+from eventkit._core.events import Incoming, type_name
+from eventkit._core.locations import caller
+from eventkit._core.log import log
+from eventkit._core.queue import Envelope, Verdict
+from eventkit._core.state import BusState
+from eventkit._core.units import Unit, next_number
+from eventkit.exceptions import EventDepthError
+from eventkit.outbox._keeper import Keeper
+
+
+async def receive(
+    state: BusState,
+    keeper: Keeper,
+    event: object,
+    incoming: Incoming,
+    consumer: str,
+    message_id: str,
+) -> bool:
+    """Keep an event and have it delivered; False if the message was received before.
+
+    See `Outbox.receive`. What is staged before its commit could be delivered without it, so the
+    event is staged afterwards. No checkpoint is in between.
+    """
+    unit = Unit(state)
+    unit.independent = True
+    async with EventContext(unit):
+        envelope = _envelope_of(unit, event, incoming)
+        del event  # or a traceback that shows local variables shows the payload
+        if envelope.plan.durable:
+            keeper.accept(envelope)
+        if not await keeper.receive(envelope, consumer, message_id):
+            log(
+                logging.DEBUG,
+                "a message was received before, and is dropped",
+                error=None,
+                consumer=consumer,
+                message_id=message_id,
+                event_type=type_name(type(envelope.event)),
+                bus=state.name,
+            )
+            return False
+        _stage(unit, envelope)
+        host = unit.host()
+        unit.background = host is not None and not host.is_crowded()
+        return True
+
+
+def _envelope_of(unit: Unit, event: object, incoming: Incoming) -> Envelope:
+    """The event on its way: as a publish makes it, and decided already."""
+    state, cause = unit.state, unit.delivery
+    if cause is not None and cause.depth >= state.max_depth:
+        chain = [str(delivery) for delivery in cause.chain()]
+        raise EventDepthError(type_name(type(event)), state.max_depth, chain)
+    return Envelope(
+        event,
+        state.plan_for(event),
+        copy_context(),
+        cause,
+        time_ns(),
+        next_number(),
+        Verdict.RELEASED,
+        caller() if state.debug else None,
+        incoming,
+    )
+
+
+def _stage(unit: Unit, envelope: Envelope) -> None:
+    """Have it delivered when the unit ends. No transaction takes part in that."""
+    state = unit.state
+    watched = bool(state.observers)
+    refusal = unit.queue.stage([envelope], state.max_events, watched=watched, tag=None)
+    assert refusal is None, "a unit that is open and empty"
+    if watched:
+        announce_published(state, [envelope])
