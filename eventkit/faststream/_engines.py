@@ -7,7 +7,7 @@ broker's client is imported that is not used. Any stands for them: each broker h
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from faststream import AckPolicy
 
@@ -17,18 +17,20 @@ JSON = "application/json"
 _LOSING = {AckPolicy.ACK_FIRST: "ACK_FIRST", AckPolicy.MANUAL: "MANUAL"}
 
 
-class Engine(Protocol):
-    """One broker.
+class Engine:
+    """One broker: what follows is so for most of them.
 
     Attributes:
         name: As people call it.
         prefix: Of the headers that are attributes of CloudEvents.
         how_to_wait: Which option has it wait longer, in brackets; empty where none does.
+        parse: What parses its messages, where FastStream's own parser drops some.
     """
 
     name: str
-    prefix: str
-    how_to_wait: str
+    prefix: str = "ce-"
+    how_to_wait: str = ""
+    parse: Callable[..., Any] | None = None
 
     def options(self, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
         """What `publish` of a publisher takes beside the body, for an event.
@@ -37,59 +39,54 @@ class Engine(Protocol):
             wired: The event.
             headers: Further ones.
         """
-        ...
+        return {"headers": headers | wired.headers(self.prefix)}
 
     def dead_options(self, message: Any, headers: dict[str, str]) -> dict[str, Any]:
         """What `publish` takes beside the body, for a dead letter that has these headers."""
-        ...
+        return {"headers": headers}
 
     def refusal(self, result: Any) -> str | None:
         """Why the broker has not taken a message, by what `publish` returned; None if it has."""
-        ...
+        raise NotImplementedError
 
     async def deliveries(self, message: Any, subscriber: Any) -> int | None:
         """How often the broker has given out the message; None where it does not count."""
-        ...
+        return None
 
     def consumer(self, subscriber: Any) -> str:
         """What the broker knows all processes of this consumer by."""
-        ...
+        raise NotImplementedError
 
-    def place(self, endpoint: Any) -> str | None:
-        """Where a publisher sends to, or a subscriber reads from; None if that is not one place."""
-        ...
+    def comes_to(self, publisher: Any, subscriber: Any) -> bool:
+        """Whether what a publisher sends is given to a subscriber, as far as one can see."""
+        raise NotImplementedError
 
     def patience(self, subscriber: Any) -> float | None:
         """Seconds until the broker gives a message to another process; None if it waits."""
-        ...
+        raise NotImplementedError
 
     def problem_of_publisher(self, publisher: Any) -> str | None:
         """Why it cannot be used, and what to do."""
-        ...
+        return None
 
     def problem_of_subscriber(self, subscriber: Any) -> str | None:
         """Why it cannot be used, and what to do."""
-        ...
+        return None
 
     def problem_of_subscribers(self, subscribers: Sequence[Any]) -> str | None:
         """Why these cannot be used together, and what to do."""
-        ...
+        return None
 
 
-class Nats:
+class Nats(Engine):
     """NATS JetStream."""
 
     name = "NATS"
-    prefix = "ce-"
     how_to_wait = " (ConsumerConfig(ack_wait=))"
 
     def options(self, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
         # JetStream drops a second message of this id, for two minutes by default.
         headers = headers | wired.headers(self.prefix) | {"Nats-Msg-Id": wired.attributes["id"]}
-        return {"headers": headers}
-
-    def dead_options(self, message: Any, headers: dict[str, str]) -> dict[str, Any]:
-        # Without Nats-Msg-Id: two consumers' dead letters of one message are two.
         return {"headers": headers}
 
     def refusal(self, result: Any) -> str | None:
@@ -104,10 +101,12 @@ class Nats:
 
     def consumer(self, subscriber: Any) -> str:
         group = subscriber.extra_options.get("durable") or subscriber.queue
-        return f"{self.place(subscriber)}/{group}"
+        return f"{subscriber.stream.name}/{group or subscriber.subject.template}"
 
-    def place(self, endpoint: Any) -> str | None:
-        return endpoint.subject.template or None
+    def comes_to(self, publisher: Any, subscriber: Any) -> bool:
+        subject = publisher.subject.broker_address
+        filters = [subscriber.subject.broker_address, *subscriber.filter_subjects]
+        return any(_matches(subject, each) for each in filters if each)
 
     def patience(self, subscriber: Any) -> float | None:
         return subscriber.config.ack_wait or 30.0
@@ -129,16 +128,20 @@ class Nats:
             return _BATCH
         return None
 
-    def problem_of_subscribers(self, subscribers: Sequence[Any]) -> str | None:
-        return None
+
+def _matches(subject: str, filter_: str) -> bool:
+    """Whether a subject of NATS is one that a filter names, with its wildcards."""
+    parts, wanted = subject.split("."), filter_.split(".")
+    if wanted[-1] == ">" and len(parts) >= len(wanted):
+        parts, wanted = parts[: len(wanted) - 1], wanted[:-1]
+    alike = all(want in ("*", part) for part, want in zip(parts, wanted, strict=False))
+    return alike and len(parts) == len(wanted)
 
 
-class Rabbit:
+class Rabbit(Engine):
     """RabbitMQ."""
 
     name = "RabbitMQ"
-    prefix = "ce-"
-    how_to_wait = ""
 
     def options(self, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
         headers = headers | wired.headers(self.prefix)
@@ -171,37 +174,23 @@ class Rabbit:
     def consumer(self, subscriber: Any) -> str:
         return str(subscriber.queue.name)
 
-    def place(self, endpoint: Any) -> str | None:
-        exchange = getattr(endpoint.exchange, "name", None)
-        if not exchange or exchange == "default":  # which routes to the queue of the name
-            return endpoint.queue.name or endpoint.routing_key or None
-        return None
+    def comes_to(self, publisher: Any, subscriber: Any) -> bool:
+        exchange, key = publisher.exchange, publisher.routing()
+        if not exchange.name:  # the default one, which routes to the queue of this name
+            return bool(key == subscriber.routing())
+        if exchange.name != subscriber.exchange.name:
+            return False
+        return bool(exchange.type.value == "fanout" or key == subscriber.routing())
 
     def patience(self, subscriber: Any) -> float | None:
         return None  # as long as the connection
 
-    def problem_of_publisher(self, publisher: Any) -> str | None:
-        return None
 
-    def problem_of_subscriber(self, subscriber: Any) -> str | None:
-        return None
-
-    def problem_of_subscribers(self, subscribers: Sequence[Any]) -> str | None:
-        return None
-
-
-class Redis:
+class Redis(Engine):
     """Streams of Redis."""
 
     name = "Redis"
-    prefix = "ce-"
     how_to_wait = " (StreamSub(min_idle_time=))"
-
-    def options(self, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
-        return {"headers": headers | wired.headers(self.prefix)}
-
-    def dead_options(self, message: Any, headers: dict[str, str]) -> dict[str, Any]:
-        return {"headers": headers}
 
     def refusal(self, result: Any) -> str | None:
         return None if result else "there is no id of an entry"
@@ -218,9 +207,8 @@ class Redis:
     def consumer(self, subscriber: Any) -> str:
         return f"{subscriber.stream_sub.name}/{subscriber.stream_sub.group}"
 
-    def place(self, endpoint: Any) -> str | None:
-        stream = getattr(endpoint, "stream_sub", None) or endpoint.stream
-        return str(stream.name)
+    def comes_to(self, publisher: Any, subscriber: Any) -> bool:
+        return bool(publisher.stream.name == subscriber.stream_sub.name)
 
     def patience(self, subscriber: Any) -> float | None:
         stream = subscriber.stream_sub
@@ -267,17 +255,27 @@ class Redis:
             return None
         return (
             "nobody would take over what a killed consumer of the Redis stream "
-            f"{self.place(subscribers[0])!r} had read: pass [subscriber, another one with "
+            f"{subscribers[0].stream_sub.name!r} had read: pass [subscriber, another one with "
             "StreamSub(min_idle_time=60_000)]"
         )
 
 
-class Kafka:
+async def _repaired(record: Any, parse: Callable[[Any], Awaitable[Any]]) -> Any:
+    """Parse a record of Kafka whose headers may be null, or no UTF-8: FastStream drops such."""
+    record.headers = tuple((name, _utf8(value)) for name, value in record.headers)
+    return await parse(record)
+
+
+def _utf8(value: bytes | None) -> bytes:
+    return b"" if value is None else value.decode(errors="replace").encode()
+
+
+class Kafka(Engine):
     """Kafka, by aiokafka."""
 
     name = "Kafka"
     prefix = "ce_"
-    how_to_wait = ""
+    parse = staticmethod(_repaired)
 
     def options(self, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
         key = wired.attributes.get("partitionkey")
@@ -290,17 +288,12 @@ class Kafka:
     def refusal(self, result: Any) -> str | None:
         return None if getattr(result, "offset", -1) >= 0 else "there is no offset of a record"
 
-    async def deliveries(self, message: Any, subscriber: Any) -> int | None:
-        return None
-
     def consumer(self, subscriber: Any) -> str:
-        return f"{self.place(subscriber) or ''}/{subscriber.group_id}"
+        topics: Sequence[str] = subscriber.topic_names
+        return f"{','.join(sorted(topics))}/{subscriber.group_id}"
 
-    def place(self, endpoint: Any) -> str | None:
-        if (topic := getattr(endpoint, "topic", None)) is not None:
-            return str(topic)
-        topics: Sequence[str] = endpoint.topic_names
-        return ",".join(sorted(topics)) or None
+    def comes_to(self, publisher: Any, subscriber: Any) -> bool:
+        return publisher.topic in subscriber.topic_names
 
     def patience(self, subscriber: Any) -> float | None:
         return 300.0  # max_poll_interval_ms, by default
@@ -316,9 +309,6 @@ class Kafka:
                 "this subscriber has no group, so nothing is acknowledged: give it group_id= and "
                 'auto_offset_reset="earliest"'
             )
-        return None
-
-    def problem_of_subscribers(self, subscribers: Sequence[Any]) -> str | None:
         return None
 
 
@@ -340,16 +330,6 @@ def engine_of(endpoint: object, kind: Literal["publisher", "subscriber"]) -> Eng
         if f"faststream.{package}.{kind}" in each.__module__ and package in _ENGINES:
             return _ENGINES[package]
     return None
-
-
-async def repaired(record: Any, parse: Callable[[Any], Awaitable[Any]]) -> Any:
-    """Parse a record of Kafka whose headers may be null, or no UTF-8: FastStream drops such."""
-    record.headers = tuple((name, _utf8(value)) for name, value in record.headers)
-    return await parse(record)
-
-
-def _utf8(value: bytes | None) -> bytes:
-    return b"" if value is None else value.decode(errors="replace").encode()
 
 
 def problem_of_policy(subscriber: Any) -> str | None:

@@ -7,7 +7,7 @@ Pydantic and msgspec are imported when the first class needs them.
 
 from eventkit.wire._cloudevents import Received, Wired, decode, encode
 from eventkit.wire._codec import Codec, EventDecodingError, codec_for
-from eventkit.wire._names import Upcast, named, names_of, wire_name
+from eventkit.wire._names import Upcast, is_named, named, names_of, wire_name
 
 __all__ = [
     "Codec",
@@ -18,6 +18,7 @@ __all__ = [
     "codec_for",
     "decode",
     "encode",
+    "is_named",
     "named",
     "names_of",
     "wire_name",

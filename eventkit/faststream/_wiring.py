@@ -1,0 +1,223 @@
+"""Owns what is refused where a bridge is wired: what would lose messages, or have them go round.
+
+Knows nothing of what happens to a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+from weakref import WeakKeyDictionary
+
+from eventkit._core.bus import EventBus
+from eventkit.exceptions import BridgeError, InvalidEventTypeError
+from eventkit.faststream._engines import Engine, engine_of, problem_of_policy
+from eventkit.wire import codec_for, is_named, names_of
+
+_LONGEST_IN_PLACE = 25.0  # seconds that who keeps events may be away before one is handed back
+
+# By bus: the types that are consumed, and those that are forwarded.
+_consumed: WeakKeyDictionary[EventBus, set[type]] = WeakKeyDictionary()
+_forwarded: WeakKeyDictionary[EventBus, set[type]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The subscribers of one consumer.
+
+    Attributes:
+        subscribers: FastStream's. Any: each broker has its own class.
+        engine: Their broker's.
+        name: The consumer's.
+        patience: Seconds until the broker gives a message to another process; None if it waits.
+    """
+
+    subscribers: Sequence[Any]
+    engine: Engine
+    name: str
+    patience: float | None
+
+    @property
+    def seconds_in_place(self) -> float:
+        """How long a message may wait here for who keeps it: well below the broker's patience."""
+        patience = self.patience
+        return _LONGEST_IN_PLACE if patience is None else min(_LONGEST_IN_PLACE, patience / 2)
+
+    def check_within(self, within: float) -> None:
+        """Refuse a limit that the broker would not wait for.
+
+        Raises:
+            BridgeError: It is too long.
+            ValueError: It is not above 0.
+        """
+        if not within > 0:
+            raise ValueError(f"within takes seconds above 0, not {within!r}")
+        if self.patience is not None and within >= self.patience:
+            raise BridgeError(
+                f"the broker hands a message out again after {self.patience:g} s, so it would be "
+                f"handled twice: within={within:g} has to be below that{self.engine.how_to_wait}"
+            )
+
+
+def group_of(subscriber: Any) -> Group:
+    """Make a group of a subscriber, or of a list of them.
+
+    Raises:
+        BridgeError: One of them loses messages, or cannot be used.
+    """
+    is_list = isinstance(subscriber, list | tuple)
+    subscribers = [*cast("Sequence[Any]", subscriber)] if is_list else [subscriber]
+    if not subscribers:
+        raise BridgeError("consume() takes a subscriber, and an empty list has none")
+    engine = _engine_for(subscribers[0], "subscriber")
+    for each in subscribers:
+        if _engine_for(each, "subscriber") is not engine:
+            raise BridgeError("the subscribers of one consumer belong to one broker")
+        if each.calls:
+            raise BridgeError(
+                "this subscriber has a handler already: give consume() one of its own, and all of "
+                "its event types at once"
+            )
+        _refuse(engine.problem_of_subscriber(each) or problem_of_policy(each))
+    _refuse(engine.problem_of_subscribers(subscribers))
+    waits = [engine.patience(each) for each in subscribers]
+    patience = min((seconds for seconds in waits if seconds is not None), default=None)
+    return Group(subscribers, engine, engine.consumer(subscribers[0]), patience)
+
+
+def check_publisher(publisher: Any) -> Engine:
+    """Give the broker of a publisher whose broker confirms what it takes.
+
+    Raises:
+        BridgeError: It does not.
+    """
+    engine = _engine_for(publisher, "publisher")
+    _refuse(engine.problem_of_publisher(publisher))
+    return engine
+
+
+def check_dead_letter(publisher: Any, group: Group) -> Engine:
+    """Do so for the publisher of dead letters, whose place nobody of the group may read.
+
+    Raises:
+        BridgeError: One of the group does, or the broker confirms nothing.
+    """
+    engine = check_publisher(publisher)
+    if engine is group.engine and any(
+        engine.comes_to(publisher, each) for each in group.subscribers
+    ):
+        raise BridgeError(
+            f"dead letters of {group.name!r} would come back to it, and go round for ever: give "
+            "them a place of their own"
+        )
+    return engine
+
+
+def check_type(event_type: type) -> None:
+    """Refuse a class whose events no other service would know, or could read.
+
+    Raises:
+        BridgeError: It is none, has no name, or cannot be written.
+    """
+    if not isinstance(event_type, type):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise BridgeError(f"{event_type!r} is no class of events")
+    kind = event_type.__qualname__
+    if not is_named(event_type):
+        raise BridgeError(
+            f'{kind} has no name for the wire: decorate it with @named("shop.order.placed.v1")'
+        )
+    try:
+        codec_for(event_type)
+    except InvalidEventTypeError as error:
+        raise BridgeError(f"{kind} cannot be written as JSON: {error}") from error
+
+
+def check_types(event_types: Sequence[type]) -> None:
+    """Refuse classes that a message could not be told apart by.
+
+    Raises:
+        BridgeError: There are none, two have one name, or one cannot be used.
+    """
+    if not event_types:
+        raise BridgeError("consume() takes at least one class of events, after the subscriber")
+    known: dict[str, type] = {}
+    for event_type in event_types:
+        check_type(event_type)
+        for name in names_of(event_type):
+            if known.setdefault(name, event_type) is not event_type:
+                raise BridgeError(
+                    f"{known[name].__qualname__} and {event_type.__qualname__} are both called "
+                    f"{name!r}: a message could be either"
+                )
+
+
+def check_options(deliver: object, *, durable: bool, **given: object) -> None:
+    """Refuse options of retries where somebody else retries.
+
+    Raises:
+        BridgeError: There are some.
+        ValueError: `max_deliveries` is below 1.
+    """
+    named = [name for name, value in given.items() if value is not None]
+    if durable and deliver is not None:
+        named.append("deliver")
+    if named and durable:
+        raise BridgeError(
+            f"{', '.join(named)} and durable=True exclude each other: retries and dead letters are "
+            "the outbox's then, by Durable(...) of each handler"
+        )
+    if named and deliver is not None:
+        raise BridgeError(
+            f"{', '.join(named)} and deliver= exclude each other: what deliver= raises is tried "
+            "again, however often"
+        )
+    most = given["max_deliveries"]
+    if isinstance(most, int) and most < 1:
+        raise ValueError(f"max_deliveries is at least 1, not {most!r}")
+
+
+def note_consumed(bus: EventBus, event_types: Sequence[type]) -> None:
+    """Know that these are consumed on this bus.
+
+    Raises:
+        BridgeError: One of them is forwarded.
+    """
+    for each in event_types:
+        for other in _forwarded.get(bus, ()):
+            _refuse_both(each, other)
+    _consumed.setdefault(bus, set()).update(event_types)
+
+
+def note_forwarded(bus: EventBus, event_type: type) -> None:
+    """Know that this is forwarded from this bus.
+
+    Raises:
+        BridgeError: It is consumed.
+    """
+    for each in _consumed.get(bus, ()):
+        _refuse_both(each, event_type)
+    _forwarded.setdefault(bus, set()).add(event_type)
+
+
+def _refuse_both(consumed: type, forwarded: type) -> None:
+    if issubclass(consumed, forwarded):
+        raise BridgeError(
+            f"{consumed.__qualname__} is consumed and forwarded on one bus, and would go round in "
+            "a circle: give what is sent on a type of its own"
+        )
+
+
+def _engine_for(endpoint: object, kind: Literal["publisher", "subscriber"]) -> Engine:
+    engine = engine_of(endpoint, kind)
+    if engine is None:
+        raise BridgeError(
+            f"a {kind} of FastStream's NATS, Kafka, RabbitMQ or Redis broker is needed, not "
+            f"{endpoint!r}"
+        )
+    return engine
+
+
+def _refuse(problem: str | None) -> None:
+    if problem is not None:
+        raise BridgeError(problem)
