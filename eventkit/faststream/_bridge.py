@@ -35,6 +35,7 @@ E = TypeVar("E")
 _WITHIN = 25.0  # seconds
 _DELIVERIES = 10
 _ATTEMPTS = 4  # after the first one
+_UNKEEPABLE = (ValueError, TypeError)  # of an event or an id that no table can hold
 
 
 class Bridge:
@@ -182,9 +183,11 @@ class Bridge:
         dead_engine = check_dead_letter(dead_letter, group)
         state = state_of(self._bus)
         delivering: Deliver
-        if durable or deliver is not None:
-            keep = deliver or _inbox(state, group.name)
-            delivering = ToKeeper(state, group.name, keep, group.seconds_in_place)
+        if deliver is not None:
+            delivering = ToKeeper(state, group.name, deliver, group.seconds_in_place)
+        elif durable:
+            keep = _inbox(state, group.name)
+            delivering = ToKeeper(state, group.name, keep, group.seconds_in_place, _UNKEEPABLE)
         else:
             within = _WITHIN if within is None else within
             group.check_within(within)

@@ -18,7 +18,7 @@ from eventkit._core.context import dispatch
 from eventkit._core.events import Incoming
 from eventkit._core.log import log
 from eventkit._core.state import BusState
-from eventkit._core.turns import Failure, together
+from eventkit._core.turns import Failure
 from eventkit.faststream._consumer import PAUSE, HandBackError, Problem
 from eventkit.faststream._engines import Engine
 from eventkit.wire import Received
@@ -75,6 +75,7 @@ class ToHandlers:
             with move_on_after(self._within) as scope:
                 failures += await self._attempt(received)
                 if failures:
+                    self._say_again(failures)
                     await self._again(received, subscriber, failures)
                     failures.clear()
         except RejectMessage:
@@ -87,16 +88,20 @@ class ToHandlers:
             if not scope.cancelled_caught:
                 return None
             problem = Problem("failed", f"the handlers did not end within {self._within:g} s")
-        if failures:
-            log(
-                logging.ERROR,
-                "the handlers of a message failed to the end",
-                error=together(failures),
-                consumer=self._name,
-                bus=self._state.name,
-            )
-            failures.clear()  # or this frame and the tracebacks keep each other alive
+        for failure in failures:
+            self._state.report(failure.delivery, failure.error)
+        failures.clear()  # or this frame and the tracebacks keep each other alive
         return problem
+
+    def _say_again(self, failures: Sequence[Failure]) -> None:
+        log(
+            logging.WARNING,
+            "handlers of a message failed, and run again",
+            error=None,
+            failed_with=_told(failures),
+            consumer=self._name,
+            bus=self._state.name,
+        )
 
     async def _again(self, received: Received, subscriber: Any, failures: list[Failure]) -> None:
         """Try it again until nothing fails; leaves what has failed last."""
@@ -136,6 +141,7 @@ class ToKeeper:
         name: The consumer's.
         keep: Returns when it is kept.
         patience: Seconds to try.
+        poison: What `keep` raises where the event is at fault.
     """
 
     def __init__(
@@ -144,11 +150,13 @@ class ToKeeper:
         name: str,
         keep: Callable[[Received], Awaitable[object]],
         patience: float,
+        poison: tuple[type[Exception], ...] = (),
     ) -> None:
         self._state = state
         self._name = name
         self._keep = keep
         self._patience = patience
+        self._poison = poison
         self._complained_at = -math.inf
 
     async def refuse(self, message: Any, subscriber: Any) -> Problem | None:
@@ -166,6 +174,8 @@ class ToKeeper:
                 return Problem("rejected", "deliver= has raised RejectMessage")
             except NackMessage:
                 raise HandBackError from None
+            except self._poison as error:
+                return Problem("failed", _text_of(error))
             except Exception as error:  # noqa: BLE001 - of a database, or of its driver
                 self._complain(error)
             if current_time() > last or not subscriber.running:
