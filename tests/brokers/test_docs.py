@@ -16,7 +16,8 @@ from faststream.exceptions import NackMessage, RejectMessage
 from eventkit.wire import decode, encode
 from tests.brokers.conftest import OwnServers
 from tests.project.test_docs import ROOT
-from tests.project.test_services import Page, blocks, page, program, put
+from tests.project.test_services import Page, blocks, page, put
+from tests.project.test_services import program as service
 from tests.serving import HOST, PATIENCE, Server, serving
 
 __all__ = ["page"]
@@ -41,8 +42,8 @@ class Services:
         self._suffix = f"-{uuid4().hex[:8]}"
         self._stack = ExitStack()
         (self.folder / "shop_events.py").write_text(blocks()["shop_events.py"])
-        self.write("orders.py", program("orders.py", kind, durable=durable))
-        self.write("billing.py", program("billing.py", kind, durable=durable))
+        self.write("orders.py", service("orders.py", kind, durable=durable))
+        self.write("billing.py", service("billing.py", kind, durable=durable))
 
     def write(self, name: str, text: str) -> None:
         """Write a file, with the names of this test's places."""
@@ -152,8 +153,11 @@ def test_what_is_foreign_is_read_and_what_is_sent_is_read_elsewhere(services: Op
     assert both.run("foreign_receiver.py") == "shop.order.placed.v1 8 12.00\n"
 
 
-def test_a_dead_letter_is_replayed(services: Opened) -> None:
-    both = services("nats")
+@pytest.mark.parametrize(
+    ("kind", "program"), [("nats", "replay.py"), ("rabbit", "replay_rabbit.py")]
+)
+def test_a_dead_letter_is_replayed(services: Opened, kind: str, program: str) -> None:
+    both = services(kind)
     text = (both.folder / "billing.py").read_text()
     handler = "    print(f"
     fails = "    raise RuntimeError('no printer')\n"
@@ -166,7 +170,7 @@ def test_a_dead_letter_is_replayed(services: Opened) -> None:
     billing.wait()
 
     (both.folder / "billing.py").write_text(text)
-    told = both.run("replay.py")
+    told = both.run(program)
     assert "'eventkit-reason': 'failed'" in told
     assert "RuntimeError: no printer" in told
     assert "no dead letter is left" in told
