@@ -20,7 +20,7 @@ from sqlalchemy.pool import NullPool
 from tests.crash.cluster import Cluster, cluster
 from tests.crash.nursery import PATIENCE, Nursery
 from tests.crash.processes import LEASE, Process, Workers, workers
-from tests.crash.tables import Count, count, prepare
+from tests.crash.tables import Count, count, engine_for, prepare
 from tests.crash.worker import CONCURRENCY
 
 HANDLERS = ["plain", "exact", "keyed"]
@@ -114,7 +114,7 @@ def soak(
     seed = random.randrange(1 << 32) if seed is None else seed
     chance = random.Random(seed)
     report = Report(seconds, seed)
-    engine = create_engine(url, poolclass=NullPool)
+    engine = engine_for(url)
     prepare(engine, keys=4)
     scheme = "sqlite" if "sqlite" in driver else "postgresql"
     with workers(f"{scheme}+{driver}{url[url.index(':') :]}", LOOPS[driver], nursery) as group:
@@ -174,7 +174,7 @@ def finish(group: Workers, running: list[Process], report: Report, url: str) -> 
         process.tell("rest")
     for process in running:
         report.lost += process.hear("rests")["lost"]
-    engine = create_engine(url, poolclass=NullPool)
+    engine = engine_for(url)
     least, deadline = sys.maxsize, time.monotonic() + PATIENCE
     while least and time.monotonic() < deadline:  # as long as it becomes less
         try:
