@@ -33,6 +33,7 @@ from eventkit.outbox import _holdings as holdings
 from eventkit.outbox import _keeper as keeper
 from eventkit.outbox import _source as source
 from eventkit.outbox import _store as store
+from eventkit.outbox._rows import Outcome
 from tests.crash.tables import Business, Effect
 
 # A unit of work in the background, and as many rows that are fed.
@@ -105,6 +106,19 @@ def patch(
     setattr(owner, name, patched)
 
 
+def tell_what_is_written() -> None:
+    """Say which deliveries the table knows to have ended; they are not in flight any more."""
+    flush = holdings.Holdings._flush
+
+    async def flush_and_tell(self: holdings.Holdings, outcomes: Sequence[Outcome]) -> bool:
+        is_written = await flush(self, outcomes)
+        if is_written:
+            say("written", deliveries=[str(each.row.id) for each in outcomes])
+        return is_written
+
+    holdings.Holdings._flush = flush_and_tell  # type: ignore[method-assign]
+
+
 def something_is_done(_: object, connection: object, owner: str, done: list[object]) -> bool:
     return bool(done)
 
@@ -152,6 +166,7 @@ class Worker:
         if options.kill is not None and (point := POINTS[options.kill]) is not None:
             where, before, chosen = point
             patch(where, functools.partial(die, options.kill), before=before, if_=chosen)
+        tell_what_is_written()
         have_commits_raise(self.engine)
         self.outbox = Outbox(
             self.bus,
@@ -207,9 +222,9 @@ class Worker:
         ):
             raise RuntimeError("at random")
         if event.how == "blocks":  # the event loop, too
-            time.sleep(4 * self.options.lease)  # noqa: ASYNC251 - which is the point
+            time.sleep(2.5 * self.options.lease)  # noqa: ASYNC251 - which is the point
         if event.how == "long":
-            await anyio.sleep(5 * self.options.lease)
+            await anyio.sleep(3 * self.options.lease)
         if not self.released:
             say("waits", **facts)
             await self.go.wait()
