@@ -137,6 +137,11 @@ class Process:
         """How many deliveries it has finished that another process had been given, as it says."""
         return len(self.said("log", text=LOST))
 
+    def stand_still(self) -> None:
+        """Have it stop, with no transaction open. It goes on at SIGCONT."""
+        self.tell("stand still")
+        self.hear("stands still")
+
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 

@@ -34,7 +34,7 @@ def test_who_stands_still_for_longer_than_its_lease_has_lost_what_it_runs(place:
     sleeper.tell("commit", id="one")
     waits = {line["handler"]: line for line in [sleeper.hear("waits", n) for n in (1, 2)]}
 
-    sleeper.signal(signal.SIGSTOP)
+    sleeper.stand_still()
     other.hear("ends", handler="plain")
     other.hear("ends", handler="exact")
     sleeper.signal(signal.SIGCONT)
@@ -55,7 +55,7 @@ def test_a_completion_that_comes_too_late_takes_nothing_from_the_next_owner(plac
     second.hear("ready")
     sleeper.tell("commit", id="one")
     sleeper.hear("waits", 2)
-    sleeper.signal(signal.SIGSTOP)
+    sleeper.stand_still()
     second.hear("waits", 2)
     sleeper.signal(signal.SIGCONT)
     sleeper.tell("go")
@@ -77,7 +77,7 @@ def test_what_waited_behind_it_does_not_run_there_any_more(place: Place) -> None
         sleeper.tell("commit", id=f"{number}")
     sleeper.hear("done", 30)
 
-    sleeper.signal(signal.SIGSTOP)
+    sleeper.stand_still()
     other.hear("ends", 30)
     sleeper.signal(signal.SIGCONT)
     sleeper.tell("commit", id="afterwards")
@@ -149,7 +149,7 @@ def test_who_cannot_renew_its_lease_starts_nothing_and_goes_on_afterwards(
     assert {line["id"] for line in cut_off.said("begins")} == running
 
     proxy.mend()
-    other.signal(signal.SIGSTOP)
+    other.stand_still()
     place.wait_until(lambda: commits(cut_off, "afterwards"))
     cut_off.hear("ends", id="afterwards")
     other.signal(signal.SIGCONT)
