@@ -27,9 +27,11 @@ _STRUCTURED = "application/cloudevents+json"
 _REQUIRED = ("id", "type", "source")
 # Of HTTP, NATS and RabbitMQ; of Kafka; of AMQP 1.0. The first one's values are percent-encoded.
 _ESCAPING = "ce-"
-_PREFIX = re.compile(r"(?:ce-|ce_|cloudEvents:|cloudEvents_)(?P<name>[a-z0-9]+)", re.IGNORECASE)
+_PREFIXES = ("ce-", "ce_", "cloudevents:", "cloudevents_")
+_ATTRIBUTE = re.compile(r"(?:ce-|ce_|cloudevents:|cloudevents_)([a-z0-9]+)")
 # What HTTP's binding leaves as it is: printable ASCII but for the space, `"` and `%`.
 _SAFE = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '"%')
+_UNSAFE = re.compile(r"[^!#$&-~]")
 # How the JSON of a `DomainEvent` begins that this package has written: it is not looked at twice.
 _COMPLETE = re.compile(r'\{"event_id":"[^"]*","occurred_at":"')
 
@@ -53,11 +55,11 @@ class Wired:
             prefix: "ce-" for NATS, RabbitMQ, Redis and HTTP, "ce_" for Kafka, "cloudEvents:" for
                 AMQP 1.0. Values after "ce-" are percent-encoded, as HTTP's binding has it.
         """
-        escaped = prefix == _ESCAPING
-        headers = {
-            f"{prefix}{name}": quote(value, _SAFE) if escaped else value
-            for name, value in self.attributes.items()
-        }
+        headers = {f"{prefix}{name}": value for name, value in self.attributes.items()}
+        if prefix == _ESCAPING:
+            for name, value in headers.items():
+                if _UNSAFE.search(value) is not None:
+                    headers[name] = quote(value, _SAFE)
         headers["content-type"] = JSON
         return headers
 
@@ -185,7 +187,9 @@ def _read(
     if missing:
         return None, ("foreign", f"no CloudEvent: it lacks the attributes {', '.join(missing)}")
     name = attributes["type"]
-    event_type = next((each for each in types if name in names_of(each)), None)
+    event_type = next(
+        (each for each in types if name == wire_name(each) or name in names_of(each)), None
+    )
     if event_type is None:
         known = ", ".join(repr(wire_name(each)) for each in types) or "nothing"
         return None, ("unknown", f"nobody here consumes {name!r}, only {known}")
@@ -195,20 +199,20 @@ def _read(
 
 def _opened(headers: Mapping[str, str], body: bytes) -> tuple[dict[str, str], bytes]:
     """The attributes, and the JSON of the event."""
-    for name, value in headers.items():
-        if name.lower() == "content-type" and _media_type(value) == _STRUCTURED:
-            return _structured(body)
     attributes: dict[str, str] = {}
     for name, value in headers.items():
-        if (found := _PREFIX.fullmatch(name)) is not None:
-            escaped = name.lower().startswith(_ESCAPING)
-            attributes[found["name"].lower()] = _whole(unquote(value) if escaped else value)
+        lower = name.lower()
+        if lower == "content-type" and _media_type(value) == _STRUCTURED:
+            return _structured(body)
+        if lower.startswith(_PREFIXES) and (found := _ATTRIBUTE.fullmatch(lower)) is not None:
+            escaped = "%" in value and lower.startswith(_ESCAPING)
+            attributes[found[1]] = _whole(unquote(value) if escaped else value)
     return attributes, body
 
 
 def _whole(text: str) -> str:
     """Without halves of surrogate pairs, which JSON may have, and which cannot be written."""
-    return text.encode(errors="replace").decode()
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def _media_type(content_type: str) -> str:
