@@ -417,6 +417,7 @@ def job() -> None:
     bus.context(True)  # type: ignore[call-arg]
     delivery = current_delivery()
     assert_type(delivery.event, object)
+    assert_type(delivery.received, Mapping[str, str] | None)
     delivery.attempt = 2  # type: ignore[misc]
 
 
