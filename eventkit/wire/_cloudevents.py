@@ -206,8 +206,13 @@ def _opened(headers: Mapping[str, str], body: bytes) -> tuple[dict[str, str], by
             return _structured(body)
         if lower.startswith(_PREFIXES) and (found := _ATTRIBUTE.fullmatch(lower)) is not None:
             escaped = "%" in value and lower.startswith(_ESCAPING)
-            attributes[found[1]] = unquote(value) if escaped else value
+            attributes[found[1]] = _whole(unquote(value) if escaped else value)
     return attributes, body
+
+
+def _whole(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON may have, and which cannot be written."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def _media_type(content_type: str) -> str:
@@ -223,7 +228,7 @@ def _structured(body: bytes) -> tuple[dict[str, str], bytes]:
         return {}, b""
     parts = cast("dict[str, object]", envelope)
     data, encoded = parts.pop("data", None), parts.pop("data_base64", None)
-    attributes = {name: str(value) for name, value in parts.items() if value is not None}
+    attributes = {name: _whole(str(value)) for name, value in parts.items() if value is not None}
     if not isinstance(encoded, str):
         return attributes, json.dumps(data).encode()
     try:
