@@ -200,14 +200,14 @@ def publisher_of(broker: Any, place: str, **options: Any) -> Any:
 def subscribers_of(broker: Any, place: str, group: str = "billing", **options: Any) -> list[Any]:
     match broker:
         case NatsBroker():
-            given = {"stream": stream_of(place), "durable": group, "queue": group} | options
+            given = {"stream": stream_of(place), "durable": group, "pull_sub": True} | options
             return [broker.subscriber(place, **given)]
         case RabbitBroker():
             return [broker.subscriber(RabbitQueue(place, durable=True), **options)]
         case RedisBroker():
-            new = StreamSub(place, group=group, consumer="1", max_records=10)
-            claim = StreamSub(place, group=group, consumer="1", min_idle_time=60_000)
-            return [broker.subscriber(stream=each, **options) for each in (new, claim)]
+            given = {"max_records": 10, "claim_min_idle_time": 60_000}
+            stream = StreamSub(place, group=group, consumer="1", **given)  # type: ignore[arg-type]
+            return [broker.subscriber(stream=stream, **options)]
         case _:
             given = {"group_id": group, "ack_policy": AckPolicy.NACK_ON_ERROR} | options
             return [broker.subscriber(place, **given)]
