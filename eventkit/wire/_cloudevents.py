@@ -183,17 +183,17 @@ def _read(
     attributes: Mapping[str, str], payload: bytes, types: tuple[type, ...]
 ) -> tuple[object, tuple[str, str] | None]:
     """Give the event, or say in a word and in a sentence what is wrong with the message."""
-    missing = [name for name in _REQUIRED if not attributes.get(name)]
-    if missing:
+    if missing := [name for name in _REQUIRED if not attributes.get(name)]:
         return None, ("foreign", f"no CloudEvent: it lacks the attributes {', '.join(missing)}")
     name = attributes["type"]
-    event_type = next(
-        (each for each in types if name == wire_name(each) or name in names_of(each)), None
-    )
-    if event_type is None:
+    for event_type in types:
+        codec: Codec[Any] = codec_for(event_type)
+        if name == codec.name or name in names_of(event_type):
+            break
+    else:
         known = ", ".join(repr(wire_name(each)) for each in types) or "nothing"
         return None, ("unknown", f"nobody here consumes {name!r}, only {known}")
-    event, problem = _decoded(codec_for(event_type), attributes, payload)
+    event, problem = _decoded(codec, attributes, payload)
     return event, None if problem is None else ("undecodable", problem)
 
 
