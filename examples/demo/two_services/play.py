@@ -226,7 +226,7 @@ async def _play_all(report: Report, stage: Stage) -> None:
     report.section(
         "5  Told to end",
         "SIGTERM: what is at hand is finished, and nothing is left for later.",
-        "",
+        None,
         [
             Check(
                 "both services ended on SIGTERM",
@@ -265,7 +265,7 @@ async def _kill_in_the_middle(stage: Stage, doomed: Process) -> tuple[Way, int]:
     """Kill billing when it has taken an order in, and writes its invoice."""
     way = await stage.place(_HELD, 2)
     await stage.billing.trace.until(
-        lambda: bool(way.billed.taken_ns and way.billed.of(_INVOICE)[0].started_ns),
+        lambda: bool(way.billed.taken_ns) and any(run.started_ns for run in way.billed.runs),
         seconds=_SECONDS_TO_FINISH,
     )
     killed_ns = clock_ns()
@@ -332,6 +332,7 @@ async def _show_unreadable(report: Report, stage: Stage, somebody: Neighbour) ->
     body = wired.body.replace(b'"9.90"', b'"some"')
     sent_ns = await somebody.send(name, body, wired.headers())
     await somebody.until_letters(1)
+    await stage.billing.trace.until(lambda: bool(billed.taken_ns), seconds=_SECONDS_TO_FINISH)
     way = await stage.place("eve", 4)
     await stage.finish(way)
     letters = somebody.letters
