@@ -124,6 +124,20 @@ def crash(session: nox.Session) -> None:
 
 
 @nox.session
+def brokers(session: nox.Session) -> None:
+    """Have services talk by NATS, RabbitMQ, Redis and Kafka, and kill both kinds of processes.
+
+    Arguments go to pytest: `--soak 600` has each soak take ten minutes, and paths choose some of
+    `tests/brokers`.
+    """
+    install(session, "brokers")
+    chosen = any(each.startswith("tests/") for each in session.posargs)
+    # They mostly wait, too. What restarts a broker of its own stays on one worker, which has it.
+    options = ["-n", "4", "--dist", "loadgroup", "-o", "faulthandler_timeout=0"]
+    session.run("pytest", *options, *([] if chosen else ["tests/brokers"]), *session.posargs)
+
+
+@nox.session
 def load(session: nox.Session) -> None:
     """Compare eventkit, BackgroundTasks and fastapi-events under load; a quarter of an hour.
 
