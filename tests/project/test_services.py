@@ -16,11 +16,12 @@ import pytest
 
 pytest.importorskip("faststream")
 
+import anyio
 import httpx
 from faststream.exceptions import NackMessage, RejectMessage
 
 from eventkit.wire import Wired, decode, encode
-from tests.project.test_docs import FENCED, ROOT, run_project
+from tests.project.test_docs import FENCED, ROOT, run_page, run_project
 
 SERVICES = ROOT / "docs" / "services.md"
 TITLE = re.compile(r"# (.*)\n")
@@ -238,6 +239,31 @@ def test_the_headers_that_the_page_shows_are_those_that_are_sent(page: Page) -> 
     received = decode(headers, shown[1].encode(), type(event)).event
     assert str(received.event_id) == headers["ce-id"]  # type: ignore[attr-defined]
     assert received == type(event)(7, "ada", Decimal("9.90"))
+
+
+def test_the_page_reads_what_older_senders_send() -> None:
+    services = run_page(SERVICES)
+    headers = {"ce-id": "1", "ce-source": "/old", "ce-type": "shop.order.placed.v1"}
+    body = b'{"number": 7, "customer": "ada", "total": "9.90"}'
+
+    event: Any = decode(headers, body, services.OrderPlaced).event
+    assert (event.number, event.currency) == (7, "EUR")
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_the_pages_own_client_runs_on_each_event_loop(backend: str) -> None:
+    services = run_page(SERVICES)
+    services.invoiced.clear()
+
+    async def send() -> httpx.Response:
+        await services.sending.dispatch(services.order)
+        answer: httpx.Response = await services.client.post("/events", content=b"{}")
+        return answer
+
+    answer = anyio.run(send, backend=backend)
+    assert services.invoiced == [services.order]
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith("foreign: no CloudEvent")
 
 
 def texts_of(*folders: str) -> str:
