@@ -124,6 +124,20 @@ def crash(session: nox.Session) -> None:
 
 
 @nox.session
+def brokers(session: nox.Session) -> None:
+    """Have services talk by NATS, RabbitMQ, Redis and Kafka, and kill both kinds of processes.
+
+    Arguments go to pytest: `--soak 600` has each soak take ten minutes, and paths choose some of
+    `tests/brokers`.
+    """
+    install(session, "brokers")
+    chosen = any(each.startswith("tests/") for each in session.posargs)
+    # They mostly wait, too. What restarts a broker of its own stays on one worker, which has it.
+    options = ["-n", "4", "--dist", "loadgroup", "-o", "faulthandler_timeout=0"]
+    session.run("pytest", *options, *([] if chosen else ["tests/brokers"]), *session.posargs)
+
+
+@nox.session
 def load(session: nox.Session) -> None:
     """Compare eventkit, BackgroundTasks and fastapi-events under load; a quarter of an hour.
 
@@ -202,8 +216,12 @@ def package(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Show the example shop at work; `nox -s demo -- --serve` keeps it open for a browser."""
-    session.install("-e", ".", *group("demo"))
+    """Show the example shop at work; `nox -s demo -- --serve` keeps it open for a browser.
+
+    `nox -s demo -- two-services` shows two services and a broker.
+    """
+    two_services = "two-services" in session.posargs
+    session.install("-e", ".", *group("two-services" if two_services else "demo"))
     session.run("python", "-m", "examples.demo", *session.posargs)
 
 

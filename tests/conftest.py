@@ -29,6 +29,9 @@ SERVICES = {
         "EVENTKIT_MARIADB_URL",
         "mysql+pymysql://root@127.0.0.1:3306/test",
     ),
+    "nats": ("EVENTKIT_NATS_URL", "nats://127.0.0.1:4222"),
+    "rabbitmq": ("EVENTKIT_RABBITMQ_URL", "amqp://guest:guest@127.0.0.1:5672/"),
+    "redis": ("EVENTKIT_REDIS_URL", "redis://127.0.0.1:6379"),
 }
 
 

@@ -12,6 +12,8 @@ from faststream.exceptions import IncorrectState
 from structlog.contextvars import get_contextvars
 
 from eventkit._core.ambient import carried, current_delivery
+from eventkit._core.events import DomainEvent
+from eventkit._core.loops.running import on_trio
 from eventkit.exceptions import BridgeError
 from eventkit.faststream._engines import Engine
 from eventkit.wire import encode, wire_name
@@ -62,13 +64,18 @@ class Forward(Generic[E]):
                 f"{kind} is a subclass of {self._event_type.__qualname__}: forward it by its own "
                 "name"
             )
+        if on_trio():
+            raise BridgeError(
+                "FastStream is asyncio only: on trio, send what eventkit.wire.encode() gives with "
+                "a client of your own"
+            )
         delivery = current_delivery()
         wired = encode(
             event,
             source=self._source,
             id=str(delivery.event_id),
             key=None if self._key is None else self._key(event),
-            time=delivery.published_at,
+            time=None if isinstance(event, DomainEvent) else delivery.published_at,
         )
         options = self._engine.options(wired, dict(carried.get()))
         await send(

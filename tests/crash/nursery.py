@@ -1,8 +1,9 @@
 """Makes workers by forking: what a worker imports takes longer than most of the tests.
 
 `Nursery` is what tests have. Run as a program with the number of a socket, it imports the worker's
-modules, and forks one child for each request. It has no threads, no engine and no event loop, so
-a child is as new as a process that was started. It tells of each child's pid and exit code.
+module, and forks one child for each request, which runs the module's `main`. It has no threads, no
+engine and no event loop, so a child is as new as a process that was started. It tells of each
+child's pid and exit code.
 """
 
 import json
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from threading import Condition, Thread
 from typing import Any
@@ -24,10 +26,10 @@ PATIENCE = float(os.environ.get("EVENTKIT_CRASH_PATIENCE", "60"))
 class Nursery:
     """The program, as seen by tests. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, worker: str = "tests.crash.worker") -> None:
         self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.crash.nursery", str(other.fileno())],
+            [sys.executable, "-m", "tests.crash.nursery", str(other.fileno()), worker],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             pass_fds=[other.fileno()],
@@ -74,8 +76,8 @@ class Nursery:
         self._socket.close()
 
 
-def serve(sock: socket.socket) -> None:
-    from tests.crash.worker import main
+def serve(sock: socket.socket, worker: str) -> None:
+    main = import_module(worker).main
 
     def tell(what: str, pid: int, code: int) -> None:
         sock.send(json.dumps([what, pid, code]).encode())
@@ -115,4 +117,4 @@ def serve(sock: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])

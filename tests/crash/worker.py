@@ -114,6 +114,8 @@ POINTS: dict[str, tuple[Patched, bool, Callable[..., bool]] | None] = {
     "before the commit": None,
     "before the insert": ((store.Store, "insert"), True, always),
     "after the insert": ((keeper.Keeper, "_before_commit"), False, always),
+    "after the note": ((store.Store, "note_message"), False, always),
+    "after the message's commit": ((keeper.Keeper, "_committed"), True, always),
     "after the commit": ((keeper.Keeper, "_ended"), True, always),
     "after the release": None,
     "before the handler": ((holdings.Holdings, "begin"), True, always),
@@ -335,6 +337,10 @@ class Worker:
                 return
             if what == "commit":
                 await self.commit(**arguments)
+            elif what == "receive":
+                await self.outbox.receive(
+                    Happened(**arguments), consumer="crash", message_id=arguments["id"]
+                )
             elif what == "clock":
                 say("clock", wall=time.time(), boot=time.clock_gettime(time.CLOCK_BOOTTIME))
         except Exception as error:

@@ -1,0 +1,128 @@
+"""Channels of its own for each test, on each broker; and brokers that tests may kill."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import NoReturn
+
+import pytest
+
+pytest.importorskip("faststream")
+
+from tests.brokers.kinds import KINDS
+from tests.brokers.places import Place, place_on
+from tests.brokers.servers import Server, own
+from tests.crash.cluster import Missing
+from tests.crash.nursery import Nursery
+
+ServiceUrl = Callable[[str], str]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--soak", type=float, default=12.0, metavar="SECONDS", help="how long each soak takes"
+    )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tell what soaks have counted, also where they have passed."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, value in report.user_properties:
+                if name == "soak":
+                    terminalreporter.write_line(str(value))
+
+
+def require(what: str) -> NoReturn:
+    """Skip the test, or fail where CI wants nothing to be skipped."""
+    if os.environ.get("EVENTKIT_REQUIRE_SERVICES") == "1":
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+@pytest.fixture(scope="session")
+def seconds(request: pytest.FixtureRequest) -> float:
+    """How long each soak takes."""
+    given: float = request.config.getoption("--soak")  # pyright: ignore[reportAssignmentType]
+    return given
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    """FastStream runs on asyncio alone."""
+    return "asyncio", {"use_uvloop": False}
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Callable[[], Nursery]]:
+    """Give the maker of processes, which is started when the first test asks."""
+    made: list[Nursery] = []
+
+    def get() -> Nursery:
+        if not made:
+            made.append(Nursery("tests.brokers.worker"))
+        return made[0]
+
+    yield get
+    for each in made:
+        each.close()
+
+
+class OwnServers:
+    """Brokers of this session, started when the first test asks."""
+
+    def __init__(self) -> None:
+        self.stack = ExitStack()
+        self._started: dict[str, Server] = {}
+
+    def get(self, name: str) -> Server:
+        if name not in self._started:
+            try:
+                self._started[name] = self.stack.enter_context(own(name))
+            except Missing as error:
+                require(str(error))
+        return self._started[name]
+
+
+@pytest.fixture(scope="session")
+def own_servers() -> Iterator[OwnServers]:
+    servers = OwnServers()
+    with servers.stack:
+        yield servers
+
+
+@pytest.fixture(scope="session")
+def broker_url(service_url: ServiceUrl, own_servers: OwnServers) -> ServiceUrl:
+    """Give the URL of the broker that all share; of Kafka there is only an own one."""
+    return lambda name: own_servers.get(name).url if name == "kafka" else service_url(name)
+
+
+def on_each(fact: str) -> pytest.MarkDecorator:
+    """Run a test on those brokers of which this is true."""
+    return pytest.mark.parametrize(
+        "place", [name for name, kind in KINDS.items() if getattr(kind, fact)], indirect=True
+    )
+
+
+@pytest.fixture(params=[*KINDS])
+def place(
+    request: pytest.FixtureRequest, broker_url: ServiceUrl, nursery: Callable[[], Nursery]
+) -> Iterator[Place]:
+    """On each broker."""
+    name: str = request.param
+    with place_on(KINDS[name], broker_url(name), nursery) as made:
+        yield made
+
+
+@pytest.fixture(
+    params=[pytest.param(each, marks=pytest.mark.xdist_group(f"own {each}")) for each in KINDS]
+)
+def own_place(
+    request: pytest.FixtureRequest, own_servers: OwnServers, nursery: Callable[[], Nursery]
+) -> Iterator[Place]:
+    """On each broker, which the test may kill."""
+    name: str = request.param
+    server = own_servers.get(name)
+    with place_on(KINDS[name], server.url, nursery, server) as made:
+        yield made
+        server.resume()

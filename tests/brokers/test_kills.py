@@ -1,0 +1,145 @@
+"""Services that are killed and stopped, and brokers that are killed and cut off."""
+
+import signal
+
+from tests.brokers.conftest import on_each
+from tests.brokers.places import Place
+from tests.crash.processes import Process
+
+KILLED = -signal.SIGKILL
+
+
+def ended_by_sigterm(process: Process) -> None:
+    process.signal(signal.SIGTERM)
+    process.hear("stopped")
+    process.wait()
+
+
+def numbers(what: str, *processes: Process, **facts: object) -> list[int]:
+    """The numbers of all events of which processes have said this."""
+    said = [each for process in processes for each in process.said(what, **facts)]
+    return sorted(int(each["number"]) for each in said)
+
+
+def test_what_a_killed_process_was_handling_is_handled_by_another(place: Place) -> None:
+    publisher = place.publisher()
+    victim = place.consumer()
+    publisher.tell("publish", number=1, how="hangs")
+    victim.hear("waits", number=1)
+    victim.kill()
+    heir = place.consumer()
+    heir.tell("go")
+    heir.hear("ends", number=1)
+    ended_by_sigterm(heir)
+    assert place.left() == 0
+
+
+def test_what_a_killed_process_was_handling_is_taken_over_by_one_that_was_there(
+    place: Place,
+) -> None:
+    publisher = place.publisher()
+    victim = place.consumer()
+    publisher.tell("publish", number=1, how="hangs")
+    victim.hear("waits", number=1)
+    heir = place.consumer()
+    heir.tell("go")
+    victim.kill()
+    heir.hear("ends", number=1)
+    ended_by_sigterm(heir)
+    assert place.left() == 0
+
+
+def test_who_is_told_to_stop_ends_what_it_handles_and_leaves_the_rest(place: Place) -> None:
+    publisher = place.publisher()
+    first = place.consumer("--returns-after", "8")
+    publisher.tell("publish", number=0, how="hangs")
+    publisher.tell("publish", number=1, times=20)
+    first.hear("waits", number=0)
+    publisher.hear("published", 21)
+    first.signal(signal.SIGTERM)
+    first.tell("go")
+    first.hear("stopped")
+    first.wait()
+    second = place.consumer("--returns-after", "8")
+    rest = {*range(21)} - {*numbers("ends", first)}
+    for each in rest:
+        second.hear("ends", number=each)
+    ended_by_sigterm(second)
+    assert numbers("ends", first, second) == [*range(21)]
+    assert numbers("begins", first, second) == [*range(21)]
+    assert place.left() == 0
+
+
+def test_who_is_told_to_stop_between_two_attempts_stops_and_another_handles_it(
+    place: Place,
+) -> None:
+    publisher = place.publisher()
+    first = place.consumer("--returns-after", "5", "--pause", "2")
+    publisher.tell("publish", number=1, how="fails here")
+    first.hear("begins", 2, number=1)
+    ended_by_sigterm(first)
+    assert len(first.said("begins")) == 2
+    second = place.consumer("--returns-after", "5", "--healthy")
+    second.hear("ends", number=1)
+    ended_by_sigterm(second)
+    assert place.left() == 0
+
+
+@on_each("counts_deliveries")
+def test_an_event_that_kills_each_process_is_a_dead_letter_at_last(place: Place) -> None:
+    publisher = place.publisher()
+    publisher.tell("publish", number=1, how="kills")
+    publisher.hear("published", number=1)
+    for _ in range(3):
+        victim = place.start("--group", "billing", "--max-deliveries", "3")
+        victim.hear("dies", number=1)
+        assert victim.wait() == KILLED
+    survivor = place.consumer("--max-deliveries", "3")
+    (letter,) = place.dead_letters(1)
+    assert letter.headers["eventkit-reason"] == "crashed"
+    assert letter.headers["eventkit-error"] == "delivered 4 times without an end"
+    publisher.tell("publish", number=2)
+    survivor.hear("ends", number=2)
+    ended_by_sigterm(survivor)
+    assert not survivor.said("begins", number=1)
+    assert place.left() == 0
+
+
+def test_a_broker_that_is_killed_and_comes_back_goes_on_with_both_services(
+    own_place: Place,
+) -> None:
+    server = own_place.server
+    assert server is not None
+    publisher = own_place.publisher("--timeout", "2")
+    consumer = own_place.consumer()
+    publisher.tell("publish", number=1)
+    consumer.hear("ends", number=1)
+    server.kill()
+    publisher.tell("publish", number=2)
+    assert not publisher.hear("published", number=2)["taken"]
+    publisher.tell("stats")
+    assert publisher.hear("stats")["failed"] == 1
+    server.start()
+    forgets = own_place.kind.name == "kafka"
+    publish_until_taken(publisher, 3)
+    done = numbers("published", publisher, taken=True)
+    for each in done:
+        if not (forgets and each == 1):
+            consumer.hear("ends", number=each)
+    refused = numbers("published", publisher, taken=False)
+    publisher.tell("stats")
+    assert publisher.hear("stats", 2)["failed"] == len(refused)
+    ended_by_sigterm(consumer)
+    # A refused one may have arrived: whoever hears nothing does not know.
+    assert {*done} <= {*numbers("ends", consumer)} <= {*done, *refused}
+
+
+def publish_until_taken(publisher: Process, first: int) -> None:
+    """Publish one after the other until the broker takes one, and five more."""
+    number = first
+    publisher.tell("publish", number=number)
+    while not publisher.hear("published", number=number)["taken"]:
+        number += 1
+        publisher.tell("publish", number=number)
+    publisher.tell("publish", number=number + 1, times=5)
+    publisher.hear("published", number=number + 5)
