@@ -78,7 +78,7 @@ class Service:
                 raise RuntimeError("poison")
             case "fails here" if not self.healthy:
                 raise RuntimeError("fails here")
-            case "hangs":
+            case "hangs" if not self.healthy:
                 say("waits", **facts)
                 await self.go.wait()
             case "kills":
@@ -108,6 +108,8 @@ class Service:
             match command.pop("do"):
                 case "go":
                     self.go.set()
+                case "heal":
+                    self.healthy = True
                 case "stats":
                     say("stats", **conservation(self.bus))
                 case "publish":
