@@ -216,8 +216,12 @@ def package(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Show the example shop at work; `nox -s demo -- --serve` keeps it open for a browser."""
-    session.install("-e", ".", *group("demo"))
+    """Show the example shop at work; `nox -s demo -- --serve` keeps it open for a browser.
+
+    `nox -s demo -- two-services` shows two services and a broker.
+    """
+    two_services = "two-services" in session.posargs
+    session.install("-e", ".", *group("two-services" if two_services else "demo"))
     session.run("python", "-m", "examples.demo", *session.posargs)
 
 

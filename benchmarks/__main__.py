@@ -28,6 +28,7 @@ TOPICS = (
     "dependencies",
     "transactions",
     "outbox",
+    "bridge",
     "testing",
 )
 

@@ -109,7 +109,11 @@ def current_delivery() -> Delivery:
     Raises:
         NoDeliveryError: Called outside a handler.
     """
-    unit: Surrounding | None = current()
+    found = active.get()
+    if isinstance(found, tuple):  # whose unit is not needed for this
+        turn, index = cast("tuple[Turn, int]", found)
+        return turn.delivery(index)
+    unit: Surrounding | None = found
     if unit is None or unit.delivery is None:
         raise NoDeliveryError(
             "current_delivery() is for handlers and what they call; nothing here belongs to one. "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Protocol
 
 from anyio import CancelScope, current_time
@@ -36,16 +37,7 @@ async def run_in_time(handler: Handler, turn: Delivered, limit: float | None) ->
             await awaitable
         return
     scope = CancelScope()
-
-    @contextmanager
-    def untimed() -> Generator[None]:
-        scope.deadline = math.inf
-        try:
-            yield
-        finally:
-            scope.deadline = current_time() + limit
-
-    awaitable = await handler.start(turn.event, turn.origin, untimed)
+    awaitable = await handler.start(turn.event, turn.origin, partial(_untimed, scope, limit))
     if awaitable is None:
         return
     stopped: BaseException | None = None
@@ -61,3 +53,13 @@ async def run_in_time(handler: Handler, turn: Delivered, limit: float | None) ->
             raise timeout_of(handler, limit, stopped)
     finally:
         del stopped  # or this frame and its traceback keep each other alive
+
+
+@contextmanager
+def _untimed(scope: CancelScope, limit: float) -> Generator[None]:
+    """In the block no time passes for the scope."""
+    scope.deadline = math.inf
+    try:
+        yield
+    finally:
+        scope.deadline = current_time() + limit

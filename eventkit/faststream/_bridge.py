@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar, Union
 
-from pydantic import WrapValidator
+from pydantic import GetCoreSchemaHandler, WithJsonSchema
+from pydantic_core import CoreSchema, core_schema
 from stamina import AsyncRetryingCaller
 
 from eventkit._core.bus import EventBus, state_of
@@ -29,6 +31,7 @@ from eventkit.faststream._wiring import (
     note_forwarded,
 )
 from eventkit.wire import Received, wire_name
+from eventkit.wire._probe import language_of
 
 E = TypeVar("E")
 
@@ -226,18 +229,50 @@ def _inbox(state: BusState, name: str) -> Callable[[Received], Awaitable[object]
 
 def _attach(consumer: Consumer, group: Group, event_types: Sequence[type]) -> None:
     """Have FastStream call the consumer for each message of these subscribers."""
-    either: Any = Union[tuple(event_types)]  # noqa: UP007 - `|` takes no tuple
+    whole_message = _whole_message(event_types)
     for subscriber in group.subscribers:
-        _attach_one(subscriber, consumer, group, either)
+        _attach_one(subscriber, consumer, group, whole_message)
 
 
-def _attach_one(subscriber: Any, consumer: Consumer, group: Group, either: Any) -> None:
+def _attach_one(subscriber: Any, consumer: Consumer, group: Group, whole_message: type) -> None:
     async def consume(event: Any) -> None:
         await consumer.receive(event, subscriber)
 
-    # The schema in AsyncAPI is that of the events; what comes is the whole message.
-    consume.__annotations__["event"] = Annotated[either, WrapValidator(_as_it_is)]
-    subscriber(consume, decoder=_whole, parser=group.engine.parse)
+    consume.__annotations__["event"] = whole_message
+    if group.engine.parse is not None:
+        # Not `subscriber(parser=)`, which would take the place of a parser of the user's own.
+        subscriber._parser = partial(group.engine.parse, parse=subscriber._parser)  # noqa: SLF001
+    subscriber(consume, decoder=_whole)
+
+
+def _whole_message(event_types: Sequence[type]) -> type:
+    """Make a type whose schema in AsyncAPI is that of the events, and of which everything is.
+
+    FastStream has pydantic or msgspec convert what a handler takes, and loses what cannot be.
+    """
+    either: Any = Union[tuple(map(_described, event_types))]  # noqa: UP007 - `|` takes no tuple
+
+    class Message(metaclass=_Everything):
+        @classmethod
+        def __get_pydantic_core_schema__(cls, _: object, build: GetCoreSchemaHandler) -> CoreSchema:
+            return core_schema.no_info_wrap_validator_function(_as_it_is, build(either))
+
+    return Message
+
+
+def _described(event_type: type) -> Any:
+    """Give what pydantic can describe: of msgspec and attrs it knows nothing."""
+    if language_of(event_type) == "pydantic":
+        return event_type
+    schema = {"title": event_type.__name__, "type": "object"}
+    return Annotated[Any, WithJsonSchema(schema)]
+
+
+class _Everything(type):
+    """The type of types of which everything is an instance: msgspec asks for that."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return True
 
 
 def _as_it_is(message: object, _: object) -> object:

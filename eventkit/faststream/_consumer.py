@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Protocol, TypedDict
 
 from anyio import move_on_after, sleep
 from faststream.exceptions import NackMessage
-from structlog.contextvars import bound_contextvars
+from structlog.contextvars import bind_contextvars, reset_contextvars
 
 from eventkit._core.ambient import carried
 from eventkit._core.log import log
@@ -131,13 +131,24 @@ class Consumer:
             NackMessage: It is to be handed back.
         """
         try:
+            pause = await self._take(message, subscriber)
+            if pause is not None and subscriber.running:  # else another process is to have it soon
+                await sleep(pause)
+        except BaseException:  # FastStream gives no answer to some, and a wrong one to others
+            with move_on_after(_FAREWELL, shield=True), suppress(Exception):
+                await message.nack()
+            raise
+        if pause is not None:
+            raise NackMessage
+
+    async def _take(self, message: Any, subscriber: Any) -> float | None:
+        """Deliver or bury a message; the seconds after which it is handed back, or None."""
+        try:
             problem = await self._problem(message, subscriber)
             if problem is not None:
                 await self._bury(message, problem)
         except HandBackError as again:
-            if subscriber.running:  # else the process ends, and another one is to have it soon
-                await sleep(again.pause)
-            raise NackMessage from None
+            return again.pause
         except Exception as error:  # noqa: BLE001 - whatever it is, the message is not lost
             log(
                 logging.ERROR,
@@ -145,12 +156,8 @@ class Consumer:
                 error=error,
                 **self._facts(),
             )
-            await sleep(PAUSE)
-            raise NackMessage from None
-        except BaseException:  # FastStream gives no answer to some, and a wrong one to others
-            with move_on_after(_FAREWELL, shield=True), suppress(Exception):
-                await message.nack()
-            raise
+            return PAUSE
+        return None
 
     async def _problem(self, message: Any, subscriber: Any) -> Problem | None:
         """Deliver a message, and say why it is dead, if it is."""
@@ -165,10 +172,11 @@ class Consumer:
                 return None
             return Problem(error.reason, str(error))
         before = carried.set({name: headers[name] for name in _TRACE if name in headers})
+        bound = bind_contextvars(correlation_id=message.correlation_id)
         try:
-            with bound_contextvars(correlation_id=message.correlation_id):
-                return await self._deliver(received, subscriber)
+            return await self._deliver(received, subscriber)
         finally:
+            reset_contextvars(**bound)
             carried.reset(before)
 
     async def _bury(self, message: Any, problem: Problem) -> None:
@@ -185,7 +193,7 @@ class Consumer:
         rounds = _number(kept.get(_ROUND)) if kept.get(_BY) == self._name else 0
         headers = kept | {
             _REASON: problem.reason,
-            _ERROR: " ".join(problem.error.split())[:_LONGEST],
+            _ERROR: _line(problem.error),
             _BY: self._name,
             _ROUND: str(rounds + 1),
         }
@@ -226,6 +234,12 @@ def headers_of(message: Any) -> dict[str, str]:
     if message.content_type and "content-type" not in texts:  # RabbitMQ has it beside them
         texts["content-type"] = message.content_type
     return texts
+
+
+def _line(text: str) -> str:
+    """One line that every broker takes: not all of them take, or give back, what is not ASCII."""
+    line = " ".join(text[:_LONGEST].split())
+    return line.encode("unicode_escape").decode()[:_LONGEST]
 
 
 def _text(value: object) -> str:

@@ -123,6 +123,8 @@ class ToHandlers:
         """
         incoming = Incoming(received.event_id, received.headers)
         failures = await dispatch(self._state, received.event, incoming)
+        if not failures:
+            return failures
         leaves = [*_leaves([failure.error for failure in failures])]
         for answer in (RejectMessage, NackMessage):
             if any(isinstance(each, answer) for each in leaves):

@@ -6,6 +6,8 @@ broker's client is imported that is not used. Any stands for them: each broker h
 
 from __future__ import annotations
 
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,11 +15,10 @@ from faststream import AckPolicy
 
 from eventkit.wire import Wired
 
-JSON = "application/json"
 _LOSING = {AckPolicy.ACK_FIRST: "ACK_FIRST", AckPolicy.MANUAL: "MANUAL"}
 
 
-class Engine:
+class Engine(ABC):
     """One broker: what follows is so for most of them.
 
     Attributes:
@@ -45,25 +46,25 @@ class Engine:
         """What `publish` takes beside the body, for a dead letter that has these headers."""
         return {"headers": headers}
 
+    @abstractmethod
     def refusal(self, result: Any) -> str | None:
         """Why the broker has not taken a message, by what `publish` returned; None if it has."""
-        raise NotImplementedError
 
     async def deliveries(self, message: Any, subscriber: Any) -> int | None:
         """How often the broker has given out the message; None where it does not count."""
         return None
 
+    @abstractmethod
     def consumer(self, subscriber: Any) -> str:
         """What the broker knows all processes of this consumer by."""
-        raise NotImplementedError
 
+    @abstractmethod
     def comes_to(self, publisher: Any, subscriber: Any) -> bool:
         """Whether what a publisher sends is given to a subscriber, as far as one can see."""
-        raise NotImplementedError
 
+    @abstractmethod
     def patience(self, subscriber: Any) -> float | None:
         """Seconds until the broker gives a message to another process; None if it waits."""
-        raise NotImplementedError
 
     def problem_of_publisher(self, publisher: Any) -> str | None:
         """Why it cannot be used, and what to do."""
@@ -126,6 +127,12 @@ class Nats(Engine):
             )
         if "Batch" in type(subscriber).__name__:
             return _BATCH
+        most = subscriber.config.max_deliver
+        if most is not None and most > 0:
+            return (
+                f"ConsumerConfig(max_deliver={most}) has NATS drop a message that was handed out "
+                "so often: leave it out, and give consume() max_deliveries="
+            )
         return None
 
 
@@ -154,7 +161,7 @@ class Rabbit(Engine):
 
     def dead_options(self, message: Any, headers: dict[str, str]) -> dict[str, Any]:
         return {
-            "content_type": headers.pop("content-type", JSON),
+            "content_type": headers.pop("content-type", None),
             "headers": headers,
             "message_id": message.message_id,
             "persist": True,
@@ -172,12 +179,13 @@ class Rabbit(Engine):
         return returned + 1 if isinstance(returned, int) else None
 
     def consumer(self, subscriber: Any) -> str:
-        return str(subscriber.queue.name)
+        prefix = subscriber.routing().removesuffix(subscriber.queue.routing())  # a router's
+        return f"{prefix}{subscriber.queue.name}"
 
     def comes_to(self, publisher: Any, subscriber: Any) -> bool:
         exchange, key = publisher.exchange, publisher.routing()
         if not exchange.name:  # the default one, which routes to the queue of this name
-            return bool(key == subscriber.routing())
+            return bool(key == self.consumer(subscriber))
         if exchange.name != subscriber.exchange.name:
             return False
         return bool(exchange.type.value == "fanout" or key == subscriber.routing())
@@ -251,13 +259,23 @@ class Redis(Engine):
         return None
 
     def problem_of_subscribers(self, subscribers: Sequence[Any]) -> str | None:
-        if any(self.patience(each) is not None for each in subscribers):
-            return None
-        return (
-            "nobody would take over what a killed consumer of the Redis stream "
-            f"{subscribers[0].stream_sub.name!r} had read: pass [subscriber, another one with "
-            "StreamSub(min_idle_time=60_000)]"
-        )
+        new = [each for each in subscribers if each.stream_sub.min_idle_time is None]
+        read = {self.consumer(each): each.stream_sub.name for each in new}
+        claiming = [each for each in subscribers if self.patience(each) is not None]
+        claimed = {self.consumer(each): each.stream_sub.name for each in claiming}
+        for consumer in read.keys() - claimed.keys():
+            return (
+                "nobody would take over what a killed consumer of the Redis stream "
+                f"{read[consumer]!r} had read: pass [subscriber, another one with "
+                "StreamSub(min_idle_time=60_000)]"
+            )
+        for consumer in claimed.keys() - read.keys():
+            return (
+                f"nobody reads what is new in the Redis stream {claimed[consumer]!r}, as "
+                "StreamSub(min_idle_time=) takes over alone: pass [subscriber, another one "
+                "without it]"
+            )
+        return None
 
 
 async def _repaired(record: Any, parse: Callable[[Any], Awaitable[Any]]) -> Any:
@@ -293,7 +311,11 @@ class Kafka(Engine):
         return f"{','.join(sorted(topics))}/{subscriber.group_id}"
 
     def comes_to(self, publisher: Any, subscriber: Any) -> bool:
-        return publisher.topic in subscriber.topic_names
+        pattern = subscriber.pattern
+        if pattern is not None and re.match(pattern.broker_address, publisher.topic):
+            return True
+        partitions = [each.topic for each in subscriber.partitions]
+        return publisher.topic in [*subscriber.topic_names, *partitions]
 
     def patience(self, subscriber: Any) -> float | None:
         return 300.0  # max_poll_interval_ms, by default

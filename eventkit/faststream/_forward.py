@@ -13,6 +13,7 @@ from structlog.contextvars import get_contextvars
 
 from eventkit._core.ambient import carried, current_delivery
 from eventkit._core.events import DomainEvent
+from eventkit._core.loops.running import on_trio
 from eventkit.exceptions import BridgeError
 from eventkit.faststream._engines import Engine
 from eventkit.wire import encode, wire_name
@@ -62,6 +63,11 @@ class Forward(Generic[E]):
             raise BridgeError(
                 f"{kind} is a subclass of {self._event_type.__qualname__}: forward it by its own "
                 "name"
+            )
+        if on_trio():
+            raise BridgeError(
+                "FastStream is asyncio only: on trio, send what eventkit.wire.encode() gives with "
+                "a client of your own"
             )
         delivery = current_delivery()
         wired = encode(

@@ -20,16 +20,20 @@ from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
 from eventkit._core.events import DomainEvent
 from eventkit.exceptions import BadMessageError
 from eventkit.wire._codec import Codec, EventDecodingError, codec_for
-from eventkit.wire._names import names_of
+from eventkit.wire._names import names_of, wire_name
 
 JSON = "application/json"
 _STRUCTURED = "application/cloudevents+json"
 _REQUIRED = ("id", "type", "source")
 # Of HTTP, NATS and RabbitMQ; of Kafka; of AMQP 1.0. The first one's values are percent-encoded.
 _ESCAPING = "ce-"
-_PREFIX = re.compile(r"(?:ce-|ce_|cloudEvents:|cloudEvents_)(?P<name>[a-z0-9]+)", re.IGNORECASE)
+_PREFIXES = ("ce-", "ce_", "cloudevents:", "cloudevents_")
+_ATTRIBUTE = re.compile(r"(?:ce-|ce_|cloudevents:|cloudevents_)([a-z0-9]+)")
 # What HTTP's binding leaves as it is: printable ASCII but for the space, `"` and `%`.
 _SAFE = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '"%')
+_UNSAFE = re.compile(r"[^!#$&-~]")
+# How the JSON of a `DomainEvent` begins that this package has written: it is not looked at twice.
+_COMPLETE = re.compile(r'\{"event_id":"[^"]*","occurred_at":"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +55,11 @@ class Wired:
             prefix: "ce-" for NATS, RabbitMQ, Redis and HTTP, "ce_" for Kafka, "cloudEvents:" for
                 AMQP 1.0. Values after "ce-" are percent-encoded, as HTTP's binding has it.
         """
-        escaped = prefix == _ESCAPING
-        headers = {
-            f"{prefix}{name}": quote(value, _SAFE) if escaped else value
-            for name, value in self.attributes.items()
-        }
+        headers = {f"{prefix}{name}": value for name, value in self.attributes.items()}
+        if prefix == _ESCAPING:
+            for name, value in headers.items():
+                if _UNSAFE.search(value) is not None:
+                    headers[name] = quote(value, _SAFE)
         headers["content-type"] = JSON
         return headers
 
@@ -97,10 +101,7 @@ class Received:
     @property
     def event_id(self) -> UUID:
         """The id as a UUID. One that is none gives a UUID of version 5 of source and id."""
-        try:
-            return UUID(self.id)
-        except ValueError:
-            return uuid5(NAMESPACE_URL, self.unique_id)
+        return _uuid_of(self.attributes)
 
 
 def encode(
@@ -128,12 +129,13 @@ def encode(
         time: When it happened; aware. By default the `occurred_at` of a `DomainEvent`, else now.
 
     Raises:
-        ValueError: `source`, `id` or `key` is empty.
+        ValueError: `source`, `id` or `key` is empty, or no text.
         EventEncodingError: The event would not come back as it is. The error names the field.
         InvalidEventTypeError: Its class cannot be written as JSON.
     """
-    for name, value in (("source", source), ("id", id), ("key", key)):
-        if value is not None and not value:
+    texts: dict[str, object] = {"source": source, "id": id, "key": key}
+    for name, value in texts.items():
+        if value is not None and not (isinstance(value, str) and value):
             raise ValueError(f"{name} is a text that is not empty")
     codec = codec_for(type(event))
     body = codec.encode(event).encode()
@@ -170,47 +172,52 @@ def decode(headers: Mapping[str, str], body: bytes, *types: type) -> Received:
             has nothing of the body.
     """
     attributes, payload = _opened(headers, body)
+    event, bad = _read(attributes, payload, types)
+    if bad is None:
+        return Received(event, attributes, dict(headers))
+    attributes, body, payload = {}, b"", b""  # the traceback keeps the locals of this frame
+    raise BadMessageError(*bad)
+
+
+def _read(
+    attributes: Mapping[str, str], payload: bytes, types: tuple[type, ...]
+) -> tuple[object, tuple[str, str] | None]:
+    """Give the event, or say in a word and in a sentence what is wrong with the message."""
     missing = [name for name in _REQUIRED if not attributes.get(name)]
     if missing:
-        attributes = {}  # the traceback keeps the locals of this frame
-        body = payload = b""
-        raise BadMessageError(
-            "foreign", f"no CloudEvent: it lacks the attributes {', '.join(missing)}"
-        )
+        return None, ("foreign", f"no CloudEvent: it lacks the attributes {', '.join(missing)}")
     name = attributes["type"]
-    codec = _codec_of(name, types)
-    event, problem = _read(codec, name, attributes, payload)
-    if problem is not None:
-        body = payload = b""
-        raise BadMessageError("undecodable", problem)
-    return Received(event, attributes, dict(headers))
-
-
-def _codec_of(name: str, types: tuple[type, ...]) -> Codec[Any]:
-    for each in types:
-        if name in names_of(each):
-            return codec_for(each)
-    known = ", ".join(repr(names_of(each)[0]) for each in types)
-    raise BadMessageError("unknown", f"nobody here consumes {name!r}, only {known or 'nothing'}")
+    event_type = next(
+        (each for each in types if name == wire_name(each) or name in names_of(each)), None
+    )
+    if event_type is None:
+        known = ", ".join(repr(wire_name(each)) for each in types) or "nothing"
+        return None, ("unknown", f"nobody here consumes {name!r}, only {known}")
+    event, problem = _decoded(codec_for(event_type), attributes, payload)
+    return event, None if problem is None else ("undecodable", problem)
 
 
 def _opened(headers: Mapping[str, str], body: bytes) -> tuple[dict[str, str], bytes]:
     """The attributes, and the JSON of the event."""
-    for name, value in headers.items():
-        if name.lower() == "content-type" and value.partition(";")[0].strip() == _STRUCTURED:
-            return _structured(body)
     attributes: dict[str, str] = {}
     for name, value in headers.items():
-        if (found := _PREFIX.fullmatch(name)) is not None:
-            escaped = name.lower().startswith(_ESCAPING)
-            attributes[found["name"].lower()] = unquote(value) if escaped else value
+        lower = name.lower()
+        if lower == "content-type" and _media_type(value) == _STRUCTURED:
+            return _structured(body)
+        if lower.startswith(_PREFIXES) and (found := _ATTRIBUTE.fullmatch(lower)) is not None:
+            escaped = "%" in value and lower.startswith(_ESCAPING)
+            attributes[found[1]] = unquote(value) if escaped else value
     return attributes, body
+
+
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
 
 
 def _structured(body: bytes) -> tuple[dict[str, str], bytes]:
     try:
         envelope: object = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}, b""
     if not isinstance(envelope, dict):
         return {}, b""
@@ -225,8 +232,8 @@ def _structured(body: bytes) -> tuple[dict[str, str], bytes]:
         return attributes, b""
 
 
-def _read(
-    codec: Codec[Any], name: str, attributes: Mapping[str, str], payload: bytes
+def _decoded(
+    codec: Codec[Any], attributes: Mapping[str, str], payload: bytes
 ) -> tuple[object, str | None]:
     """Give the event, or say what is wrong with the body."""
     try:
@@ -236,24 +243,27 @@ def _read(
     if issubclass(codec.event_type, DomainEvent):
         text = _completed(text, attributes)
     try:
-        return codec.decode(text, name), None
+        return codec.decode(text, attributes["type"]), None
     except EventDecodingError as error:
-        problem = str(error)
-        if problem.startswith("this is no "):
-            problem = f"the body{problem.removeprefix('this')}"
-        return None, problem
+        return None, str(error).replace("this is no ", "the body is no ", 1)
 
 
 def _completed(payload: str, attributes: Mapping[str, str]) -> str:
     """Give a foreign event the id and the time that its sender wrote into the message."""
-    given = {"event_id": attributes["id"], "occurred_at": attributes.get("time")}
-    if all(f'"{name}"' in payload for name in given):
+    if _COMPLETE.match(payload):
         return payload
     try:
         fields: object = json.loads(payload)
-        UUID(attributes["id"])
-    except ValueError:
+    except (ValueError, RecursionError):
         return payload
     if not isinstance(fields, dict):
         return payload
+    given = {"event_id": str(_uuid_of(attributes)), "occurred_at": attributes.get("time")}
     return json.dumps({name: value for name, value in given.items() if value} | fields)
+
+
+def _uuid_of(attributes: Mapping[str, str]) -> UUID:
+    try:
+        return UUID(attributes["id"])
+    except ValueError:
+        return uuid5(NAMESPACE_URL, f"{attributes['source']} {attributes['id']}")

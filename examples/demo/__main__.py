@@ -23,6 +23,8 @@ def main() -> int:
     """Run the demo and return its exit code."""
     options = _options()
     console = _console()
+    if options.what == "two-services":
+        return anyio.run(_play_two_services, console)
     if options.serve:
         return 0 if anyio.run(partial(serve, console, port=options.port)) else 1
     return anyio.run(_play, console)
@@ -34,9 +36,25 @@ async def _play(console: Console) -> int:
     return _INTERRUPTED
 
 
+async def _play_two_services(console: Console) -> int:
+    # Imported when used: it needs FastStream, and the shop does not.
+    from examples.demo.two_services.play import play as play_two_services
+
+    async with until_signal():
+        return _AS_TOLD if await play_two_services(console) else _NOT_AS_TOLD
+    return _INTERRUPTED
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo", description="Watch eventkit work in a small shop."
+    )
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=["shop", "two-services"],
+        default="shop",
+        help="what to watch (default: %(default)s); two services need a broker",
     )
     parser.add_argument(
         "--serve", action="store_true", help="keep the shop running, to try it with curl"
@@ -44,7 +62,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--port", type=int, default=8000, help="where to serve (default: %(default)s; 0: any)"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.serve and options.what != "shop":
+        parser.error("--serve is for the shop")
+    return options
 
 
 def _console() -> Console:

@@ -1,4 +1,4 @@
-"""Owns how processes live: the shop's is started, heard and ended by us, ours by a signal."""
+"""Owns how processes live: servers are started, heard and ended by us, ours by a signal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO
@@ -32,36 +32,57 @@ class ShopDidNotStart(Exception):
 async def shop_process(
     settings: Settings, trace: Trace, log: IO[str] | None, *, port: int = 0
 ) -> AsyncGenerator[Process]:
-    """Run the shop until the block ends, and fill the trace with what it tells.
+    """Run the shop until the block ends; it takes requests from the block's begin on.
 
-    Args:
-        settings: How the shop is configured.
-        trace: Knows the port when the block begins, and everything when it has ended. It may have
-            heard of a process before.
-        log: Where the shop's stderr goes; None for ours.
-        port: Where to listen; 0 for a free one.
+    See `telling_process`; `port` 0 is a free one.
 
     Raises:
         ShopDidNotStart: It ended, or took too long, before it could take requests.
     """
+    command = ["examples.demo.server", str(port)]
+    async with telling_process(command, settings.to_env(), trace, log) as process:
+        await until_up(trace)
+        yield process
+
+
+@asynccontextmanager
+async def telling_process(
+    command: Sequence[str], environment: Mapping[str, str], trace: Trace, log: IO[str] | None
+) -> AsyncGenerator[Process]:
+    """Run a server until the block ends, and fill the trace with what it tells.
+
+    Args:
+        command: A module, and its arguments.
+        environment: Variables beside our own.
+        trace: Knows everything when the block has ended. It may have heard of a process before.
+        log: Where its stderr goes; None for ours.
+    """
     trace.begin()
     async with await anyio.open_process(
-        [sys.executable, "-m", "examples.demo.server", str(port)],
+        [sys.executable, "-m", *command],
         stdout=subprocess.PIPE,
         stderr=log,
         cwd=_ROOT,
-        env=os.environ | settings.to_env(),
+        env={**os.environ, **environment},
         start_new_session=True,  # so that Ctrl-C reaches us alone, and we end it in good order
     ) as process:
         assert process.stdout is not None
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(trace.collect, _lines(process.stdout))
             try:
-                if not await trace.until(lambda: trace.port > 0, seconds=_SECONDS_TO_START):
-                    raise ShopDidNotStart
                 yield process
             finally:
                 await _stop(process)
+
+
+async def until_up(trace: Trace) -> None:
+    """Wait until a process takes requests, at the trace's port.
+
+    Raises:
+        ShopDidNotStart: It ended, or took too long.
+    """
+    if not await trace.until(lambda: trace.port > 0, seconds=_SECONDS_TO_START):
+        raise ShopDidNotStart
 
 
 async def kill(process: Process) -> None:

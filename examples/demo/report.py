@@ -23,9 +23,9 @@ class Report:
         self.results: list[tuple[str, Sequence[Check]]] = []
         self._console = console
 
-    def opening(self, text: str) -> None:
+    def opening(self, text: str, legend: Text = LEGEND) -> None:
         """Say what has been put up, and how to read what follows."""
-        self._console.print("", text, LEGEND, sep="\n")
+        self._console.print("", text, legend, sep="\n")
 
     def section(
         self,
@@ -75,7 +75,7 @@ class Report:
     def _show_end_of(self, log: Path) -> None:
         lines = log.read_text(encoding="utf-8").splitlines()[-_LOG_LINES:]
         if lines:
-            self._console.print("", "The last lines of the shop's log:", sep="\n")
+            self._console.print("", "The last lines of the log:", sep="\n")
             self._console.print(*lines, sep="\n", markup=False, soft_wrap=True)
 
 

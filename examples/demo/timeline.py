@@ -6,6 +6,7 @@ Everything is readable without colour. Knows nothing of how the times came about
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -28,6 +29,13 @@ LEGEND = Text.assemble(
     *(_COMMITTED, " committed   "),
     *(("━", "green"), " handlers   "),
     *(_MAIL, " mail received"),
+    style="dim",
+)
+JOURNEY_LEGEND = Text.assemble(
+    *(("─", "cyan"), " the client waits   "),
+    *(_COMMITTED, " committed   "),
+    *(("━", "green"), " handlers   "),
+    *(_OTHER, " what else happens"),
     style="dim",
 )
 
@@ -133,6 +141,79 @@ class Timeline:
         for label, at_ns in sorted(self._moments.items(), key=lambda moment: moment[1]):
             _add_moment(grid, axis, label, at_ns, _OTHER)
         yield grid
+
+
+class Journey:
+    """What came of one thing in several processes, line by line, in the order of the calls.
+
+    Args:
+        begun_ns: Where the axis begins.
+    """
+
+    def __init__(self, begun_ns: int) -> None:
+        self._begun_ns = begun_ns
+        self._rows: list[_Row] = []
+
+    def part(self, heading: str) -> None:
+        """What follows belongs to this."""
+        self._rows.append(_Row(heading))
+
+    def waited(self, label: str, start_ns: int, end_ns: int, note: str) -> None:
+        """Somebody waited for an answer."""
+        self._rows.append(_Row(label, start_ns, end_ns, _THIN, "cyan", note))
+
+    def moment(self, label: str, at_ns: int) -> None:
+        """Something happened."""
+        self._rows.append(_Row(label, at_ns, mark=_OTHER))
+
+    def committed(self, label: str, at_ns: int) -> None:
+        """A transaction was committed."""
+        self._rows.append(_Row(label, at_ns, mark=_COMMITTED))
+
+    def run(self, label: str, run: Run, note: str = "") -> None:
+        """A handler ran, and may have committed something."""
+        good = run.outcome == "ok"
+        style, note = ("green", note) if good else ("red", run.error or run.outcome)
+        self._rows.append(
+            _Row(label, run.started_ns, run.ended_ns, _THICK, style, note, run.committed_ns)
+        )
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        end_ns = max(max(row.start_ns, row.end_ns) for row in self._rows)
+        axis = _Axis(self._begun_ns, end_ns, options.max_width - _LABEL - _NOTE - 2)
+        grid = _grid(axis, f"  from     to  {axis.unit}")
+        for row in self._rows:
+            row.add_to(grid, axis)
+        yield grid
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A line of a journey: a heading, a moment with its mark, or a bar with its pen."""
+
+    label: str
+    start_ns: int = 0
+    end_ns: int = 0
+    pen: str = ""
+    style: str = ""
+    note: str = ""
+    committed_ns: int = 0
+    mark: tuple[str, str] | None = None
+
+    def add_to(self, grid: Table, axis: _Axis) -> None:
+        if self.mark is not None:
+            _add_moment(grid, axis, f"  {self.label}", self.start_ns, self.mark)
+        elif not self.pen:
+            grid.add_row(Text(self.label, style="bold"))
+        elif not self.end_ns:
+            grid.add_row(Text(f"  {self.label}", style="dim"), "", Text("no end", style="yellow"))
+        else:
+            track = _Track(axis)
+            track.bar(self.start_ns, self.end_ns, self.pen, self.style)
+            track.mark(self.committed_ns, _COMMITTED)
+            note = _from_to(axis, self.start_ns, self.end_ns, self.note)
+            bad = self.style == "red"
+            grid.add_row(f"  {self.label}", track.text(), Text(note, style="red" if bad else ""))
 
 
 class Overview:

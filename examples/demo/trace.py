@@ -1,6 +1,6 @@
 """Owns what is known about each request, put together from what the shop's process tells.
 
-The shop writes one `Record` per line (see `server.py`). Knows nothing of drawing, nor of what
+The shop writes one `Record` per line (see `witness.py`). Knows nothing of drawing, nor of what
 should be true.
 """
 
@@ -19,7 +19,17 @@ import anyio
 clock_ns = time.monotonic_ns if sys.platform == "linux" else time.time_ns
 
 What = Literal[
-    "up", "sent", "committed", "returned", "accepted", "started", "ended", "skipped", "stats"
+    "up",
+    "sent",
+    "committed",
+    "returned",
+    "arrived",
+    "taken",
+    "accepted",
+    "started",
+    "ended",
+    "skipped",
+    "stats",
 ]
 
 
@@ -107,6 +117,8 @@ class Story:
     sent_ns: int = 0
     committed_ns: int = 0
     returned_ns: int = 0
+    arrived_ns: list[int] = field(default_factory=list[int])  # messages of other services
+    taken_ns: list[int] = field(default_factory=list[int])
     runs: list[Run] = field(default_factory=list[Run])
 
     @property
@@ -136,6 +148,10 @@ class Story:
                 self.committed_ns = record.at_ns
             case "returned":
                 self.returned_ns = record.at_ns
+            case "arrived":
+                self.arrived_ns.append(record.at_ns)
+            case "taken":
+                self.taken_ns.append(record.at_ns)
             case _:
                 pass
 

@@ -7,9 +7,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import stamina
-from eventkit.faststream import Bridge
 
 from eventkit import EventBus
+from eventkit.faststream import Bridge
 from tests.brokers.places import Place
 
 # As the default, but for the pauses. The first attempt of five is before them.

@@ -17,10 +17,10 @@ from contextlib import asynccontextmanager
 
 import stamina
 import uvicorn
-from eventkit.faststream import Bridge
 from fastapi import FastAPI
 
 from eventkit import EventBus, current_delivery
+from eventkit.faststream import Bridge
 from eventkit.starlette import EventContextMiddleware
 from tests.brokers.happenings import Placed
 from tests.brokers.kinds import KINDS

@@ -12,14 +12,13 @@ import pytest
 
 pytest.importorskip("greenlet")  # compiled: a new Python may be without it
 
-from sqlalchemy import Engine, create_engine, make_url, text
-from sqlalchemy.pool import NullPool
+from sqlalchemy import Engine, make_url, text
 
 from tests.crash.cluster import Cluster, Missing, cluster, drop_database
 from tests.crash.nursery import PATIENCE, Nursery
 from tests.crash.processes import Process, Workers, workers
 from tests.crash.soak import LOOPS
-from tests.crash.tables import Count, count, prepare
+from tests.crash.tables import Count, count, engine_for, prepare
 
 ALL = os.environ.get("EVENTKIT_DRIVERS") == "all"
 DRIVERS = [*LOOPS] if ALL else ["pysqlite", "asyncpg"]
@@ -133,7 +132,7 @@ def place_on(
     pytest.importorskip({"pysqlite": "sqlite3"}.get(driver, driver))
     name = "" if server is None else server.new_database()
     url = f"sqlite:///{tmp_path / 'crash.db'}" if server is None else server.url(name)
-    engine = create_engine(url, poolclass=NullPool)
+    engine = engine_for(url)
     prepare(engine, keys=4)
     scheme = make_url(url).get_backend_name()
     address = make_url(url).set(drivername=f"{scheme}+{driver}")

@@ -13,6 +13,9 @@ from typing import Any
 from tests.crash.nursery import PATIENCE, ROOT, Nursery
 
 LEASE = 1.5  # seconds, the least there is
+# Where nobody is to be taken for dead: on a busy machine a heartbeat may be a second late.
+LONG = 5.0
+LOST = "the lease of a delivery was lost before its outcome was written"  # as far as a colon
 
 Line = Mapping[str, Any]
 
@@ -114,6 +117,30 @@ class Process:
             how = "ended" if found else "did not say it in time"
             raise AssertionError(f"{self.name} {how}: no {what!r} {facts} in {self.story()}")
         return lines[times - 1]
+
+    def in_flight(self, handler: str) -> tuple[set[str], int]:
+        """The events that the handler had begun, and whose outcome was not written, at the end.
+
+        Also how many they were at most. So many it may do again if the process is given up.
+        """
+        running, most = dict[str, str](), 0
+        for line in self.lines:
+            if _is(line, "begins", {"handler": handler}):
+                running[line["delivery"]] = line["id"]
+                most = max(most, len(running))
+            elif line["say"] == "written":
+                for each in line["deliveries"]:
+                    running.pop(each, None)
+        return {*running.values()}, most
+
+    def lost(self) -> int:
+        """How many deliveries it has finished that another process had been given, as it says."""
+        return len(self.said("log", text=LOST))
+
+    def stand_still(self) -> None:
+        """Have it stop, with no transaction open. It goes on at SIGCONT."""
+        self.tell("stand still")
+        self.hear("stands still")
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)

@@ -3,10 +3,12 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from sqlalchemy import Engine, Identity, Integer, String, select, text
+from sqlalchemy import Engine, Identity, Integer, String, create_engine, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.pool import NullPool
 
 from eventkit.outbox import add_tables
+from tests.crash.nursery import PATIENCE
 
 
 class Base(DeclarativeBase):
@@ -97,6 +99,12 @@ def count(engine: Engine, handlers: list[str]) -> Count:
         rows=Counter((handler, state, attempt) for handler, state, attempt, _ in kept),
         disordered=[key for key, numbers in order.items() if numbers != sorted(set(numbers))],
     )
+
+
+def engine_for(url: str) -> Engine:
+    """A test's own, which waits as long as it has to where workers have SQLite's lock."""
+    options = {"timeout": PATIENCE} if url.startswith("sqlite") else {}
+    return create_engine(url, poolclass=NullPool, connect_args=options)
 
 
 def prepare(engine: Engine, keys: int = 0) -> None:

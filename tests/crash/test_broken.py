@@ -2,14 +2,15 @@
 
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
 from tests.crash.conftest import Place
 from tests.crash.nursery import PATIENCE, ROOT
+from tests.crash.processes import Process
 from tests.crash.soak import cut_connections
-from tests.crash.test_leases import finish
-from tests.crash.worker import CONCURRENCY
+from tests.crash.test_leases import LONG_LEASE, finish
 
 AMBIGUOUS = "a commit failed, and may have happened all the same"
 
@@ -18,7 +19,7 @@ AMBIGUOUS = "a commit failed, and may have happened all the same"
 def test_a_commit_that_raises_and_has_happened_is_handled_once(
     place: Place, options: list[str]
 ) -> None:
-    first, other = place.start(*options), place.start()
+    first, other = place.start(*options, *LONG_LEASE), place.start(*LONG_LEASE)
     other.hear("ready")
     first.tell("commit", id="one", how="raises")
     assert first.hear("refused", what="commit")["error"] == "ConnectionResetError"
@@ -78,20 +79,22 @@ def test_what_ends_each_process_is_dead_after_its_attempts_and_the_others_are_ha
     def is_dead() -> bool:
         return bool(place.query("select id from eventkit_outbox where state = 2"))
 
-    codes = list[int]()
+    ended = list[Process]()
     process = place.start(*options)
     while not is_dead():
-        code = process.ended_within(0.1)
-        if code is not None:
-            codes.append(code)
+        if process.ended_within(0.1) is not None:
+            ended.append(process)
             process = place.start(*options)
     finish(place, process)
     found = place.count("plain")
-    assert codes == [7, 7, 7]
+    assert [each.wait() for each in ended] == [7, 7, 7]
     assert found.missing == [("plain", "30")]
     assert not found.phantom
-    # A row that died beside the poison may have been in flight.
-    assert found.twice["plain"] <= 3 * 2 * CONCURRENCY
+    assert found.rows.total() == 1
+    # What a process had begun beside the poison, and had not written down.
+    in_flight = Counter(id for each in ended for id in each.in_flight("plain")[0])
+    effects = Counter(str(id) for (id,) in place.query("select id from effects"))
+    assert {*(effects - in_flight).values()} <= {1}
 
 
 def test_who_is_killed_while_it_shuts_down_is_reaped(place: Place) -> None:

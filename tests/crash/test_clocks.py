@@ -7,7 +7,7 @@ import pytest
 
 from tests.crash.conftest import Place, require
 from tests.crash.processes import Process
-from tests.crash.test_leases import finish, reaped
+from tests.crash.test_leases import LONG_LEASE, finish, reaped
 
 HOUR = 3600
 
@@ -46,7 +46,7 @@ def test_a_jump_of_a_processs_clock_changes_nothing(
     jumping: Callable[..., tuple[Process, Callable[[int], None]]],
     seconds: int,
 ) -> None:
-    (first, jump), other = jumping("--holds"), place.start()
+    (first, jump), other = jumping("--holds", *LONG_LEASE), place.start(*LONG_LEASE)
     other.hear("ready")
     first.tell("clock")
     before = first.hear("clock")

@@ -3,9 +3,11 @@
 import signal
 
 import pytest
+from sqlalchemy.orm import Session
 
 from tests.crash.conftest import Place
 from tests.crash.processes import Process
+from tests.crash.tables import Business
 from tests.crash.worker import POINTS
 
 KILLED = -signal.SIGKILL
@@ -22,6 +24,7 @@ WHERE_IT_RUNS = [
     "after the deletion",
     "after the writing",
 ]
+OF_MESSAGES = ["after the note", "after the message's commit"]
 OF_FAILURES = ["before the failure", "after the failure"]
 OF_CLAIMS = ["before the claim", "after the claim", "after the claim's commit"]
 OF_REAPERS = ["before the reaping", "after the reaping"]
@@ -29,8 +32,8 @@ OF_FAREWELLS = ["before the farewell", "after the farewell"]
 
 
 def test_each_point_has_its_test() -> None:
-    named = [*BEFORE_THE_COMMIT, *WHERE_IT_RUNS, *OF_FAILURES, *OF_CLAIMS, *OF_REAPERS]
-    assert sorted([*named, *OF_FAREWELLS]) == sorted(POINTS)
+    named = [*BEFORE_THE_COMMIT, *WHERE_IT_RUNS, *OF_MESSAGES, *OF_FAILURES, *OF_CLAIMS]
+    assert sorted([*named, *OF_REAPERS, *OF_FAREWELLS]) == sorted(POINTS)
 
 
 def dies_at(victim: Process, point: str) -> None:
@@ -69,6 +72,19 @@ def test_what_was_committed_is_handled_by_another_process(place: Place, point: s
     dies_at(victim, point)
     is_all_done(place, survivor)
     assert place.count().business == 1
+
+
+@pytest.mark.parametrize("point", OF_MESSAGES)
+def test_a_message_that_comes_again_has_its_effects_once(place: Place, point: str) -> None:
+    with Session(place.engine) as session, session.begin():
+        session.add(Business(id="one"))  # as of the service that has sent it
+    survivor = place.start()
+    victim = place.start("--kill", point)
+    victim.tell("receive", id="one")
+    dies_at(victim, point)
+    survivor.tell("receive", id="one")
+    survivor.hear("done", what="receive")
+    is_all_done(place, survivor, twice=0)
 
 
 @pytest.mark.parametrize("point", OF_FAILURES)

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import pytest
 
 from tests.crash.conftest import Place
-from tests.crash.processes import LEASE, Process
+from tests.crash.processes import LONG, LOST, Process
 from tests.crash.proxy import Proxy
 from tests.crash.soak import REAPED
 
-LOST = "the lease of a delivery was lost before its outcome was written"  # as far as a colon
+# Nobody is to be taken for dead.
+LONG_LEASE = ["--lease", f"{LONG}"]
 
 
 def finish(place: Place, *living: Process) -> None:
@@ -33,7 +34,7 @@ def test_who_stands_still_for_longer_than_its_lease_has_lost_what_it_runs(place:
     sleeper.tell("commit", id="one")
     waits = {line["handler"]: line for line in [sleeper.hear("waits", n) for n in (1, 2)]}
 
-    sleeper.signal(signal.SIGSTOP)
+    sleeper.stand_still()
     other.hear("ends", handler="plain")
     other.hear("ends", handler="exact")
     sleeper.signal(signal.SIGCONT)
@@ -54,7 +55,7 @@ def test_a_completion_that_comes_too_late_takes_nothing_from_the_next_owner(plac
     second.hear("ready")
     sleeper.tell("commit", id="one")
     sleeper.hear("waits", 2)
-    sleeper.signal(signal.SIGSTOP)
+    sleeper.stand_still()
     second.hear("waits", 2)
     sleeper.signal(signal.SIGCONT)
     sleeper.tell("go")
@@ -75,9 +76,8 @@ def test_what_waited_behind_it_does_not_run_there_any_more(place: Place) -> None
     for number in range(30):
         sleeper.tell("commit", id=f"{number}")
     sleeper.hear("done", 30)
-    running = len(sleeper.said("waits"))
 
-    sleeper.signal(signal.SIGSTOP)
+    sleeper.stand_still()
     other.hear("ends", 30)
     sleeper.signal(signal.SIGCONT)
     sleeper.tell("commit", id="afterwards")
@@ -87,11 +87,12 @@ def test_what_waited_behind_it_does_not_run_there_any_more(place: Place) -> None
     finish(place, other, sleeper)
     found = place.count("plain")
     assert not found.missing
-    assert found.twice["plain"] <= running
+    running = {line["id"] for line in sleeper.said("waits")} - {"afterwards"}
+    assert found.twice["plain"] <= len(running) < 30
 
 
 def test_a_handler_and_a_blocked_loop_may_take_several_leases(place: Place) -> None:
-    long, blocked, other = (place.start() for _ in range(3))
+    long, blocked, other = (place.start(*LONG_LEASE) for _ in range(3))
     other.hear("ready")
     long.tell("commit", id="long", how="long")
     blocked.tell("commit", id="blocked", how="blocks")
@@ -105,7 +106,7 @@ def test_a_handler_and_a_blocked_loop_may_take_several_leases(place: Place) -> N
 
 
 def test_a_commit_may_take_several_leases(place: Place) -> None:
-    slow, other = place.start("--slow-insert"), place.start()
+    slow, other = place.start("--slow-insert", *LONG_LEASE), place.start(*LONG_LEASE)
     other.hear("ready")
     slow.tell("commit", id="one")
     slow.hear("done")
@@ -136,26 +137,26 @@ def test_who_cannot_renew_its_lease_starts_nothing_and_goes_on_afterwards(
     for number in range(30):
         cut_off.tell("commit", id=f"{number}")
     cut_off.hear("done", 30)
-    running = {line["id"] for line in cut_off.said("waits")}
-    assert len(running) < 30
 
     proxy.cut()
     cut_off.tell("commit", id="never")
     cut_off.hear("refused", what="commit")
     other.hear("ends", 30)  # what was another's, too: a lease is over
+    running = {line["id"] for line in cut_off.said("waits")}
+    assert len(running) < 30
     cut_off.tell("go")
     cut_off.hear("raises", len(running))  # the handlers that ran have no database, either
     assert {line["id"] for line in cut_off.said("begins")} == running
 
     proxy.mend()
-    other.signal(signal.SIGSTOP)
+    other.stand_still()
     place.wait_until(lambda: commits(cut_off, "afterwards"))
     cut_off.hear("ends", id="afterwards")
     other.signal(signal.SIGCONT)
     finish(place, cut_off, other)
     found = place.count("plain")
     assert (found.business, found.missing, found.phantom) == (31, [], [])
-    assert found.twice.total() == 0
+    assert found.twice.total() <= other.lost()  # it may have stood still before it wrote
 
 
 def commits(process: Process, id: str) -> bool:
@@ -169,13 +170,13 @@ def commits(process: Process, id: str) -> bool:
 
 def test_while_somebody_has_sqlites_lock_nobody_is_taken_for_dead(sqlite: Place) -> None:
     place = sqlite
-    three = [place.start("--holds") for _ in range(3)]
+    three = [place.start("--holds", *LONG_LEASE) for _ in range(3)]
     for number, process in enumerate(three):
         process.tell("commit", id=f"{number}")
         process.hear("waits", 2)
     with place.engine.connect() as connection:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
-        time.sleep(3 * LEASE)  # the outage itself
+        time.sleep(2.5 * LONG)  # the outage itself
         connection.rollback()
     for process in three:
         process.tell("go")
@@ -192,7 +193,7 @@ def test_while_the_database_is_away_nobody_is_taken_for_dead(postgres: Place) ->
     place = postgres
     server = place.server
     assert server is not None
-    three = [place.start("--holds") for _ in range(3)]
+    three = [place.start("--holds", *LONG_LEASE) for _ in range(3)]
     for number, process in enumerate(three):
         process.tell("commit", id=f"{number}")
         process.hear("waits", 2)
@@ -200,7 +201,7 @@ def test_while_the_database_is_away_nobody_is_taken_for_dead(postgres: Place) ->
     for process in three:
         process.tell("commit", id="never")
         process.hear("refused", what="commit")
-    time.sleep(2 * LEASE)  # the outage itself
+    time.sleep(1.5 * LONG)  # the outage itself
     server.start()
     for process in three:
         process.tell("go")

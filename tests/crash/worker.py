@@ -29,10 +29,12 @@ from sqlalchemy.orm import Session
 from eventkit import Durable, EventBus, current_delivery, named
 from eventkit._core.bus import state_of
 from eventkit.outbox import Outbox, complete_with
+from eventkit.outbox import _database as database
 from eventkit.outbox import _holdings as holdings
 from eventkit.outbox import _keeper as keeper
 from eventkit.outbox import _source as source
 from eventkit.outbox import _store as store
+from eventkit.outbox._rows import Outcome
 from tests.crash.tables import Business, Effect
 
 # A unit of work in the background, and as many rows that are fed.
@@ -105,6 +107,54 @@ def patch(
     setattr(owner, name, patched)
 
 
+class Gate:
+    """Knows when the outbox has no transaction open, in which a process may stand still.
+
+    In the midst of one it would keep what that has locked: SQLite's one lock, or its own row, which
+    others cannot take for dead then.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._open = 0
+        transact = database.Database._transact
+
+        @functools.wraps(transact)
+        def counted(*args: Any) -> Any:
+            self._count(1)
+            try:
+                return transact(*args)
+            finally:
+                self._count(-1)
+
+        database.Database._transact = counted  # type: ignore[assignment]
+
+    def _count(self, change: int) -> None:
+        with self._changed:
+            self._open += change
+            self._changed.notify_all()
+
+    def stand_still(self) -> None:
+        """Stop this process until it is told to go on, from outside."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._open)
+            say("stands still")
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def tell_what_is_written() -> None:
+    """Say which deliveries the table knows to have ended; they are not in flight any more."""
+    flush = holdings.Holdings._flush
+
+    async def flush_and_tell(self: holdings.Holdings, outcomes: Sequence[Outcome]) -> bool:
+        is_written = await flush(self, outcomes)
+        if is_written:
+            say("written", deliveries=[str(each.row.id) for each in outcomes])
+        return is_written
+
+    holdings.Holdings._flush = flush_and_tell  # type: ignore[method-assign]
+
+
 def something_is_done(_: object, connection: object, owner: str, done: list[object]) -> bool:
     return bool(done)
 
@@ -114,6 +164,8 @@ POINTS: dict[str, tuple[Patched, bool, Callable[..., bool]] | None] = {
     "before the commit": None,
     "before the insert": ((store.Store, "insert"), True, always),
     "after the insert": ((keeper.Keeper, "_before_commit"), False, always),
+    "after the note": ((store.Store, "note_message"), False, always),
+    "after the message's commit": ((keeper.Keeper, "_committed"), True, always),
     "after the commit": ((keeper.Keeper, "_ended"), True, always),
     "after the release": None,
     "before the handler": ((holdings.Holdings, "begin"), True, always),
@@ -152,6 +204,8 @@ class Worker:
         if options.kill is not None and (point := POINTS[options.kill]) is not None:
             where, before, chosen = point
             patch(where, functools.partial(die, options.kill), before=before, if_=chosen)
+        self.gate = Gate()
+        tell_what_is_written()
         have_commits_raise(self.engine)
         self.outbox = Outbox(
             self.bus,
@@ -207,9 +261,9 @@ class Worker:
         ):
             raise RuntimeError("at random")
         if event.how == "blocks":  # the event loop, too
-            time.sleep(4 * self.options.lease)  # noqa: ASYNC251 - which is the point
+            time.sleep(2.5 * self.options.lease)  # noqa: ASYNC251 - which is the point
         if event.how == "long":
-            await anyio.sleep(5 * self.options.lease)
+            await anyio.sleep(3 * self.options.lease)
         if not self.released:
             say("waits", **facts)
             await self.go.wait()
@@ -316,6 +370,9 @@ class Worker:
                     self.rests = True
                     say("rests", committed=self.committed, lost=self.outbox._holdings.lost)
                     continue
+                if what == "stand still":
+                    self.gate.stand_still()
+                    continue
                 if what == "go":
                     self.released = True
                     self.go.set()
@@ -335,6 +392,10 @@ class Worker:
                 return
             if what == "commit":
                 await self.commit(**arguments)
+            elif what == "receive":
+                await self.outbox.receive(
+                    Happened(**arguments), consumer="crash", message_id=arguments["id"]
+                )
             elif what == "clock":
                 say("clock", wall=time.time(), boot=time.clock_gettime(time.CLOCK_BOOTTIME))
         except Exception as error:

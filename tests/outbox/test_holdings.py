@@ -24,7 +24,7 @@ from eventkit.outbox import _holdings as module
 from eventkit.outbox._rows import Outcome, Row
 from eventkit.outbox._store import State
 from tests.outbox.processes import event, holdings_of, keep, look, relay_of, warned
-from tests.outbox.scenes import Paid, Placed, Scene, until
+from tests.outbox.scenes import LIMIT, Paid, Placed, Scene, until
 from tests.sqlalchemy.steps import done, put
 from tests.witness import freed_by_anyio, ignore
 
@@ -320,17 +320,18 @@ async def test_settling_gives_up_where_the_database_never_answers(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     holdings: Any = holdings_of(outbox)
-    real, began = holdings.database.run, anyio.current_time()
+    real, answered = holdings.database.run, list[object]()
 
     async def cut_off(function: Any, **options: Any) -> Any:
         await to_thread.run_sync(partial(holdings.database.call, function, **options))
-        await anyio.sleep(20)  # the answer is lost
+        await anyio.sleep(2 * LIMIT)  # the answer is lost
+        answered.append(function)
 
     await keep_leased(scene, bus, holdings)
     monkeypatch.setattr(holdings.database, "run", cut_off)
     monkeypatch.setattr(module, "_SECONDS_TO_WRITE", 0.5)
     await holdings.settle()
-    assert anyio.current_time() - began < 10
+    assert not answered
     monkeypatch.setattr(holdings.database, "run", real)
     monkeypatch.setattr(module, "_SECONDS_TO_WRITE", 30)
     await holdings.settle()
@@ -396,6 +397,9 @@ async def test_without_a_relay_who_has_run_what_is_due_says_farewell(
     assert not scene.table.processes()
 
 
+# Other tests leave threads behind that wait for work. The child takes no locks but ours.
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_holds_nothing_of_its_parents(scene: Scene, outbox: Outbox) -> None:
     row = Row(uuid4(), "mail", Durable(), None)
     holdings = holdings_of(outbox)
@@ -403,14 +407,17 @@ def test_a_forked_child_holds_nothing_of_its_parents(scene: Scene, outbox: Outbo
     holdings.begin(row)
     read, write = os.pipe()
     if (child := os.fork()) == 0:
-        os.write(write, f"{holdings.row_of(row.id)} {holdings.runs(row)}".encode())
-        os._exit(0)
+        try:
+            os.write(write, f"{holdings.row_of(row.id)} {holdings.runs(row)}".encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        held = pipe.read()
     os.waitpid(child, 0)
 
-    assert os.read(read, 100) == b"None False"
+    assert held == "None False"
     assert holdings.row_of(row.id) is row
-    os.close(read)
-    os.close(write)
 
 
 async def test_a_bus_that_is_dropped_takes_its_outbox_along(scene: Scene) -> None:

@@ -14,7 +14,7 @@ import anyio
 import pytest
 from anyio import to_thread
 from anyio.lowlevel import checkpoint
-from sqlalchemy import create_engine
+from sqlalchemy import Connection, create_engine
 
 from eventkit import Delivery, DomainEvent, Durable, EventBus, Observer, current_delivery
 from eventkit._core.ambient import carried
@@ -31,6 +31,7 @@ from eventkit.exceptions import (
 from eventkit.outbox import Outbox, _relay
 from eventkit.outbox._database import Database
 from eventkit.outbox._store import State
+from tests.contract.bus import kept_reports
 from tests.outbox.processes import Clock, holdings_of, relay_of
 from tests.outbox.scenes import LIMIT, Paid, Placed, Scene, lapse, relaying, until
 from tests.witness import ignore
@@ -67,8 +68,8 @@ def ran(bus: EventBus) -> list[str]:
 
 async def receive(outbox: Outbox, id: str = "1", event: object = None, **options: Any) -> bool:
     """Receive a message as the consumer `billing`."""
-    event = Placed() if event is None else event
-    return await outbox.receive(event, **{"consumer": "billing", "message_id": id, **options})
+    given: dict[str, Any] = {"consumer": "billing", "message_id": id, **options}
+    return await outbox.receive(Placed() if event is None else event, **given)
 
 
 def inbox(scene: Scene) -> list[tuple[str, str]]:
@@ -248,20 +249,19 @@ async def test_observers_are_told_as_of_a_publish(outbox: Outbox, bus: EventBus)
 async def test_what_fails_is_reported_and_tried_again_and_the_message_is_not(
     bus: EventBus, outbox: Outbox, scene: Scene
 ) -> None:
-    reported: list[str] = []
-    bus.report_failure = lambda delivery, error: reported.append(delivery.handler)
+    reported = kept_reports(bus)
 
     @bus.on(Placed, durable=True, name="mail")
     async def mail(event: Placed) -> None:
-        raise RuntimeError
+        raise RuntimeError("mail")
 
     @bus.on(Placed, name="memory")
     async def memory(event: Placed) -> None:
-        raise RuntimeError
+        raise RuntimeError("memory")
 
     assert await receive(outbox) is True
 
-    assert sorted(reported) == ["mail", "memory"]
+    assert sorted(map(str, reported)) == ["mail", "memory"]
     assert scene.kept() == {"mail": (State.READY, 1)}
     assert await receive(outbox) is False
 
@@ -550,14 +550,16 @@ async def test_an_event_that_cannot_be_stored_is_refused_before_the_database_is_
     assert (inbox(scene), ran) == ([], [])
 
 
+def lacking(connection: Connection) -> str:
+    return "no table: add_tables()"
+
+
 async def test_without_tables_the_remedy_is_named_until_they_are_there(
     bus: EventBus, scene: Scene, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outbox = scene.outbox(bus)
     with monkeypatch.context() as patched:
-        patched.setattr(
-            holdings_of(outbox).store, "problem", lambda connection: "no table: add_tables()"
-        )
+        patched.setattr(holdings_of(outbox).store, "problem", lacking)
         with pytest.raises(OutboxSchemaError, match="add_tables"):
             await receive(outbox)
     assert ran == []

@@ -20,7 +20,7 @@ from eventkit.outbox._source import RowSource, Stock
 from eventkit.outbox._store import NewEvent, NewRow, State
 from tests.outbox.processes import Clock, event, holdings_of, keep, look, relay_of, warned
 from tests.outbox.rows import PUBLISHED
-from tests.outbox.scenes import Paid, Placed, Scene, relaying, until
+from tests.outbox.scenes import LIMIT, Paid, Placed, Scene, relaying, until
 from tests.witness import ignore
 
 pytestmark = pytest.mark.anyio
@@ -178,7 +178,7 @@ async def test_what_is_claimed_is_known_though_the_event_loop_is_blocked_meanwhi
         return result
 
     monkeypatch.setattr(database, "run", late)
-    with anyio.move_on_after(5):  # or it is given back and claimed for ever
+    with anyio.move_on_after(LIMIT):  # or it is given back and claimed for ever
         await outbox.run_due()
     assert gate.ended == ["ada"]
     assert clock.lease.given_back == 0

@@ -51,6 +51,9 @@ def test_names_of_constraints_are_left_to_the_users_convention() -> None:
     assert {index.name for index in outbox.indexes} == {
         f"eventkit_outbox_{name}" for name in ("due", "owner", "key")
     }
+    assert {index.name for index in metadata.tables["eventkit_inbox"].indexes} == {
+        "eventkit_inbox_received"
+    }
 
 
 @pytest.mark.parametrize("compares_defaults", [False, True])

@@ -17,7 +17,7 @@ from contextlib import closing
 from datetime import datetime, timedelta
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -42,7 +42,8 @@ from tests.witness import entered, unit_of
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 FENCED = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-A_FILE = re.compile(r"# (\w+\.py)\n")  # how a block begins that is a file of its own
+# How a block begins that is a file of its own, or a part of one.
+A_FILE = re.compile(r"# (\w+\.py)(?:, .*)?\n")
 # A page is a module of its own; the compiler calls it by its file.
 OURS = "|".join(re.escape(page.stem) for page in PAGES)
 PROOF = re.compile(r"`((?:tests|eventkit)/\S+\.py)::(\w+)`")
@@ -375,6 +376,22 @@ def test_a_reminder_of_the_durable_page_fires_once(durable: ModuleType) -> None:
     assert [*durable.charged.values()] == [1]
     with Session(durable.engine) as session:
         assert [each.invoice for each in session.query(durable.Reminder)] == [2]
+
+
+def test_a_message_of_the_durable_page_is_handled_once_and_acknowledged(
+    durable: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    acknowledged: list[bool] = []
+
+    async def ack() -> None:
+        acknowledged.append(True)
+
+    message = SimpleNamespace(data=b'{"number": 7}', headers={"Nats-Msg-Id": "m-1"}, ack=ack)
+    for _ in range(2):
+        anyio.run(durable.consume, message)
+
+    assert capsys.readouterr().out.count("the receipt of order 7 is sent") == 1
+    assert len(acknowledged) == 2
 
 
 def test_the_key_of_the_durable_page_keeps_deliveries_in_order(durable: ModuleType) -> None:

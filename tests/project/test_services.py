@@ -1,0 +1,282 @@
+"""The page about other services does as it says, without a broker."""
+
+import ast
+import importlib
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+# Pages are modules whose contents no type checker knows.
+from typing import Any
+
+import pytest
+
+pytest.importorskip("faststream")
+
+import httpx
+from faststream.exceptions import NackMessage, RejectMessage
+
+from eventkit.wire import Wired, decode, encode
+from tests.project.test_docs import FENCED, ROOT, run_project
+
+SERVICES = ROOT / "docs" / "services.md"
+TITLE = re.compile(r"# (.*)\n")
+MODULES = ("shop_events", "orders", "billing", "readable")
+KINDS = ["nats", "rabbit", "redis", "kafka"]
+NAMES = {"rabbit": "RabbitMQ", "redis": "Redis", "kafka": "Kafka"}
+
+
+def blocks() -> dict[str, str]:
+    """The page's files, and parts of files, by their first lines."""
+    found = [block[1] for block in FENCED.finditer(SERVICES.read_text())]
+    return {title[1]: block for block in found if (title := TITLE.match(block))}
+
+
+def put(text: str, pattern: str, block: str) -> str:
+    """Have a block stand where the pattern is found, once."""
+    new, times = re.subn(pattern, lambda _: block.rstrip(), text, flags=re.DOTALL | re.MULTILINE)
+    assert times == 1, pattern
+    return new
+
+
+def program(file: str, kind: str = "nats", *, durable: bool = False) -> str:
+    """A service of the page, edited as the page tells its readers."""
+    parts = blocks()
+    text = parts[file]
+    bridge = r"^bridge\.(forward|consume)\([^\n]*\)$"
+    if kind != "nats":
+        text = put(text, r"^from faststream\.nats import [^\n]*\n(from nats[^\n]*\n)?", "")
+        wiring = parts[f"{file}, with {NAMES[kind]}"]
+        text = put(text, r"^broker = .*?" + bridge, wiring)
+        lifespan = parts.get(f"{file}, the lifespan with {NAMES[kind]}")
+        if lifespan is not None:
+            text = put(text, r"^@asynccontextmanager.*?^        yield\n", lifespan + "\n")
+    if durable:
+        verb = "forward" if file == "orders.py" else "consume"
+        text = put(text, bridge, parts[f"{file}, instead of bridge.{verb}(...)"])
+        if file == "orders.py":
+            text = put(text, r"^@app\.post.*", parts[f"{file}, instead of the endpoint"])
+        else:
+            handler = r"^@bus\.on.*?flush=True\)$"
+            text = put(text, handler, parts[f"{file}, instead of the handler"])
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Modules of the page, in a folder of their own."""
+
+    folder: Path
+
+    def write(self, kind: str = "nats", *, durable: bool = False) -> None:
+        (self.folder / "shop_events.py").write_text(blocks()["shop_events.py"])
+        for name in ("orders.py", "billing.py"):
+            (self.folder / name).write_text(program(name, kind, durable=durable))
+
+    def load(self, name: str) -> Any:
+        return importlib.import_module(name)
+
+
+@pytest.fixture
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield Page(tmp_path)
+    for name in MODULES:
+        opened = vars(sys.modules.pop(name, object))
+        if "outbox" in opened:
+            opened["outbox"].detach()
+            opened["engine"].dispose()
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """FastStream runs on asyncio alone."""
+    return "asyncio"
+
+
+def memory(kind: str, broker: Any) -> Any:
+    """FastStream's test broker."""
+    name = {"nats": "Nats", "rabbit": "Rabbit", "redis": "Redis", "kafka": "Kafka"}[kind]
+    try:
+        module = importlib.import_module(f"faststream.{kind}")
+    except ImportError as missing:
+        pytest.skip(str(missing))
+    return getattr(module, f"Test{name}Broker")(broker)
+
+
+async def send(kind: str, billing: Any, wired: Wired) -> None:
+    """Publish as a sender of the page does."""
+    headers = wired.headers("ce_" if kind == "kafka" else "ce-")
+    places: Mapping[str, dict[str, Any]] = {
+        "nats": {"subject": "orders.placed", "stream": "orders"},
+        "rabbit": {"queue": "billing", "exchange": getattr(billing, "orders", None)},
+        "redis": {"stream": "orders"},
+        "kafka": {"topic": "orders"},
+    }
+    await billing.broker.publish(wired.body, headers=headers, **places[kind])
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("durable", [False, True], ids=["in memory", "durable"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_orders_sends_and_billing_writes_an_invoice(
+    page: Page, capsys: pytest.CaptureFixture[str], kind: str, durable: bool
+) -> None:
+    if kind == "kafka":
+        pytest.importorskip("aiokafka")
+    page.write(kind, durable=durable)
+    orders, billing = page.load("orders"), page.load("billing")
+
+    async with memory(kind, orders.broker):
+        transport = httpx.ASGITransport(orders.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://orders") as client:
+            answer = await client.post("/orders/7")
+        assert answer.json() == "order 7 is placed"
+        orders.placed.mock.assert_called_once()
+
+    order = orders.OrderPlaced(7, "ada", Decimal("9.90"))
+    async with memory(kind, billing.broker):
+        await send(kind, billing, encode(order, source="/orders"))
+        await send(kind, billing, encode(order, source="/orders"))
+
+    invoices = capsys.readouterr().out.count("invoice for order 7: 9.90")
+    assert invoices == (1 if durable else 2)  # the second message is the first one again
+    assert billing.bus.stats.failed == orders.bus.stats.failed == 0
+
+
+def test_the_tests_of_the_page_test_the_pages_program(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Page(pytester.path).write()
+    tests = {name: block for name, block in blocks().items() if name.startswith("test_")}
+    assert len(tests) == 2
+    for name, block in tests.items():
+        (pytester.path / name).write_text(block)
+
+    run_project(pytester, monkeypatch, passed=2)
+
+
+@pytest.mark.anyio
+async def test_a_handler_of_the_page_says_never_and_later(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page.write()
+    path = page.folder / "billing.py"
+    path.write_text(path.read_text() + blocks()["billing.py, another handler"])
+    billing = page.load("billing")
+    answers = iter([503, 500, 200])
+    transport = httpx.MockTransport(lambda _: httpx.Response(next(answers)))
+    client = httpx.AsyncClient
+    monkeypatch.setattr(
+        httpx, "AsyncClient", lambda base_url: client(transport=transport, base_url=base_url)
+    )
+
+    with pytest.raises(RejectMessage):
+        await billing.charge(billing.OrderPlaced(1, "ada", Decimal(-1)))
+    order = billing.OrderPlaced(1, "ada", Decimal(1))
+    with pytest.raises(NackMessage):
+        await billing.charge(order)
+    with pytest.raises(httpx.HTTPStatusError):
+        await billing.charge(order)
+    await billing.charge(order)
+
+
+@pytest.mark.anyio
+async def test_the_page_describes_its_events_in_asyncapi(page: Page) -> None:
+    page.write()
+    orders = page.folder / "orders.py"
+    text = orders.read_text()
+    with_schema = put(text, r"stream=orders\)$", "stream=orders, schema=OrderPlaced)")
+    orders.write_text(with_schema)
+    path = page.folder / "billing.py"
+    path.write_text(path.read_text() + blocks()["billing.py, its AsyncAPI"])
+
+    described = await page.load("billing").asyncapi()
+    assert "customer" in described["components"]["schemas"]["OrderPlaced"]["properties"]
+
+    sent = importlib.import_module("faststream.specification").AsyncAPI(page.load("orders").broker)
+    assert '"customer"' in sent.to_specification().to_json()
+    assert "schema=OrderPlaced" in SERVICES.read_text()
+
+
+@pytest.mark.anyio
+async def test_others_read_and_write_the_format_of_the_page_for_redis(page: Page) -> None:
+    import json
+
+    from faststream.redis.parser import BinaryMessageFormatV1
+
+    page.write()
+    (page.folder / "readable.py").write_text(blocks()["readable.py"])
+    readable = page.load("readable").Readable
+    event = page.load("shop_events").OrderPlaced(7, "ada", Decimal("9.90"))
+    wired = encode(event, source="/orders")
+    given: dict[str, Any] = {"message": wired.body, "reply_to": "", "correlation_id": "c"}
+
+    entry = json.loads(await readable.encode(**given, headers=wired.headers()))
+    assert entry["headers"]["ce-type"] == "shop.order.placed.v1"
+    assert json.loads(entry["data"])["total"] == "9.90"
+
+    binary = await BinaryMessageFormatV1.encode(**given, headers=wired.headers())
+    for raw in (json.dumps(entry).encode(), binary):
+        body, headers = readable.parse(raw)
+        assert decode(headers, body, type(event)).event == event
+
+
+def test_the_headers_that_the_page_shows_are_those_that_are_sent(page: Page) -> None:
+    page.write()
+    event = page.load("shop_events").OrderPlaced(7, "ada", Decimal("9.90"))
+    (shown,) = re.findall(r"^```\n(ce-.*?)\n\n(.*?)\n```", SERVICES.read_text(), re.M | re.S)
+    headers = dict(line.split(": ", 1) for line in shown[0].splitlines())
+    wired = encode(event, source="/orders")
+
+    assert headers.keys() == wired.headers().keys()
+    received = decode(headers, shown[1].encode(), type(event)).event
+    assert str(received.event_id) == headers["ce-id"]  # type: ignore[attr-defined]
+    assert received == type(event)(7, "ada", Decimal("9.90"))
+
+
+def texts_of(*folders: str) -> str:
+    """All that the package may say, with a gap where a value stands."""
+
+    def literals(node: ast.AST) -> Iterator[str]:
+        for each in ast.walk(node):
+            if isinstance(each, ast.JoinedStr):
+                parts = [
+                    part.value if isinstance(part, ast.Constant) else "{}" for part in each.values
+                ]
+                yield "".join(str(part) for part in parts)
+            elif isinstance(each, ast.Constant) and isinstance(each.value, str):
+                yield each.value
+
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    return "\n".join(text for path in sources for text in literals(ast.parse(path.read_text())))
+
+
+def test_the_errors_and_log_lines_that_the_page_has_are_those_of_the_package() -> None:
+    said = texts_of("eventkit/faststream", "eventkit/wire")
+    page = SERVICES.read_text()
+    errors = page[page.index("## What is wrong at wiring") : page.index("## Limits")]
+    told = re.findall(r"^\| [^|]+ \| `([^`]+)` \|$", errors, re.M)
+    told += re.findall(r"^\| (?:WARNING|ERROR) \| `([^`]+)` \|", page, re.M)
+    reasons = re.findall(r"^\| `([a-z]+)` \| ", page[: page.index("To **replay**")], re.M)
+
+    assert len(told) > 20
+    for each in told:
+        assert each in said, each
+    assert {*reasons} >= {"failed", "rejected", "crashed", "unknown", "undecodable", "foreign"}
+    for each in reasons:
+        assert re.search(rf"^{each}$", said, re.M), each
+
+
+def test_every_part_of_the_page_is_run_by_a_test() -> None:
+    tests = Path(__file__).read_text() + (ROOT / "tests/brokers/test_docs.py").read_text()
+    by_their_first_words = ("with ", "the lifespan with ", "instead of ")
+    for title in blocks():
+        file, _, part = title.partition(", ")
+        if not file.startswith("test_") and not part.startswith(by_their_first_words):
+            assert title in tests, title
