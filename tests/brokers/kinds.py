@@ -49,6 +49,12 @@ class Reader:
         self._queue.put_nowait(message)
 
 
+def import_clients() -> None:
+    """Import all of FastStream's, once, before children are forked that use one."""
+    for name in ("kafka", "nats", "rabbit", "redis"):
+        import_module(f"faststream.{name}")
+
+
 def untyped(name: str) -> Any:
     """A module of a client whose functions have no types, or not all of them."""
     return import_module(name)

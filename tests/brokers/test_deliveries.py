@@ -9,7 +9,7 @@ from faststream.exceptions import NackMessage, RejectMessage
 
 from eventkit.wire import Received
 from tests.brokers.conftest import on_each
-from tests.brokers.happenings import Invoiced, Placed
+from tests.brokers.happenings import Invoiced, Placed, customer_of
 from tests.brokers.kinds import Message
 from tests.brokers.places import Place
 from tests.brokers.seen import Seen
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.anyio
 async def test_fifty_events_arrive_once_in_order_and_equal_to_what_was_sent(place: Place) -> None:
     events = [Placed(each, total=Decimal(each) / 3) for each in range(50)]
     orders, billing = Service(place, "orders"), Service(place, "billing")
-    orders.forward(Placed, key=lambda event: event.customer)
+    orders.forward(Placed, key=customer_of)
     billing.consume(Placed)
     seen = Seen[Placed]()
     billing.bus.on(Placed)(seen.add)
