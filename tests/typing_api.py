@@ -6,7 +6,7 @@ is unused, which is an error.
 # One ignore serves both: mypy finds unused ones in strict mode, pyright where it is told to.
 # pyright: reportUnnecessaryTypeIgnoreComment=true
 
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -402,6 +402,7 @@ def job() -> None:
     bus.context(True)  # type: ignore[call-arg]
     delivery = current_delivery()
     assert_type(delivery.event, object)
+    assert_type(delivery.received, Mapping[str, str] | None)
     delivery.attempt = 2  # type: ignore[misc]
 
 
