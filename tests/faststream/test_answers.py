@@ -240,8 +240,9 @@ async def test_all_that_failed_is_told_in_one_line(service: Service) -> None:
     ids=["long", "odd", "long and odd", "empty"],
 )
 async def test_an_error_is_written_so_that_each_broker_takes_it(
-    service: Service, text: str, header: str
+    service: Service, text: str, header: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.CRITICAL + 1, "eventkit")  # xdist cannot send such lines
     service.consume(OrderPlaced)
     Fails(service, RuntimeError(text))
     async with service.running():
