@@ -47,15 +47,17 @@ class Bridge:
         bridge = Bridge(bus, source="/orders")
         bridge.forward(OrderPlaced, broker.publisher("orders.placed", stream=orders))
         bridge.consume(
-            broker.subscriber("bills.paid", stream=bills, durable="orders", queue="orders"),
+            broker.subscriber("bills.paid", stream=bills, durable="orders", pull_sub=True),
             BillPaid,
             dead_letter=broker.publisher("dead.orders", stream=dead),
         )
 
-    Publishers and subscribers are FastStream's own, with all of its options; the application starts
-    and stops the broker. NATS JetStream, RabbitMQ, Kafka (aiokafka) and streams of Redis. On
-    asyncio alone. Holds nothing that is bound to an event loop. What is wired wrongly is refused
-    here, and not by the first message.
+    Publishers and subscribers are FastStream's own, with all of its options: those of NATS
+    JetStream, RabbitMQ, Redis streams, and Kafka by aiokafka. The application starts and stops the
+    broker in its lifespan. asyncio only, as FastStream.
+
+    Wire at import, as you subscribe handlers: what would lose messages is refused there, and not by
+    the first message. A bridge holds nothing that is bound to an event loop.
 
     Args:
         bus: Whose events they are.
@@ -89,16 +91,22 @@ class Bridge:
     ) -> Subscription:
         """Send the events of a class to a broker.
 
-        An ordinary handler: it fails alone, is counted and explained as others are, and has
-        succeeded when the broker has confirmed the message. Without an outbox an event is sent at
-        most once; with `durable=` until the broker has it, after a crash, too.
+            bridge.forward(OrderPlaced, broker.publisher("orders.placed", stream=orders))
+
+        This is a handler like any other: it fails alone, and is logged, counted and explained as
+        others are. It has succeeded when the broker has confirmed the message.
+
+        An event is sent at most once. With `durable=` it is sent at least once: again and again
+        until the broker has confirmed it, also after a crash. Events of up to `concurrency`
+        requests are sent at the same time, so the order of requests is not kept. `key` and
+        `durable=` together keep it per key.
 
         Args:
             event_type: Named with `named`. Events of subclasses fail: they have names of their own.
             publisher: Of a started broker, by the time of the first event.
-            key: Called with the event; says what belongs together. Kafka keeps the order per key.
-                With `durable=` it is the key of `Durable`, too: one at a time, in the order of
-                their commits.
+            key: Called with the event; returns the same for events that belong together. It is the
+                key of Kafka's record. With `durable=` it is also the key of `Durable`: events with
+                an equal key are sent one at a time, in the order of their commits.
             name: Of the handler, in logs and stored rows. By default `forward:` and the event's.
             timeout: Seconds until the broker has to have confirmed.
             durable: As for `EventBus.subscribe`.
@@ -144,27 +152,33 @@ class Bridge:
     ) -> None:
         """Give the bus what a subscriber receives; it is acknowledged when the handlers have ended.
 
-        At least once: all handlers of an event run again where one has failed, and after a crash.
-        `current_delivery().event_id` is the message's id, and `.received` has its headers.
-        A handler that raises FastStream's `RejectMessage` has the message become a dead letter at
-        once; `NackMessage` hands it back, to come again.
+            bridge.consume(subscriber, OrderPlaced, dead_letter=broker.publisher("dead.billing"))
 
-        With `durable=True` the bus's outbox keeps it: what was received before is dropped, each
-        durable handler is tried again alone, and the message is acknowledged after that commit.
+        Handlers run at least once: all of them again if one fails, and after a crash. After five
+        attempts, or `within` seconds, the message becomes a dead letter. A handler may raise two
+        exceptions of FastStream's: `RejectMessage` for a dead letter at once, and `NackMessage` to
+        hand the message back, so that it comes again. In a handler
+        `current_delivery().event_id` is the message's id, and `.received` has its headers.
+
+        With `durable=True` the bus's outbox keeps the event, and the message is acknowledged after
+        that commit. A message that comes again is dropped. Each durable handler is tried again
+        alone, as its `Durable` says; the others run at most once.
 
         Args:
-            subscriber: Or a list of them that belong together, as those of Redis do.
-            event_types: What is consumed, each named with `named`.
+            subscriber: One without a handler. Or a list of those that belong together: with Redis
+                one that reads, and one with `min_idle_time`, which takes over from dead processes.
+            event_types: All that may come to the subscriber, each named with `named`.
             dead_letter: A publisher for what cannot be handled. It has the message as it came, and
                 the headers `eventkit-reason`, `eventkit-error` and `eventkit-consumer`.
             others: Whether messages of other types become dead letters, or are acknowledged and
                 forgotten.
-            within: Seconds for all attempts together, 25 by default. Less than the broker waits
-                before it gives the message to another process.
-            retry: How often and when handlers run again, after the second attempt, which follows
-                the first at once. By default five attempts in all, with stamina's pauses.
-            max_deliveries: How often the broker may give out a message before it is dead, 10 by
-                default. Kafka does not count.
+            within: Seconds for all attempts together, 25 by default. Has to be less than the broker
+                waits before it gives the message to another process.
+            retry: The attempts after the first one: how many, and with which pauses. The first of
+                them follows at once. By default four, with stamina's pauses.
+            max_deliveries: How often the broker may give out a message, 10 by default; then it is a
+                dead letter. Crashes and `NackMessage` count alike. Kafka and the classic queues of
+                RabbitMQ do not count.
             durable: Whether the outbox keeps what comes. Its own retries and dead letters hold
                 then, so `within`, `retry`, `max_deliveries` and `deliver` are refused.
             deliver: Called with what was read, instead of `bus.dispatch(received.event)`: for an

@@ -188,9 +188,9 @@ async def test_the_inbox_of_the_page_in_redis_runs_again_what_has_not_ended(
     path = page.folder / "billing.py"
     path.write_text(put(path.read_text(), r"^bridge\.consume\([^\n]*\)$", inbox))
     billing: Any = page.load("billing")
-    order = billing.OrderPlaced(7, "ada", Decimal("9.90"))
+    order: object = billing.OrderPlaced(7, "ada", Decimal("9.90"))
     wired = encode(order, source="/orders")
-    received = decode(wired.headers(), wired.body, type(order))
+    received = decode(wired.headers(), wired.body, billing.OrderPlaced)
     key = f"billing {received.unique_id}"
     runs: list[object] = []
     failing = True
