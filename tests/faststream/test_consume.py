@@ -145,6 +145,31 @@ async def test_what_they_publish_is_forwarded_with_the_messages_correlation_and_
     assert logged == ["c-7", "c-8"]
 
 
+async def test_messages_that_are_handled_at_once_keep_theirs_apart(service: Service) -> None:
+    service.consume(OrderPlaced)
+    service.bridge.forward(BillSent, service.publisher("bills"))
+
+    @service.bus.on(OrderPlaced)
+    async def bill(event: OrderPlaced) -> None:
+        for _ in range(event.order_id % 3):
+            await anyio.lowlevel.checkpoint()
+        service.bus.publish(BillSent(event.order_id))
+
+    async def send(number: int) -> None:
+        trace = {"traceparent": f"t{number}"}
+        await service.send(OrderPlaced(number), headers=trace, correlation_id=f"c{number}")
+
+    async with service.running(), anyio.create_task_group() as tasks:
+        for number in range(10):
+            tasks.start_soon(send, number)
+
+    bills = [sent for sent in service.watch.sent if sent.place == "bills"]
+    told = {(s.body, s.options["correlation_id"], s.headers["traceparent"]) for s in bills}
+    assert told == {
+        (f'{{"order_id":{number}}}'.encode(), f"c{number}", f"t{number}") for number in range(10)
+    }
+
+
 async def test_an_event_without_handlers_is_acknowledged(service: Service) -> None:
     service.consume(OrderPlaced)
     with EventCapture(service.bus) as capture:
