@@ -44,8 +44,11 @@ _TRACE = ("traceparent", "tracestate")
 # Headers of a dead letter, beside those of the message.
 _REASON, _ERROR = "eventkit-reason", "eventkit-error"
 _BY, _ROUND = "eventkit-consumer", "eventkit-round"
-# What a broker or FastStream makes anew for each message.
-_OF_ONE_MESSAGE = ("nats-", "x-", "reply_to", "message_id", "correlation_id")
+# What a broker or FastStream makes anew for each message; other names with "x-" are the user's.
+_OF_ONE_MESSAGE = (
+    *("nats-", "reply_to", "message_id", "correlation_id"),
+    *("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count"),
+)
 
 
 class Problem(NamedTuple):
@@ -239,7 +242,11 @@ def headers_of(message: Any) -> dict[str, str]:
 def _line(text: str) -> str:
     """One line that every broker takes: not all of them take, or give back, what is not ASCII."""
     line = " ".join(text[:_LONGEST].split())
-    return line.encode("unicode_escape").decode()[:_LONGEST]
+    return "".join(each if " " <= each <= "~" else _escaped(each) for each in line)[:_LONGEST]
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def _text(value: object) -> str:

@@ -265,7 +265,7 @@ class Relay:
         reap = partial(holdings.store.reap, owner=lease.owner, lapsed=lapsed)
         rows = await holdings.database.run(reap)
         log(
-            logging.WARNING if rows else logging.INFO,
+            logging.WARNING if rows else logging.DEBUG,  # again and again, while its row is held
             "a process has ended without a farewell, and its deliveries are run by others",
             bus=self._state.name,
             processes=", ".join(sorted(lapsed)),

@@ -190,17 +190,17 @@ def _read(
     attributes: Mapping[str, str], payload: bytes, types: tuple[type, ...]
 ) -> tuple[object, tuple[str, str] | None]:
     """Give the event, or say in a word and in a sentence what is wrong with the message."""
-    missing = [name for name in _REQUIRED if not attributes.get(name)]
-    if missing:
+    if missing := [name for name in _REQUIRED if not attributes.get(name)]:
         return None, ("foreign", f"no CloudEvent: it lacks the attributes {', '.join(missing)}")
     name = attributes["type"]
-    event_type = next(
-        (each for each in types if name == wire_name(each) or name in names_of(each)), None
-    )
-    if event_type is None:
+    for event_type in types:
+        codec: Codec[Any] = codec_for(event_type)
+        if name == codec.name or name in names_of(event_type):
+            break
+    else:
         known = ", ".join(repr(wire_name(each)) for each in types) or "nothing"
         return None, ("unknown", f"nobody here consumes {name!r}, only {known}")
-    event, problem = _decoded(codec_for(event_type), attributes, payload)
+    event, problem = _decoded(codec, attributes, payload)
     return event, None if problem is None else ("undecodable", problem)
 
 
@@ -213,8 +213,13 @@ def _opened(headers: Mapping[str, str], body: bytes) -> tuple[dict[str, str], by
             return _structured(body)
         if lower.startswith(_PREFIXES) and (found := _ATTRIBUTE.fullmatch(lower)) is not None:
             escaped = "%" in value and lower.startswith(_ESCAPING)
-            attributes[found[1]] = unquote(value) if escaped else value
+            attributes[found[1]] = _whole(unquote(value) if escaped else value)
     return attributes, body
+
+
+def _whole(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON may have, and which cannot be written."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def _media_type(content_type: str) -> str:
@@ -230,7 +235,7 @@ def _structured(body: bytes) -> tuple[dict[str, str], bytes]:
         return {}, b""
     parts = cast("dict[str, object]", envelope)
     data, encoded = parts.pop("data", None), parts.pop("data_base64", None)
-    attributes = {name: str(value) for name, value in parts.items() if value is not None}
+    attributes = {name: _whole(str(value)) for name, value in parts.items() if value is not None}
     if not isinstance(encoded, str):
         return attributes, json.dumps(data).encode()
     try:

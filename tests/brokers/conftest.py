@@ -11,7 +11,7 @@ pytest.importorskip("faststream")
 
 from tests.brokers.kinds import KINDS
 from tests.brokers.places import Place, place_on
-from tests.brokers.servers import Server, own
+from tests.brokers.servers import SERVERS, Server, own
 from tests.crash.cluster import Missing
 from tests.crash.nursery import Nursery
 
@@ -94,7 +94,12 @@ def own_servers() -> Iterator[OwnServers]:
 @pytest.fixture(scope="session")
 def broker_url(service_url: ServiceUrl, own_servers: OwnServers) -> ServiceUrl:
     """Give the URL of the broker that all share; of Kafka there is only an own one."""
-    return lambda name: own_servers.get(name).url if name == "kafka" else service_url(name)
+
+    def find(name: str) -> str:
+        name = name.removesuffix("-pull")
+        return own_servers.get(name).url if name == "kafka" else service_url(name)
+
+    return find
 
 
 def on_each(fact: str) -> pytest.MarkDecorator:
@@ -114,9 +119,19 @@ def place(
         yield made
 
 
-@pytest.fixture(
-    params=[pytest.param(each, marks=pytest.mark.xdist_group(f"own {each}")) for each in KINDS]
+def param_of_own(name: str) -> object:
+    """Have all tests that kill this broker on one worker, which starts one for them."""
+    return pytest.param(name, marks=pytest.mark.xdist_group(f"own {name}"))
+
+
+closing = pytest.mark.parametrize(
+    "own_place",
+    [param_of_own(name) for name, kind in SERVERS.items() if kind.closes_connections],
+    indirect=True,
 )
+
+
+@pytest.fixture(params=[param_of_own(name) for name in SERVERS])
 def own_place(
     request: pytest.FixtureRequest, own_servers: OwnServers, nursery: Callable[[], Nursery]
 ) -> Iterator[Place]:

@@ -30,3 +30,7 @@ class Invoiced(DomainEvent):
     """What a handler of an order publishes."""
 
     number: int
+
+
+def customer_of(event: Placed) -> str:
+    return event.customer

@@ -7,7 +7,7 @@ exchange in RabbitMQ, a stream in Redis, a topic in Kafka. A queue is what one g
 import asyncio
 import json
 import os
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -49,6 +49,12 @@ class Reader:
         self._queue.put_nowait(message)
 
 
+def import_clients() -> None:
+    """Import all of FastStream's, once, before children are forked that use one."""
+    for name in ("kafka", "nats", "rabbit", "redis"):
+        import_module(f"faststream.{name}")
+
+
 def untyped(name: str) -> Any:
     """A module of a client whose functions have no types, or not all of them."""
     return import_module(name)
@@ -62,6 +68,12 @@ class Kind(Protocol):
     """How the names of a CloudEvent's attributes begin in a message's headers."""
     counts_deliveries: bool
     """Whether a message tells how often it was handed out."""
+    has_one_address: bool
+    """Whether clients know of no other address than the one that they were given."""
+    asks_one_by_one: bool
+    """Whether a client has no more messages than it handles, all of whose time runs."""
+    can_refuse: bool
+    """Whether a place can be taken away, and does not come back by itself."""
 
     def broker(self, url: str, *, returns_after: float = RETURNS_AFTER) -> Any:
         """Make FastStream's broker, as its users would."""
@@ -85,6 +97,10 @@ class Kind(Protocol):
 
     async def remove(self, url: str, channel: str, *groups: str) -> None: ...
 
+    async def take_away(self, url: str, channel: str) -> None:
+        """Have nothing accepted where dead letters go, until that is prepared again."""
+        ...
+
     async def send(self, url: str, channel: str, *messages: Message) -> None:
         """Send by a plain client."""
         ...
@@ -104,6 +120,9 @@ class Nats:
     name = "nats"
     prefix = "ce-"
     counts_deliveries = True
+    has_one_address = True
+    asks_one_by_one = False
+    can_refuse = True
 
     def broker(self, url: str, *, returns_after: float = RETURNS_AFTER) -> Any:
         from faststream.nats import NatsBroker
@@ -148,6 +167,9 @@ class Nats:
             except NotFoundError:
                 pass
 
+    async def take_away(self, url: str, channel: str) -> None:
+        await self.remove(url, channel)
+
     async def send(self, url: str, channel: str, *messages: Message) -> None:
         async with self._client(url) as stream:
             for each in messages:
@@ -182,10 +204,35 @@ class Nats:
             await client.close()
 
 
+class NatsPull(Nats):
+    """As FastStream would rather have it: one message at a time is asked for."""
+
+    name = "nats-pull"
+    asks_one_by_one = True
+
+    def subscriber(
+        self, broker: Any, channel: str, group: str, *, returns_after: float = RETURNS_AFTER
+    ) -> Any:
+        from faststream.nats import PullSub
+        from nats.js.api import ConsumerConfig, DeliverPolicy
+
+        return broker.subscriber(
+            f"{channel}.it",
+            stream=self._stream(channel),
+            durable=group,
+            pull_sub=PullSub(),
+            deliver_policy=DeliverPolicy.ALL,
+            config=ConsumerConfig(ack_wait=returns_after),
+        )
+
+
 class Rabbit:
     name = "rabbitmq"
     prefix = "ce-"
     counts_deliveries = True
+    has_one_address = True
+    asks_one_by_one = True  # or as good as: a message that waits has no time limit
+    can_refuse = True
 
     def broker(self, url: str, *, returns_after: float = RETURNS_AFTER) -> Any:
         from faststream.rabbit import Channel, RabbitBroker
@@ -232,6 +279,9 @@ class Rabbit:
                 await client.exchange_delete(channel)
             else:
                 await client.queue_delete(channel)
+
+    async def take_away(self, url: str, channel: str) -> None:
+        await self.remove(url, channel)
 
     async def send(self, url: str, channel: str, *messages: Message) -> None:
         from aio_pika import Message as Sent
@@ -281,6 +331,9 @@ class Redis:
     name = "redis"
     prefix = "ce-"
     counts_deliveries = True
+    has_one_address = True
+    asks_one_by_one = False
+    can_refuse = True
 
     def broker(self, url: str, *, returns_after: float = RETURNS_AFTER) -> Any:
         from faststream.redis import RedisBroker
@@ -309,12 +362,19 @@ class Redis:
 
     async def prepare(self, url: str, channel: str, *groups: str) -> None:
         async with self._client(url) as client:
+            if not groups:
+                await client.delete(channel)
             for group in groups:
                 await client.xgroup_create(channel, group, id="0", mkstream=True)
 
     async def remove(self, url: str, channel: str, *groups: str) -> None:
         async with self._client(url) as client:
             await client.delete(channel)
+
+    async def take_away(self, url: str, channel: str) -> None:
+        async with self._client(url) as client:
+            await client.delete(channel)
+            await client.set(channel, "no stream")
 
     async def send(self, url: str, channel: str, *messages: Message) -> None:
         async with self._client(url) as client:
@@ -371,6 +431,9 @@ class Kafka:
     name = "kafka"
     prefix = "ce_"
     counts_deliveries = False
+    has_one_address = False
+    asks_one_by_one = True  # or as good as: a message that waits has no time limit
+    can_refuse = False
 
     def broker(self, url: str, *, returns_after: float = RETURNS_AFTER) -> Any:
         from faststream.kafka import KafkaBroker
@@ -400,16 +463,25 @@ class Kafka:
         return self.publisher(broker, channel)
 
     async def prepare(self, url: str, channel: str, *groups: str) -> None:
-        admin = untyped("aiokafka.admin")
-        client = admin.AIOKafkaAdminClient(bootstrap_servers=url)
+        async with self._admin(url) as client:
+            topic = untyped("aiokafka.admin").NewTopic(channel, 1, 1)
+            await client.create_topics([topic])
+
+    @asynccontextmanager
+    async def _admin(self, url: str) -> AsyncGenerator[Any]:
+        client = untyped("aiokafka.admin").AIOKafkaAdminClient(bootstrap_servers=url)
         await client.start()
         try:
-            await client.create_topics([admin.NewTopic(channel, 1, 1)])
+            yield client
         finally:
             await client.close()
 
     async def remove(self, url: str, channel: str, *groups: str) -> None:
         """It ends with the tests."""
+
+    async def take_away(self, url: str, channel: str) -> None:
+        async with self._admin(url) as client:
+            await client.delete_topics([channel])
 
     async def send(self, url: str, channel: str, *messages: Message) -> None:
         async with untyped("aiokafka").AIOKafkaProducer(bootstrap_servers=url) as client:
@@ -449,5 +521,6 @@ class Kafka:
             return end - (done or 0)
 
 
-KINDS: Mapping[str, Kind] = {each.name: each for each in (Nats(), Rabbit(), Redis(), Kafka())}
-ALL: Sequence[str] = [*KINDS]
+KINDS: Mapping[str, Kind] = {
+    each.name: each for each in (Nats(), NatsPull(), Rabbit(), Redis(), Kafka())
+}

@@ -39,6 +39,9 @@ class Server:
     answer: ClassVar[bytes] = b""
     """How that answer begins; empty where it is enough that it listens."""
 
+    keeps: ClassVar[bool] = True
+    """Whether it has its data after it was killed."""
+
     closes_connections: ClassVar[bool] = False
     """Whether its administrator can close the connections of all clients."""
 
@@ -236,6 +239,7 @@ class KafkaServer(Server):
     """Tansu, which speaks Kafka's protocol and keeps all in memory. It is not Apache Kafka."""
 
     program = "tansu"
+    keeps = False
 
     @classmethod
     def find(cls) -> str:

@@ -213,7 +213,7 @@ async def test_the_inbox_of_the_page_in_redis_runs_again_what_has_not_ended(
     billing: Any = page.load("billing")
     order: object = billing.OrderPlaced(7, "ada", Decimal("9.90"))
     wired = encode(order, source="/orders")
-    received = decode(wired.headers(), wired.body, type(order))
+    received = decode(wired.headers(), wired.body, billing.OrderPlaced)
     key = f"billing {received.unique_id}"
     runs: list[object] = []
     failing = True

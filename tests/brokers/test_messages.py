@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from decimal import Decimal
+from typing import Any
 from uuid import uuid4
 
 import aio_pika
@@ -13,7 +14,7 @@ from cloudevents.core.bindings import http, kafka, rabbitmq
 from faststream.rabbit import RabbitExchange
 
 from eventkit import current_delivery
-from tests.brokers.happenings import Placed
+from tests.brokers.happenings import Placed, customer_of
 from tests.brokers.kinds import Message
 from tests.brokers.places import Place
 from tests.brokers.seen import Seen
@@ -110,7 +111,7 @@ async def test_what_a_foreign_producer_sends_is_handled(place: Place) -> None:
 
 async def test_what_we_send_is_read_by_the_sdk_of_cloudevents(place: Place) -> None:
     orders = Service(place, "orders")
-    orders.forward(Placed, key=lambda event: event.customer)
+    orders.forward(Placed, key=customer_of)
     event = Placed(7)
     async with orders, place.kind.read(place.url, place.orders, "stock") as reader:
         await orders.bus.dispatch(event)
@@ -156,7 +157,8 @@ async def test_headers_that_are_no_text_do_not_keep_a_message_of_kafka_from_its_
     async def handle(event: Placed) -> None:
         await seen.add(event.number)
 
-    async with billing, AIOKafkaProducer(bootstrap_servers=place.url) as client:
+    producer: Any = AIOKafkaProducer(bootstrap_servers=place.url)  # it has no types
+    async with billing, producer as client:
         for number, odd in enumerate([b"\xff\xfe", None]):
             sent = message(place, {**GOOD, "number": number})
             headers: list[tuple[str, bytes | None]] = [

@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import stamina
 import uvicorn
@@ -23,8 +24,10 @@ from eventkit import EventBus, current_delivery
 from eventkit.faststream import Bridge
 from eventkit.starlette import EventContextMiddleware
 from tests.brokers.happenings import Placed
-from tests.brokers.kinds import KINDS
+from tests.brokers.kinds import KINDS, import_clients
 from tests.crash.worker import Lines, conservation, say
+
+import_clients()
 
 
 class Service:
@@ -78,7 +81,7 @@ class Service:
                 raise RuntimeError("poison")
             case "fails here" if not self.healthy:
                 raise RuntimeError("fails here")
-            case "hangs":
+            case "hangs" if not self.healthy:
                 say("waits", **facts)
                 await self.go.wait()
             case "kills":
@@ -99,15 +102,12 @@ class Service:
         say("stopped", **conservation(self.bus))
 
     async def obey(self) -> None:
-        lines = asyncio.StreamReader()
-        await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(lines), sys.stdin
-        )
-        while line := await lines.readline():
-            command = json.loads(line)
+        async for command in commands():
             match command.pop("do"):
                 case "go":
                     self.go.set()
+                case "heal":
+                    self.healthy = True
                 case "stats":
                     say("stats", **conservation(self.bus))
                 case "publish":
@@ -126,6 +126,16 @@ class Service:
                 say("published", number=each, taken=False, error=repr(error)[:300])
             else:
                 say("published", number=each, taken=True)
+
+
+async def commands() -> AsyncGenerator[dict[str, Any]]:
+    """Lines of JSON from the standard input."""
+    lines = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(lines), sys.stdin
+    )
+    while line := await lines.readline():
+        yield json.loads(line)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

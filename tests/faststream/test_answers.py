@@ -13,7 +13,14 @@ from eventkit.exceptions import HandlerTimeoutError
 from eventkit.faststream._engines import Engine
 from eventkit.wire import Received, encode
 from tests.faststream.conftest import Clock
-from tests.faststream.services import BillPaid, Kind, OrderPlaced, Sent, Service
+from tests.faststream.services import (
+    NEEDS_AIOKAFKA,
+    BillPaid,
+    Kind,
+    OrderPlaced,
+    Sent,
+    Service,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -24,7 +31,7 @@ class Fails:
     """A handler that raises what it is given, one after the other; the last one again and again."""
 
     def __init__(self, service: Service, *errors: BaseException | None) -> None:
-        self.errors = [*errors]
+        self.errors: list[BaseException | None] = [*errors]
         self.attempts = 0
         service.bus.on(OrderPlaced)(self.handle)
 
@@ -440,7 +447,9 @@ async def test_a_dead_letter_is_the_message_as_it_came_and_says_why(
         given = {"message_id": "m-7", "content_type": headers.pop("content-type")}
     async with service.running():
         await service.send(
-            headers=headers | {"tenant": "t1", "Nats-Msg-Id": "7", "traceparent": "00-1"},
+            headers=headers
+            | {"tenant": "t1", "X-Tenant": "t2", "traceparent": "00-1"}
+            | {"Nats-Msg-Id": "7", "x-death": "1", "x-first-death-queue": "q"},
             body=wired.body,
             correlation_id="c-7",
             **given,
@@ -452,6 +461,7 @@ async def test_a_dead_letter_is_the_message_as_it_came_and_says_why(
     assert sent.body == wired.body
     assert without_content_type(sent.headers) == without_content_type(headers) | {
         "tenant": "t1",
+        "X-Tenant": "t2",
         "traceparent": "00-1",
         "eventkit-reason": "failed",
         "eventkit-error": "RuntimeError: poison",
@@ -536,6 +546,7 @@ async def test_a_dead_letter_of_another_consumer_begins_anew(headers: dict[str, 
     assert (sent.headers["eventkit-consumer"], sent.headers["eventkit-round"]) == ("orders", "1")
 
 
+@NEEDS_AIOKAFKA
 async def test_dead_letters_may_go_to_another_broker() -> None:
     service, other = Service("kafka"), Service("rabbit")
     service.consume(OrderPlaced, dead_letter=other.publisher("dead"))

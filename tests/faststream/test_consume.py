@@ -1,7 +1,7 @@
 """Events that come from other services: who handles them, and what handlers see of the message."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -13,6 +13,7 @@ import pydantic
 import pytest
 from fast_depends.msgspec import MsgSpecSerializer
 from fastapi import Depends, FastAPI, Request
+from faststream.exceptions import NackMessage
 from faststream.nats import NatsBroker, NatsRouter
 from faststream.specification import AsyncAPI
 from structlog.contextvars import get_contextvars
@@ -209,7 +210,7 @@ async def test_headers_that_are_no_texts_are_read_as_texts() -> None:
 async def test_records_of_kafka_with_null_headers_or_no_utf_8_are_handled(
     *, own_parser: bool
 ) -> None:
-    from faststream.kafka.testing import build_message
+    from faststream.kafka import testing
 
     parsed: list[Any] = []
 
@@ -221,7 +222,8 @@ async def test_records_of_kafka_with_null_headers_or_no_utf_8_are_handled(
     service.consume(OrderPlaced)
     seen = noting(service.bus, OrderPlaced)
     wired = encode(OrderPlaced(7), source="/orders")
-    record: Any = await build_message(
+    kafka: Any = testing  # whose records are generic, and not said to be of what
+    record = await kafka.build_message(
         wired.body, "orders", headers=wired.headers("ce_"), serializer=None
     )
     record.headers = [*record.headers, ("null", None), ("raw", b"\xff1")]
@@ -452,6 +454,38 @@ async def test_it_hands_it_back_although_its_scope_is_cancelled(
 
     assert scope.cancelled_caught
     assert answered == ["nack"]
+
+
+async def test_so_does_one_that_is_cancelled_in_a_pause(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.consume(OrderPlaced)
+    monkeypatch.setattr("eventkit.faststream._consumer.sleep", cancelled_pause := Pause())
+
+    @service.bus.on(OrderPlaced)
+    async def later(event: OrderPlaced) -> None:
+        raise NackMessage
+
+    async with service.running():
+        await cancelled_pause.end(service.send(OrderPlaced(7)))
+
+    assert service.answers == ["NACKED"]
+
+
+class Pause:
+    """A pause that is cancelled."""
+
+    def __init__(self) -> None:
+        self.scope = anyio.CancelScope()
+
+    async def __call__(self, seconds: float) -> None:
+        self.scope.cancel()
+        await anyio.sleep_forever()
+
+    async def end(self, sending: Awaitable[None]) -> None:
+        with self.scope:
+            await sending
+        assert self.scope.cancelled_caught
 
 
 async def test_a_broker_that_is_gone_by_then_is_no_trouble(

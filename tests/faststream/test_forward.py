@@ -24,6 +24,7 @@ from tests.faststream.services import (
     in_memory,
     stream_of,
 )
+from tests.wire.test_codec import class_of
 
 pytestmark = pytest.mark.anyio
 
@@ -282,7 +283,7 @@ async def test_what_it_confirms_is_handled(
 
     publisher = service.publisher("bills")
     service.bridge.forward(BillSent, publisher)
-    monkeypatch.setattr(type(publisher), "publish", publish)
+    monkeypatch.setattr(class_of(publisher), "publish", publish)
 
     assert await failures_of(service.bus, BillSent(7)) == []
 

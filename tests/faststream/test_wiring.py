@@ -355,7 +355,7 @@ def test_lists_and_channels_of_redis_are_refused() -> None:
 
 
 def redis(**options: Any) -> Any:
-    given = {"group": "billing", "consumer": "1", "max_records": 10} | options
+    given: Any = {"group": "billing", "consumer": "1", "max_records": 10} | options
     return RedisBroker().subscriber(stream=StreamSub("orders", **given))
 
 
@@ -553,16 +553,21 @@ def test_an_exchange_of_rabbitmq_may_bring_them_back(
 
 @NEEDS_AIOKAFKA
 def test_a_pattern_or_a_partition_of_kafka_reads_them_too() -> None:
-    from faststream.kafka import KafkaBroker, TopicPartition
+    from faststream.kafka import TopicPartition
 
+    broker = broker_of("kafka")
     options: Any = {"group_id": "billing", "ack_policy": AckPolicy.NACK_ON_ERROR}
-    by_pattern = KafkaBroker().subscriber(pattern="orders.*", **options)
-    by_partition = KafkaBroker().subscriber(partitions=[TopicPartition("dead", 0)], **options)
 
-    assert goes_round(by_pattern, KafkaBroker().publisher("orders.dead"))
-    assert not goes_round(by_pattern, KafkaBroker().publisher("dead"))
-    assert goes_round(by_partition, KafkaBroker().publisher("dead"))
-    assert not goes_round(by_partition, KafkaBroker().publisher("orders"))
+    def by_pattern() -> Any:
+        return broker.subscriber(pattern="orders.*", **options)
+
+    def by_partition() -> Any:
+        return broker.subscriber(partitions=[TopicPartition("dead", 0)], **options)
+
+    assert goes_round(by_pattern(), broker.publisher("orders.dead"))
+    assert not goes_round(by_pattern(), broker.publisher("dead"))
+    assert goes_round(by_partition(), broker.publisher("dead"))
+    assert not goes_round(by_partition(), broker.publisher("orders"))
 
 
 # What a consumer is called.
