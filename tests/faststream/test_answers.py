@@ -598,7 +598,7 @@ async def test_an_inbox_may_drop_what_it_has_seen(service: Service) -> None:
     async def once(received: Received) -> None:
         if received.unique_id not in seen:
             seen.add(received.unique_id)
-            await service.bus.dispatch(received.event)
+            await service.bridge.dispatch(received)
 
     service.consume(OrderPlaced, deliver=once)
     event = OrderPlaced(7)
