@@ -12,9 +12,12 @@ from pydantic_core import CoreSchema, core_schema
 from stamina import AsyncRetryingCaller
 
 from eventkit._core.bus import EventBus, state_of
+from eventkit._core.context import dispatch
 from eventkit._core.durable import Durable, as_durable
+from eventkit._core.events import Incoming
 from eventkit._core.state import BusState
 from eventkit._core.subscriptions import Subscription
+from eventkit._core.turns import together
 from eventkit.exceptions import BridgeError
 from eventkit.faststream._consumer import Consumer, Deliver
 from eventkit.faststream._deliver import ToHandlers, ToKeeper
@@ -181,7 +184,7 @@ class Bridge:
                 RabbitMQ do not count.
             durable: Whether the outbox keeps what comes. Its own retries and dead letters hold
                 then, so `within`, `retry`, `max_deliveries` and `deliver` are refused.
-            deliver: Called with what was read, instead of `bus.dispatch(received.event)`: for an
+            deliver: Called with what was read, instead of `bridge.dispatch(received)`: for an
                 inbox of your own. What it raises is an outage: the message comes again, however
                 often, and is never a dead letter.
 
@@ -219,6 +222,22 @@ class Bridge:
             state, event_types, group.name, dead_letter, dead_engine, delivering, ignores=ignores
         )
         _attach(consumer, group, event_types)
+
+    async def dispatch(self, received: Received) -> None:
+        """Run the handlers of what was read from a message, as `consume` does: for `deliver=`.
+
+        As `EventBus.dispatch`, and `current_delivery()` has the message's id and headers.
+
+        Raises:
+            DispatchError: Handlers failed; the group has every failure.
+        """
+        incoming = Incoming(received.event_id, received.headers)
+        failures = await dispatch(state_of(self._bus), received.event, incoming)
+        try:
+            if failures:
+                raise together(failures)
+        finally:
+            failures.clear()  # or this frame and the tracebacks keep each other alive
 
 
 def _inbox(state: BusState, name: str) -> Callable[[Received], Awaitable[object]]:

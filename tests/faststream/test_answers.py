@@ -9,7 +9,7 @@ import stamina
 from faststream.exceptions import NackMessage, RejectMessage
 
 from eventkit import current_delivery
-from eventkit.exceptions import HandlerTimeoutError
+from eventkit.exceptions import DispatchError, HandlerTimeoutError
 from eventkit.faststream._engines import Engine
 from eventkit.wire import Received, encode
 from tests.faststream.conftest import Clock
@@ -598,7 +598,7 @@ async def test_an_inbox_may_drop_what_it_has_seen(service: Service) -> None:
     async def once(received: Received) -> None:
         if received.unique_id not in seen:
             seen.add(received.unique_id)
-            await service.bus.dispatch(received.event)
+            await service.bridge.dispatch(received)
 
     service.consume(OrderPlaced, deliver=once)
     event = OrderPlaced(7)
@@ -608,6 +608,27 @@ async def test_an_inbox_may_drop_what_it_has_seen(service: Service) -> None:
 
     assert handler.attempts == 1
     assert service.answers == ["ACKED", "ACKED"]
+
+
+async def test_an_inbox_dispatches_with_the_messages_id_and_headers(service: Service) -> None:
+    seen: list[tuple[object, object]] = []
+
+    @service.bus.on(OrderPlaced)
+    async def handle(event: OrderPlaced) -> None:
+        delivery = current_delivery()
+        seen.append((delivery.event_id, delivery.received))
+        raise RuntimeError("poison")
+
+    async def keep(received: Received) -> None:
+        with pytest.raises(DispatchError):
+            await service.bridge.dispatch(received)
+        assert seen == [(received.event_id, received.headers)]
+
+    service.consume(OrderPlaced, deliver=keep)
+    async with service.running():
+        await service.send(OrderPlaced(7))
+
+    assert service.answers == ["ACKED"]
 
 
 async def test_an_outage_of_the_inbox_is_waited_for_in_place(
