@@ -15,6 +15,7 @@ from fast_depends.msgspec import MsgSpecSerializer
 from fastapi import Depends, FastAPI, Request
 from faststream.exceptions import NackMessage
 from faststream.nats import NatsBroker, NatsRouter
+from faststream.redis import RedisBroker, StreamSub
 from faststream.specification import AsyncAPI
 from structlog.contextvars import get_contextvars
 
@@ -352,6 +353,21 @@ def test_the_schema_is_that_of_the_event() -> None:
 
     assert payload == {"$ref": "#/components/schemas/OrderPlaced"}
     assert {*schemas["OrderPlaced"]["properties"]} == {"event_id", "occurred_at", "order_id"}
+
+
+def test_subscribers_of_one_place_are_two_channels(recwarn: pytest.WarningsRecorder) -> None:
+    broker = RedisBroker()
+    new = StreamSub("orders", group="billing", consumer="one", max_records=10)
+    left = StreamSub("orders", group="billing", consumer="one", min_idle_time=60_000)
+    Bridge(EventBus(), source="/billing").consume(
+        [broker.subscriber(stream=new), broker.subscriber(stream=left)],
+        OrderPlaced,
+        dead_letter=broker.publisher(stream="dead"),
+    )
+    channels: Any = AsyncAPI(broker).to_specification().to_jsonable()["channels"]
+
+    assert {"orders:Consume", "orders:Consume2"} <= {*channels}
+    assert not [each for each in recwarn if "Overwrite" in str(each.message)]
 
 
 def test_the_schema_of_several_is_any_of_them() -> None:
