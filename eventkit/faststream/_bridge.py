@@ -7,14 +7,18 @@ from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar, Union
 
+from faststream import AckPolicy
 from pydantic import GetCoreSchemaHandler, WithJsonSchema
 from pydantic_core import CoreSchema, core_schema
 from stamina import AsyncRetryingCaller
 
 from eventkit._core.bus import EventBus, state_of
+from eventkit._core.context import dispatch
 from eventkit._core.durable import Durable, as_durable
+from eventkit._core.events import Incoming
 from eventkit._core.state import BusState
 from eventkit._core.subscriptions import Subscription
+from eventkit._core.turns import together
 from eventkit.exceptions import BridgeError
 from eventkit.faststream._consumer import Consumer, Deliver
 from eventkit.faststream._deliver import ToHandlers, ToKeeper
@@ -181,7 +185,7 @@ class Bridge:
                 RabbitMQ do not count.
             durable: Whether the outbox keeps what comes. Its own retries and dead letters hold
                 then, so `within`, `retry`, `max_deliveries` and `deliver` are refused.
-            deliver: Called with what was read, instead of `bus.dispatch(received.event)`: for an
+            deliver: Called with what was read, instead of `bridge.dispatch(received)`: for an
                 inbox of your own. What it raises is an outage: the message comes again, however
                 often, and is never a dead letter.
 
@@ -220,6 +224,22 @@ class Bridge:
         )
         _attach(consumer, group, event_types)
 
+    async def dispatch(self, received: Received) -> None:
+        """Run the handlers of what was read from a message, as `consume` does: for `deliver=`.
+
+        As `EventBus.dispatch`, and `current_delivery()` has the message's id and headers.
+
+        Raises:
+            DispatchError: Handlers failed; the group has every failure.
+        """
+        incoming = Incoming(received.event_id, received.headers)
+        failures = await dispatch(state_of(self._bus), received.event, incoming)
+        try:
+            if failures:
+                raise together(failures)
+        finally:
+            failures.clear()  # or this frame and the tracebacks keep each other alive
+
 
 def _inbox(state: BusState, name: str) -> Callable[[Received], Awaitable[object]]:
     """What has the outbox of the bus keep events; it may be made later than the consumer."""
@@ -244,18 +264,25 @@ def _inbox(state: BusState, name: str) -> Callable[[Received], Awaitable[object]
 def _attach(consumer: Consumer, group: Group, event_types: Sequence[type]) -> None:
     """Have FastStream call the consumer for each message of these subscribers."""
     whole_message = _whole_message(event_types)
-    for subscriber in group.subscribers:
-        _attach_one(subscriber, consumer, group, whole_message)
+    for number, subscriber in enumerate(group.subscribers):
+        # AsyncAPI tells the subscribers of one place apart by the names of their functions.
+        name = "consume" if not number else f"consume_{number + 1}"
+        _attach_one(subscriber, consumer, group, whole_message, name)
 
 
-def _attach_one(subscriber: Any, consumer: Consumer, group: Group, whole_message: type) -> None:
+def _attach_one(
+    subscriber: Any, consumer: Consumer, group: Group, whole_message: type, name: str
+) -> None:
     async def consume(event: Any) -> None:
         await consumer.receive(event, subscriber)
 
+    consume.__name__ = name
     consume.__annotations__["event"] = whole_message
     if group.engine.parse is not None:
         # Not `subscriber(parser=)`, which would take the place of a parser of the user's own.
         subscriber._parser = partial(group.engine.parse, parse=subscriber._parser)  # noqa: SLF001
+    # What fails before the consumer is called, in a middleware, would be dropped by some policies.
+    subscriber.ack_policy = AckPolicy.NACK_ON_ERROR
     subscriber(consume, decoder=_whole)
 
 

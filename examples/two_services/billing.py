@@ -69,9 +69,11 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
     """Have tables and broker while the app runs."""
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
-    async with broker.opened():
-        yield
-    await engine.dispose()
+    try:
+        async with broker.opened():
+            yield
+    finally:
+        await engine.dispose()
 
 
 app = FastAPI(title="Billing", lifespan=lifespan)

@@ -69,7 +69,8 @@ class Broker:
         """Whether events go and come. Both halves are needed.
 
         NATS can give up its connection while subscribers say that they run; a subscriber can have
-        stopped, for its stream of Redis is gone, while the broker answers.
+        stopped, for its stream of Redis is gone, while the broker answers. A stream of NATS that
+        somebody has deleted is seen by neither.
         """
         return bool(await self.client.ping(1)) and all(
             each.running for each in self.client.subscribers

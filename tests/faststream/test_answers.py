@@ -6,10 +6,11 @@ from typing import Any
 import anyio
 import pytest
 import stamina
+from faststream import BaseMiddleware
 from faststream.exceptions import NackMessage, RejectMessage
 
 from eventkit import current_delivery
-from eventkit.exceptions import HandlerTimeoutError
+from eventkit.exceptions import DispatchError, HandlerTimeoutError
 from eventkit.faststream._engines import Engine
 from eventkit.wire import Received, encode
 from tests.faststream.conftest import Clock
@@ -240,8 +241,9 @@ async def test_all_that_failed_is_told_in_one_line(service: Service) -> None:
     ids=["long", "odd", "long and odd", "empty"],
 )
 async def test_an_error_is_written_so_that_each_broker_takes_it(
-    service: Service, text: str, header: str
+    service: Service, text: str, header: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.CRITICAL + 1, "eventkit")  # xdist cannot send such lines
     service.consume(OrderPlaced)
     Fails(service, RuntimeError(text))
     async with service.running():
@@ -597,7 +599,7 @@ async def test_an_inbox_may_drop_what_it_has_seen(service: Service) -> None:
     async def once(received: Received) -> None:
         if received.unique_id not in seen:
             seen.add(received.unique_id)
-            await service.bus.dispatch(received.event)
+            await service.bridge.dispatch(received)
 
     service.consume(OrderPlaced, deliver=once)
     event = OrderPlaced(7)
@@ -607,6 +609,27 @@ async def test_an_inbox_may_drop_what_it_has_seen(service: Service) -> None:
 
     assert handler.attempts == 1
     assert service.answers == ["ACKED", "ACKED"]
+
+
+async def test_an_inbox_dispatches_with_the_messages_id_and_headers(service: Service) -> None:
+    seen: list[tuple[object, object]] = []
+
+    @service.bus.on(OrderPlaced)
+    async def handle(event: OrderPlaced) -> None:
+        delivery = current_delivery()
+        seen.append((delivery.event_id, delivery.received))
+        raise RuntimeError("poison")
+
+    async def keep(received: Received) -> None:
+        with pytest.raises(DispatchError):
+            await service.bridge.dispatch(received)
+        assert seen == [(received.event_id, received.headers)]
+
+    service.consume(OrderPlaced, deliver=keep)
+    async with service.running():
+        await service.send(OrderPlaced(7))
+
+    assert service.answers == ["ACKED"]
 
 
 async def test_an_outage_of_the_inbox_is_waited_for_in_place(
@@ -680,3 +703,19 @@ async def test_how_often_the_broker_gave_it_out_does_not_matter_to_an_inbox() ->
         await service.send(OrderPlaced(7), headers={"x-delivery-count": 1000})
 
     assert len(inbox.kept) == 1
+
+
+async def test_what_fails_in_a_middleware_is_handed_back_and_not_dropped(kind: Kind) -> None:
+    class Fails(BaseMiddleware[Any, Any]):
+        async def consume_scope(self, call_next: Any, msg: Any) -> Any:
+            raise RuntimeError("in a middleware")
+
+    service = Service(kind)
+    service.broker.add_middleware(Fails)
+    service.consume(OrderPlaced)
+    async with service.running():
+        with pytest.raises(RuntimeError, match="in a middleware"):  # a test broker raises it
+            await service.send(OrderPlaced(7))
+
+    assert service.answers == ["NACKED"]
+    assert service.dead == []
