@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar, Union
 
+from faststream import AckPolicy
 from pydantic import GetCoreSchemaHandler, WithJsonSchema
 from pydantic_core import CoreSchema, core_schema
 from stamina import AsyncRetryingCaller
@@ -275,6 +276,9 @@ def _attach_one(subscriber: Any, consumer: Consumer, group: Group, whole_message
     if group.engine.parse is not None:
         # Not `subscriber(parser=)`, which would take the place of a parser of the user's own.
         subscriber._parser = partial(group.engine.parse, parse=subscriber._parser)  # noqa: SLF001
+    # What others fail on before it is the consumer's turn, as middlewares of the user's do, is to
+    # come again; by default FastStream has NATS and RabbitMQ drop it.
+    subscriber.ack_policy = AckPolicy.NACK_ON_ERROR
     subscriber(consume, decoder=_whole)
 
 
