@@ -13,7 +13,8 @@ FastStream runs it as its handler. Each message has one answer:
 | the process ends meanwhile | handed back |
 
 FastStream's policy decides nothing here: what it does with errors loses messages on some brokers.
-It acknowledges what returns, and hands back what raises `NackMessage`, whatever the policy is.
+It acknowledges what returns, whatever the policy is. What is handed back is answered here: a
+middleware of the user's may swallow what is raised, and FastStream would acknowledge it.
 """
 
 from __future__ import annotations
@@ -131,17 +132,21 @@ class Consumer:
             subscriber: Whose it is.
 
         Raises:
-            NackMessage: It is to be handed back.
+            NackMessage: It was handed back.
         """
+        # FastStream would answer who asks for it, with nothing; where that fails, the message would
+        # be lost, or come again at once, although its handlers have ended well.
+        message.reply_to = ""
         try:
             pause = await self._take(message, subscriber)
             if pause is not None and subscriber.running:  # else another process is to have it soon
                 await sleep(pause)
         except BaseException:  # FastStream gives no answer to some, and a wrong one to others
-            with move_on_after(_FAREWELL, shield=True), suppress(Exception):
-                await message.nack()
+            with move_on_after(_FAREWELL, shield=True):
+                await _hand_back(message)
             raise
         if pause is not None:
+            await _hand_back(message)
             raise NackMessage
 
     async def _take(self, message: Any, subscriber: Any) -> float | None:
@@ -228,6 +233,11 @@ class Consumer:
 
     def _facts(self) -> _Facts:
         return {"consumer": self._name, "bus": self._state.name}
+
+
+async def _hand_back(message: Any) -> None:
+    with suppress(Exception):  # the connection is gone, so the message comes again by itself
+        await message.nack()
 
 
 def headers_of(message: Any) -> dict[str, str]:

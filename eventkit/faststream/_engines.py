@@ -33,10 +33,11 @@ class Engine(ABC):
     how_to_wait: str = ""
     parse: Callable[..., Any] | None = None
 
-    def options(self, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
+    def options(self, publisher: Any, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
         """What `publish` of a publisher takes beside the body, for an event.
 
         Args:
+            publisher: The publisher.
             wired: The event.
             headers: Further ones.
         """
@@ -85,10 +86,11 @@ class Nats(Engine):
     name = "NATS"
     how_to_wait = " (ConsumerConfig(ack_wait=))"
 
-    def options(self, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
-        # JetStream drops a second message of this id, for two minutes by default.
-        headers = headers | wired.headers(self.prefix) | {"Nats-Msg-Id": wired.attributes["id"]}
-        return {"headers": headers}
+    def options(self, publisher: Any, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
+        # JetStream drops a second message of this id in the whole stream, for two minutes by
+        # default. So the subject is part of it: an event may go to several.
+        once = f"{wired.attributes['id']} {publisher.subject.broker_address}"
+        return {"headers": headers | wired.headers(self.prefix) | {"Nats-Msg-Id": once}}
 
     def refusal(self, result: Any) -> str | None:
         return None if getattr(result, "seq", None) is not None else "there is no acknowledgement"
@@ -150,7 +152,7 @@ class Rabbit(Engine):
 
     name = "RabbitMQ"
 
-    def options(self, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
+    def options(self, publisher: Any, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
         headers = headers | wired.headers(self.prefix)
         return {
             "content_type": headers.pop("content-type"),
@@ -295,7 +297,7 @@ class Kafka(Engine):
     prefix = "ce_"
     parse = staticmethod(_repaired)
 
-    def options(self, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
+    def options(self, publisher: Any, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
         key = wired.attributes.get("partitionkey")
         headers = headers | wired.headers(self.prefix)
         return {"headers": headers, "key": None if key is None else key.encode()}

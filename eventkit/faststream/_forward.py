@@ -77,7 +77,7 @@ class Forward(Generic[E]):
             key=None if self._key is None else self._key(event),
             time=None if isinstance(event, DomainEvent) else delivery.published_at,
         )
-        options = self._engine.options(wired, dict(carried.get()))
+        options = self._engine.options(self._publisher, wired, dict(carried.get()))
         await send(
             self._publisher,
             self._engine,

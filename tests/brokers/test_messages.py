@@ -196,3 +196,19 @@ async def test_what_rabbitmq_cannot_route_or_does_not_take_fails_the_forward(pla
     assert any("NO_ROUTE" in each for each in texts)
     assert len(texts) == 2
     assert orders.bus.stats.failed == 2
+
+
+@pytest.mark.parametrize("place", ["nats"], indirect=True)
+async def test_one_event_goes_to_two_subjects_of_one_stream_of_nats(place: Place) -> None:
+    from faststream.nats import JStream
+
+    sender = Service(place)
+    stream = JStream(place.orders, subjects=[f"{place.orders}.>"])
+    audited = sender.broker.publisher(f"{place.orders}.audit", stream=stream)
+    sender.forward(Placed)
+    sender.bridge.forward(Placed, audited, name="audit")
+    async with sender:
+        await sender.bus.dispatch(Placed(7))
+        stored = await sender.broker.connection.jetstream().stream_info(place.orders)
+
+    assert stored.state.messages == 2

@@ -1,6 +1,7 @@
 """What becomes of each message: acknowledged, handed back, or a dead letter. Never nothing."""
 
 import logging
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -51,6 +52,58 @@ def told(sent: Sent) -> tuple[str, str]:
 def without_content_type(headers: dict[str, str]) -> dict[str, str]:
     """RabbitMQ has it beside the headers."""
     return {name: value for name, value in headers.items() if name != "content-type"}
+
+
+# What others do with a message around the bridge.
+
+
+class Swallows(BaseMiddleware[Any, Any]):
+    """A middleware of the user's, which lets no error through."""
+
+    async def consume_scope(self, call_next: Any, msg: Any) -> Any:
+        with suppress(Exception):
+            return await call_next(msg)
+
+
+async def test_a_middleware_that_swallows_errors_loses_nothing(service: Service) -> None:
+    service.broker.add_middleware(Swallows)
+    service.consume(OrderPlaced)
+    Fails(service, NackMessage())
+    async with service.running():
+        await service.send(OrderPlaced(7))
+
+    assert service.answers == ["NACKED"]
+
+
+class Breaks(BaseMiddleware[Any, Any]):
+    """A middleware of the user's that fails before it is the consumer's turn."""
+
+    async def consume_scope(self, call_next: Any, msg: Any) -> Any:
+        raise OSError("away")
+
+
+async def test_what_a_middleware_fails_on_is_handed_back(service: Service) -> None:
+    service.broker.add_middleware(Breaks)
+    service.consume(OrderPlaced)
+    async with service.running():
+        with suppress(OSError):  # a broker in memory raises it to who publishes
+            await service.send(OrderPlaced(7))
+
+    assert service.answers == ["NACKED"]
+
+
+async def test_nobody_who_asks_for_an_answer_has_one(service: Service) -> None:
+    service.watch.refuse["replies"] = OSError("away")
+    service.consume(OrderPlaced)
+    handler = Fails(service, None)
+    async with service.running():
+        asks: dict[str, Any] = {"reply_to": "replies"}
+        if service.kind == "nats":  # whose own reply is where it acknowledges
+            asks = {"headers": asks}
+        await service.send(OrderPlaced(7), **asks)
+
+    assert handler.attempts == 1
+    assert service.answers == ["ACKED"]
 
 
 # What cannot be read.
