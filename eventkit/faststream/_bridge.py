@@ -16,15 +16,13 @@ from pydantic_core import CoreSchema, core_schema
 from stamina import AsyncRetryingCaller
 
 from eventkit._core.bus import EventBus, state_of
-from eventkit._core.context import dispatch
 from eventkit._core.durable import Durable, as_durable
-from eventkit._core.events import Incoming
 from eventkit._core.state import BusState
 from eventkit._core.subscriptions import Subscription
 from eventkit._core.turns import together
 from eventkit.exceptions import BridgeError
 from eventkit.faststream._consumer import Consumer, Deliver
-from eventkit.faststream._deliver import ToHandlers, ToKeeper
+from eventkit.faststream._deliver import ToHandlers, ToKeeper, run_handlers
 from eventkit.faststream._forward import Forward
 from eventkit.faststream._wiring import (
     Group,
@@ -240,8 +238,7 @@ class Bridge:
         Raises:
             DispatchError: Handlers failed; the group has every failure.
         """
-        incoming = Incoming(received.event_id, received.headers)
-        failures = await dispatch(state_of(self._bus), received.event, incoming)
+        failures = await run_handlers(state_of(self._bus), received)
         try:
             if failures:
                 raise together(failures)

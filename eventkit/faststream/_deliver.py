@@ -26,6 +26,12 @@ from eventkit.wire import Received
 _SECONDS_BETWEEN_COMPLAINTS = 60.0
 
 
+async def run_handlers(state: BusState, received: Received) -> list[Failure]:
+    """Run the handlers of what was read from a message, once, and return what failed."""
+    incoming = Incoming(received.event_id, received.headers)
+    return await dispatch(state, received.event, incoming)
+
+
 class _FailedError(Exception):
     """Handlers have failed, and may be tried again."""
 
@@ -121,8 +127,7 @@ class ToHandlers:
         Raises:
             RejectMessage, NackMessage: A handler has raised it.
         """
-        incoming = Incoming(received.event_id, received.headers)
-        failures = await dispatch(self._state, received.event, incoming)
+        failures = await run_handlers(self._state, received)
         if not failures:
             return failures
         leaves = [*_leaves([failure.error for failure in failures])]

@@ -88,8 +88,7 @@ class Nats(Engine):
 
     def options(self, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
         # JetStream drops a second message of this id, for two minutes by default.
-        headers = headers | wired.headers(self.prefix) | {"Nats-Msg-Id": wired.attributes["id"]}
-        return {"headers": headers}
+        return super().options(wired, headers | {"Nats-Msg-Id": wired.attributes["id"]})
 
     def refusal(self, result: Any) -> str | None:
         return None if getattr(result, "seq", None) is not None else "there is no acknowledgement"
@@ -152,21 +151,10 @@ class Rabbit(Engine):
     name = "RabbitMQ"
 
     def options(self, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
-        headers = headers | wired.headers(self.prefix)
-        return {
-            "content_type": headers.pop("content-type"),
-            "headers": headers,
-            "message_id": wired.attributes["id"],
-            "persist": True,
-        }
+        return _properties(headers | wired.headers(self.prefix), wired.attributes["id"])
 
     def dead_options(self, message: Any, headers: dict[str, str]) -> dict[str, Any]:
-        return {
-            "content_type": headers.pop("content-type", None),
-            "headers": headers,
-            "message_id": message.message_id,
-            "persist": True,
-        }
+        return _properties(headers, message.message_id)
 
     def refusal(self, result: Any) -> str | None:
         # A message that was returned is no exception, but holds the broker's answer.
@@ -193,6 +181,16 @@ class Rabbit(Engine):
 
     def patience(self, subscriber: Any) -> float | None:
         return None  # as long as the connection
+
+
+def _properties(headers: dict[str, str], message_id: str) -> dict[str, Any]:
+    """Properties of AMQP: the content type is one of its own, and no header."""
+    return {
+        "content_type": headers.pop("content-type", None),
+        "headers": headers,
+        "message_id": message_id,
+        "persist": True,
+    }
 
 
 class Redis(Engine):
@@ -298,8 +296,8 @@ class Kafka(Engine):
 
     def options(self, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
         key = wired.attributes.get("partitionkey")
-        headers = headers | wired.headers(self.prefix)
-        return {"headers": headers, "key": None if key is None else key.encode()}
+        record_key = None if key is None else key.encode()
+        return {**super().options(wired, headers), "key": record_key}
 
     def dead_options(self, message: Any, headers: dict[str, str]) -> dict[str, Any]:
         return {"headers": headers, "key": getattr(message.raw_message, "key", None)}
