@@ -62,7 +62,8 @@ class Bridge:
     broker in its lifespan. asyncio only, as FastStream.
 
     Wire at import, as you subscribe handlers: wiring that would lose messages is refused there, and
-    not at the first message. A bridge holds nothing that is bound to an event loop.
+    not at the first message. A bridge holds nothing that is bound to an event loop. Wire in one
+    thread.
 
     Args:
         bus: The bus that publishes what is sent, and that has the handlers of what is received.
@@ -171,6 +172,10 @@ class Bridge:
         With `durable=True` the bus's outbox stores the event, and the message is acknowledged after
         that commit. A message that comes again is dropped. Each durable handler is tried again
         alone, as its `Durable` says; the others run at most once.
+
+        The subscriber and its broker decide how many messages are handled at the same time. They
+        arrive in the broker's order, but one that is handed back comes later than those behind it.
+        A message whose handling is cancelled, as when the process stops, is handed back.
 
         Args:
             subscriber: A subscriber without a handler. Or a list of subscribers that belong
