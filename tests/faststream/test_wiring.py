@@ -134,15 +134,15 @@ def test_it_can_be_written_as_json() -> None:
 def test_it_is_a_class() -> None:
     publisher = publisher_of(NatsBroker(), "orders")
 
-    assert forwarding(publisher, "x") == "'x' is no class of events"  # type: ignore[arg-type]
-    assert consuming(subscribers_of(NatsBroker(), "orders"), list[int]) == (
-        "list[int] is no class of events"
-    )
+    refused = "forward() and consume() take classes of events, not "
+    assert forwarding(publisher, "x") == f"{refused}'x'"  # type: ignore[arg-type]
+    assert consuming(subscribers_of(NatsBroker(), "orders"), list[int]) == f"{refused}list[int]"
 
 
 def test_two_classes_of_one_consumer_have_two_names() -> None:
     assert consuming(subscribers_of(NatsBroker(), "orders"), OrderPlaced, BillPaid, Copied) == (
-        "BillPaid and Copied are both called 'shop.bill.paid.v1': a message could be either"
+        "BillPaid and Copied are both called 'shop.bill.paid.v1', so a message could be either: "
+        "rename one of them"
     )
     bridge_on().consume(
         subscribers_of(NatsBroker(), "orders"),
@@ -246,7 +246,9 @@ def test_the_subscribers_of_one_consumer_are_of_one_broker() -> None:
         *subscribers_of(RabbitBroker(), "orders"),
     ]
 
-    assert consuming(subscribers) == "the subscribers of one consumer belong to one broker"
+    assert consuming(subscribers) == (
+        "the subscribers of one consumer belong to one broker: call consume() for each"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
