@@ -300,7 +300,7 @@ class Kafka(Engine):
     def options(self, publisher: Any, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
         key = wired.attributes.get("partitionkey")
         record_key = None if key is None else key.encode()
-        return {**super().options(wired, headers), "key": record_key}
+        return {**super().options(publisher, wired, headers), "key": record_key}
 
     def dead_options(self, message: Any, headers: dict[str, str]) -> dict[str, Any]:
         return {"headers": headers, "key": getattr(message.raw_message, "key", None)}
