@@ -5,12 +5,14 @@ Knows nothing of what happens to a message.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 from eventkit._core.bus import EventBus
+from eventkit._core.log import log
 from eventkit.exceptions import BridgeError, InvalidEventTypeError
 from eventkit.faststream._engines import Engine, engine_of, problem_of_policy
 from eventkit.wire import codec_for, is_named, names_of
@@ -86,7 +88,11 @@ def group_of(subscriber: Any) -> Group:
     _refuse(engine.problem_of_subscribers(subscribers))
     waits = [engine.patience(each) for each in subscribers]
     patience = min((seconds for seconds in waits if seconds is not None), default=None)
-    return Group(subscribers, engine, engine.consumer(subscribers[0]), patience)
+    name = engine.consumer(subscribers[0])
+    for each in subscribers:
+        if (doubt := engine.doubt_of_subscriber(each)) is not None:
+            log(logging.WARNING, doubt, consumer=name)
+    return Group(subscribers, engine, name, patience)
 
 
 def check_publisher(publisher: Any) -> Engine:

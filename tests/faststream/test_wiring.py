@@ -624,3 +624,21 @@ def test_a_durable_forward_is_checked_as_a_handler_is() -> None:
     with pytest.raises(TypeError):
         service.bridge.forward(OrderPlaced, service.publisher("o"), durable="yes")  # type: ignore[arg-type]
     service.bridge.forward(OrderPlaced, service.publisher("o"), durable=Durable(attempts=1))
+
+
+@pytest.mark.filterwarnings("ignore:The JetStream Push consumer:RuntimeWarning")
+def test_a_push_subscriber_of_nats_that_hoards_messages_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broker = NatsBroker()
+    stream = JStream("orders", subjects=["orders.>"])
+    few = ConsumerConfig(max_ack_pending=10)
+    for subject, config in (("orders.many", None), ("orders.few", few)):
+        subscriber = broker.subscriber(subject, stream=stream, queue=subject, config=config)
+        Bridge(EventBus(), source="/billing").consume(
+            subscriber, OrderPlaced, dead_letter=broker.publisher("dead", stream=stream)
+        )
+
+    (line,) = caplog.messages
+    assert "slow handlers run twice. Give it pull_sub=True" in line
+    assert line.endswith("consumer=orders/orders.many")
