@@ -30,8 +30,7 @@ A handler that has begun never changes its task. This is what keeps the techniqu
 scopes, shields, timeouts and task groups of a handler belong to the task in which the handler
 began, and a worker drives one handler at a time. Only what has not begun is given away.
 
-What all workers of one unit of work share is the *run*: the event at hand, what has not begun of
-it, and its deadline.
+All workers of a unit of work share its *run*: the event at hand, what has not begun, a deadline.
 
 Two things differ from a task per handler. Handlers that do not wait share the task of their
 worker. A handler that waits is stepped, not awaited: a debugger that follows `cr_await` ends at
