@@ -20,6 +20,7 @@ middleware of the user's may swallow what is raised, and FastStream would acknow
 from __future__ import annotations
 
 import logging
+from asyncio import CancelledError
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol, TypedDict
@@ -30,6 +31,7 @@ from structlog.contextvars import bind_contextvars, reset_contextvars
 
 from eventkit._core.ambient import carried
 from eventkit._core.log import log
+from eventkit._core.policy import cancel_requests, is_asked_to_end
 from eventkit._core.state import BusState
 from eventkit.exceptions import BadMessageError
 from eventkit.faststream._engines import Engine
@@ -151,13 +153,16 @@ class Consumer:
 
     async def _take(self, message: Any, subscriber: Any) -> float | None:
         """Deliver or bury a message; the seconds after which it is handed back, or None."""
+        requests = cancel_requests()
         try:
             problem = await self._problem(message, subscriber)
             if problem is not None:
                 await self._bury(message, problem)
         except HandBackError as again:
             return again.pause
-        except Exception as error:  # noqa: BLE001 - whatever it is, the message is not lost
+        except (Exception, CancelledError) as error:  # whatever it is, the message is not lost
+            if isinstance(error, CancelledError) and is_asked_to_end(requests):
+                raise
             log(
                 logging.ERROR,
                 "a message could not be handled, and is handed back",

@@ -1,6 +1,7 @@
 """What becomes of each message: acknowledged, handed back, or a dead letter. Never nothing."""
 
 import logging
+from asyncio import CancelledError
 from contextlib import suppress
 from typing import Any
 
@@ -717,6 +718,30 @@ async def test_a_long_outage_hands_the_message_back_and_is_no_dead_letter(
     assert clock.pauses == [1.0] * (in_place + 1) * 5
     complaints = caplog.text.count("messages cannot be taken in, and wait with their broker")
     assert complaints == 1 + (clock.now - 1) // 60
+
+
+async def test_a_cancellation_that_an_inbox_makes_up_does_not_end_the_subscriber(
+    service: Service,
+) -> None:
+    """It would: a client whose connection is lost cancels those who wait for an answer."""
+
+    async def away(received: Received) -> None:
+        raise CancelledError
+
+    service.consume(OrderPlaced, deliver=away)
+    async with service.running():
+        await service.send(OrderPlaced(7))
+
+    assert service.answers == ["NACKED"]
+
+
+async def test_so_it_is_with_the_place_of_dead_letters(service: Service) -> None:
+    service.watch.refuse["dead"] = CancelledError()
+    service.consume(OrderPlaced)
+    async with service.running():
+        await service.send(BillPaid(7))
+
+    assert service.answers == ["NACKED"]
 
 
 async def test_an_outage_does_not_hold_up_a_subscriber_that_stops(
