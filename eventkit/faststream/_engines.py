@@ -103,8 +103,7 @@ class Nats(Engine):
         return delivered
 
     def consumer(self, subscriber: Any) -> str:
-        group = subscriber.extra_options.get("durable") or subscriber.queue
-        return f"{subscriber.stream.name}/{group or subscriber.subject.template}"
+        return f"{subscriber.stream.name}/{subscriber.config.durable_name or subscriber.queue}"
 
     def comes_to(self, publisher: Any, subscriber: Any) -> bool:
         subject = publisher.subject.broker_address
@@ -112,7 +111,8 @@ class Nats(Engine):
         return any(_matches(subject, each) for each in filters if each)
 
     def patience(self, subscriber: Any) -> float | None:
-        return subscriber.config.ack_wait or 30.0
+        config = subscriber.config
+        return min(config.backoff) if config.backoff else config.ack_wait or 30.0
 
     def problem_of_publisher(self, publisher: Any) -> str | None:
         if publisher.stream is None:
@@ -129,7 +129,19 @@ class Nats(Engine):
             )
         if "Batch" in type(subscriber).__name__:
             return _BATCH
-        most = subscriber.config.max_deliver
+        config = subscriber.config
+        if subscriber.extra_options.get("ordered_consumer") or config.ack_policy != "explicit":
+            return (
+                "this consumer acknowledges nothing, or more than what was handled: leave "
+                "ordered_consumer= and ConsumerConfig(ack_policy=) out"
+            )
+        # By its queue NATS remembers one that it pushes to, and none that pulls.
+        if not (config.durable_name or (subscriber.queue and not hasattr(subscriber, "pull_sub"))):
+            return (
+                "this consumer is forgotten when its process ends, so what was sent is lost or "
+                "comes once more: give it durable="
+            )
+        most = config.max_deliver
         if most is not None and most > 0:
             return (
                 f"ConsumerConfig(max_deliver={most}) has NATS drop a message that was handed out "
@@ -295,6 +307,7 @@ class Kafka(Engine):
 
     name = "Kafka"
     prefix = "ce_"
+    how_to_wait = " (max_poll_interval_ms=)"
     parse = staticmethod(_repaired)
 
     def options(self, publisher: Any, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
@@ -320,7 +333,9 @@ class Kafka(Engine):
         return publisher.topic in [*subscriber.topic_names, *partitions]
 
     def patience(self, subscriber: Any) -> float | None:
-        return 300.0  # max_poll_interval_ms, by default
+        options: Mapping[str, Any] = subscriber._connection_args  # noqa: SLF001
+        milliseconds: float = options["max_poll_interval_ms"]
+        return milliseconds / 1000
 
     def problem_of_publisher(self, publisher: Any) -> str | None:
         return _BATCH if "Batch" in type(publisher).__name__ else None
