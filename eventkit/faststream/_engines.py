@@ -15,7 +15,20 @@ from faststream import AckPolicy
 
 from eventkit.wire import Wired
 
+LONGEST_ID = 255  # bytes; RabbitMQ takes no more
 _LOSING = {AckPolicy.ACK_FIRST: "ACK_FIRST", AckPolicy.MANUAL: "MANUAL"}
+
+
+def plain(text: str, longest: int) -> str:
+    """One line that every broker takes: not all of them take, or give back, what is not ASCII."""
+    if len(text) <= longest and text.isascii() and text.isprintable():
+        return text.strip()
+    line = " ".join(text[:longest].split())
+    return "".join(each if " " <= each <= "~" else _escaped(each) for each in line)[:longest]
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 class Engine(ABC):
@@ -177,7 +190,7 @@ class Rabbit(Engine):
         return {
             "content_type": headers.pop("content-type", None),
             "headers": headers,
-            "message_id": message.message_id,
+            "message_id": plain(message.message_id or "", LONGEST_ID) or None,
             "persist": True,
         }
 
@@ -213,6 +226,10 @@ class Redis(Engine):
 
     name = "Redis"
     how_to_wait = " (StreamSub(min_idle_time=))"
+
+    def dead_options(self, message: Any, headers: dict[str, str]) -> dict[str, Any]:
+        # FastStream writes the length of a text in characters, and reads it as one in bytes.
+        return {"headers": {_measured(name): _measured(headers[name]) for name in headers}}
 
     def refusal(self, result: Any) -> str | None:
         return None if result else "there is no id of an entry"
@@ -290,6 +307,10 @@ class Redis(Engine):
                 "without it]"
             )
         return None
+
+
+def _measured(text: str) -> str | bytes:
+    return text if text.isascii() else text.encode()
 
 
 async def _repaired(record: Any, parse: Callable[[Any], Awaitable[Any]]) -> Any:

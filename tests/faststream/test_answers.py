@@ -533,6 +533,35 @@ async def test_a_dead_letter_is_the_message_as_it_came_and_says_why(
         assert (sent.options["message_id"], sent.options["persist"]) == ("m-7", True)
 
 
+async def test_headers_that_are_no_ascii_are_kept(service: Service) -> None:
+    letters: list[Received] = []
+
+    async def read(received: Received) -> None:
+        letters.append(received)
+
+    service.consume(OrderPlaced)
+    service.consume(OrderPlaced, place="dead", deliver=read, dead_letter=service.publisher("x"))
+    Fails(service, RejectMessage())
+    given = "zoé".encode() if service.kind == "redis" else "zoé"  # which FastStream measures in one
+    async with service.running():
+        await service.send(OrderPlaced(7), headers={"tenant": given})
+
+    (letter,) = letters
+    assert letter.event == OrderPlaced(7)
+    assert letter.headers["tenant"] == "zoé"
+
+
+async def test_what_identifies_a_message_is_cut_where_rabbitmq_takes_no_more() -> None:
+    service, rabbit = Service("nats"), Service("rabbit")
+    service.consume(OrderPlaced, dead_letter=rabbit.publisher("dead"))
+    async with service.running(), rabbit.running():
+        await service.send(headers={"message_id": "m" * 300}, body=b"", correlation_id="c" * 300)
+
+    (sent,) = rabbit.dead
+    assert sent.options["message_id"] == "m" * 255
+    assert sent.options["correlation_id"] == "c" * 255
+
+
 async def test_a_dead_letter_that_is_not_accepted_stays_where_it_is(
     service: Service, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
