@@ -507,10 +507,13 @@ def _begin(worker: Worker, turn: Turn, index: int) -> tuple[Steps, object] | Non
     """Call a handler and take its first step; None if that was all, else with what it gave."""
     turn.enter((turn, index))
     handler = turn.handlers[index]
-    if not turn.alike or turn.observers:
+    if turn.observers:
         run = worker.run
         timed_by = run if turn.alike else None
         steps = attempt(turn, index, run.terms.timeout, worker.requests, timed_by)
+    elif not turn.alike:
+        limit = worker.run.terms.timeout if handler.timeout is ... else handler.timeout
+        steps = run_in_time(handler, turn, limit)
     elif handler.solver is None:
         steps = handler.function(turn.event)
     else:

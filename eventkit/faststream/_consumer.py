@@ -1,6 +1,6 @@
-"""Owns what becomes of a message: it is read, delivered, and answered.
+"""Owns what becomes of a message: it is read, delivered, and answered. Knows no broker by name.
 
-FastStream runs it as its handler. Each message has one answer:
+FastStream calls the consumer as its handler. Each message has one answer:
 
 | what happens | answer |
 |---|---|
@@ -9,7 +9,7 @@ FastStream runs it as its handler. Each message has one answer:
 | it was given out too often | the same |
 | a handler raises `RejectMessage` | the same, at once |
 | a handler raises `NackMessage` | handed back after a pause |
-| who is to keep it is away: the inbox, or the place of dead letters | handed back after a pause |
+| the inbox, or the destination of dead letters, is not available | handed back after a pause |
 | the process ends meanwhile | handed back |
 
 FastStream's policy decides nothing here: what it does with errors loses messages on some brokers.
@@ -39,7 +39,7 @@ from eventkit.faststream._forward import send
 from eventkit.wire import Received, decode
 
 PAUSE = 1.0  # seconds before a message is handed back
-DEAD_PAUSE = 2.0  # seconds, where the place of dead letters is away
+DEAD_PAUSE = 2.0  # seconds, where a dead letter was not accepted
 _FAREWELL = 2.0  # seconds to hand a message back when its task is cancelled
 _LONGEST = 500  # characters of an error in a header
 _ROUNDS = 10  # how often one message may become a dead letter again
@@ -79,17 +79,17 @@ class HandBackError(Exception):
 
 
 class Deliver(Protocol):
-    """Takes a message's event to its handlers, or to who keeps it."""
+    """Takes a message's event to its handlers, or to an inbox."""
 
     async def refuse(self, message: Any, subscriber: Any) -> Problem | None:
-        """Say why a message is dead before anybody reads it, if it is."""
+        """Say why a message is dead before it is read; None if it is not."""
         ...
 
     async def __call__(self, received: Received, subscriber: Any) -> Problem | None:
-        """Deliver it, and say why it is dead, if it is.
+        """Deliver the event, and say why its message is dead; None if it is not.
 
         Raises:
-            HandBackError: It is to come again.
+            HandBackError: The message is to come again.
         """
         ...
 
@@ -98,13 +98,13 @@ class Consumer:
     """Takes the messages of one consumer of a broker.
 
     Args:
-        state: Of the bus whose handlers run.
-        types: The events that may come.
-        name: The consumer's.
+        state: The state of the bus that has the handlers.
+        types: The classes of events that may come.
+        name: The name of the consumer.
         dead_letter: A publisher of FastStream's. Any: each broker has its own class.
-        dead_engine: Its broker's.
+        dead_engine: The engine of the publisher's broker.
+        deliver: Takes the event of a message that was read.
         ignores: Whether messages of other types are acknowledged, and forgotten.
-        deliver: What becomes of an event that was read.
     """
 
     def __init__(
@@ -127,23 +127,23 @@ class Consumer:
         self._ignores = ignores
 
     async def receive(self, message: Any, subscriber: Any) -> None:
-        """Take one message. Returns where it is to be acknowledged.
+        """Take one message. A return acknowledges it.
 
         Args:
-            message: As FastStream has parsed it.
-            subscriber: Whose it is.
+            message: The message as FastStream has parsed it.
+            subscriber: The subscriber that has received it.
 
         Raises:
-            NackMessage: It was handed back.
+            NackMessage: The message was handed back.
         """
         # FastStream would answer who asks for it, with nothing; where that fails, the message would
         # be lost, or come again at once, although its handlers have ended well.
         message.reply_to = ""
         try:
             pause = await self._take(message, subscriber)
-            if pause is not None and subscriber.running:  # else another process is to have it soon
+            if pause is not None and subscriber.running:  # else another process should have it soon
                 await sleep(pause)
-        except BaseException:  # FastStream gives no answer to some, and a wrong one to others
+        except BaseException:  # FastStream answers some wrongly, and others not at all
             with move_on_after(_FAREWELL, shield=True):
                 await _hand_back(message)
             raise
@@ -173,7 +173,7 @@ class Consumer:
         return None
 
     async def _problem(self, message: Any, subscriber: Any) -> Problem | None:
-        """Deliver a message, and say why it is dead, if it is."""
+        """Deliver a message, and say why it is dead; None if it is not."""
         problem = await self._deliver.refuse(message, subscriber)
         if problem is not None:
             return problem
@@ -196,7 +196,7 @@ class Consumer:
         """Publish a dead letter.
 
         Raises:
-            HandBackError: Nobody takes it.
+            HandBackError: The dead letter was not accepted.
         """
         kept = {
             name: value

@@ -135,15 +135,15 @@ def test_it_can_be_written_as_json() -> None:
 def test_it_is_a_class() -> None:
     publisher = publisher_of(NatsBroker(), "orders")
 
-    assert forwarding(publisher, "x") == "'x' is no class of events"  # type: ignore[arg-type]
-    assert consuming(subscribers_of(NatsBroker(), "orders"), list[int]) == (
-        "list[int] is no class of events"
-    )
+    refused = "forward() and consume() take classes of events, not "
+    assert forwarding(publisher, "x") == f"{refused}'x'"  # type: ignore[arg-type]
+    assert consuming(subscribers_of(NatsBroker(), "orders"), list[int]) == f"{refused}list[int]"
 
 
 def test_two_classes_of_one_consumer_have_two_names() -> None:
     assert consuming(subscribers_of(NatsBroker(), "orders"), OrderPlaced, BillPaid, Copied) == (
-        "BillPaid and Copied are both called 'shop.bill.paid.v1': a message could be either"
+        "BillPaid and Copied are both called 'shop.bill.paid.v1', so a message could be either: "
+        "rename one of them"
     )
     bridge_on().consume(
         subscribers_of(NatsBroker(), "orders"),
@@ -247,7 +247,9 @@ def test_the_subscribers_of_one_consumer_are_of_one_broker() -> None:
         *subscribers_of(RabbitBroker(), "orders"),
     ]
 
-    assert consuming(subscribers) == "the subscribers of one consumer belong to one broker"
+    assert consuming(subscribers) == (
+        "the subscribers of one consumer belong to one broker: call consume() for each"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -671,3 +673,21 @@ def test_a_durable_forward_is_checked_as_a_handler_is() -> None:
     with pytest.raises(TypeError):
         service.bridge.forward(OrderPlaced, service.publisher("o"), durable="yes")  # type: ignore[arg-type]
     service.bridge.forward(OrderPlaced, service.publisher("o"), durable=Durable(attempts=1))
+
+
+@pytest.mark.filterwarnings("ignore:The JetStream Push consumer:RuntimeWarning")
+def test_a_push_subscriber_of_nats_that_hoards_messages_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broker = NatsBroker()
+    stream = JStream("orders", subjects=["orders.>"])
+    few = ConsumerConfig(max_ack_pending=10)
+    for subject, config in (("orders.many", None), ("orders.few", few)):
+        subscriber = broker.subscriber(subject, stream=stream, queue=subject, config=config)
+        Bridge(EventBus(), source="/billing").consume(
+            subscriber, OrderPlaced, dead_letter=broker.publisher("dead", stream=stream)
+        )
+
+    (line,) = caplog.messages
+    assert "slow handlers run twice. Give it pull_sub=True" in line
+    assert line.endswith("consumer=orders/orders.many")
