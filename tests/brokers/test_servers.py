@@ -15,7 +15,8 @@ pytestmark = pytest.mark.anyio
 
 def consume(place: Place, broker: Any, seen: Seen[bytes]) -> None:
     async def handle(body: bytes) -> None:  # nothing that is JSON, which FastStream reads
-        await seen.add(body)
+        if body not in seen.all:  # a broker may be killed before it reads that it was handled
+            await seen.add(body)
 
     subscriber: Any = place.kind.subscriber(broker, place.orders, "billing")
     for each in subscriber if isinstance(subscriber, list) else [subscriber]:  # pyright: ignore[reportUnknownVariableType]
@@ -38,8 +39,7 @@ async def test_a_broker_that_was_killed_has_what_it_confirmed_and_consumers_go_o
             await own_place.prepare()
         await own_place.kind.send(own_place.url, own_place.orders, Message({}, b"second"))
         await seen.until(2)
-    # The broker may have been killed before it read that the first one was handled.
-    assert [*dict.fromkeys(seen.all)] == [b"first", b"second"]
+    assert seen.all == [b"first", b"second"]
 
 
 @closing
@@ -52,10 +52,9 @@ async def test_consumers_go_on_when_the_broker_has_closed_all_connections(
     consume(own_place, broker, seen)
     async with broker:
         await broker.start()
-        for times, body in enumerate([b"first", b"second", b"third"], start=1):
-            await own_place.kind.send(own_place.url, own_place.orders, Message({}, body))
-            await seen.until(times)
-            await anyio.to_thread.run_sync(server.close_connections)
-        await own_place.kind.send(own_place.url, own_place.orders, Message({}, b"last"))
-        await seen.until(4)
-    assert seen.all == [b"first", b"second", b"third", b"last"]
+        await own_place.kind.send(own_place.url, own_place.orders, Message({}, b"first"))
+        await seen.until(1)
+        await anyio.to_thread.run_sync(server.close_connections)
+        await own_place.kind.send(own_place.url, own_place.orders, Message({}, b"second"))
+        await seen.until(2)
+    assert seen.all == [b"first", b"second"]
