@@ -20,6 +20,7 @@ middleware of the user's may swallow what is raised, and FastStream would acknow
 from __future__ import annotations
 
 import logging
+from asyncio import CancelledError
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol, TypedDict
@@ -30,9 +31,10 @@ from structlog.contextvars import bind_contextvars, reset_contextvars
 
 from eventkit._core.ambient import carried
 from eventkit._core.log import log
+from eventkit._core.policy import cancel_requests, is_asked_to_end
 from eventkit._core.state import BusState
 from eventkit.exceptions import BadMessageError
-from eventkit.faststream._engines import Engine
+from eventkit.faststream._engines import LONGEST_ID, Engine, plain
 from eventkit.faststream._forward import send
 from eventkit.wire import Received, decode
 
@@ -151,13 +153,16 @@ class Consumer:
 
     async def _take(self, message: Any, subscriber: Any) -> float | None:
         """Deliver or bury a message; the seconds after which it is handed back, or None."""
+        requests = cancel_requests()
         try:
             problem = await self._problem(message, subscriber)
             if problem is not None:
                 await self._bury(message, problem)
         except HandBackError as again:
             return again.pause
-        except Exception as error:  # noqa: BLE001 - whatever it is, the message is not lost
+        except (Exception, CancelledError) as error:  # whatever it is, the message is not lost
+            if isinstance(error, CancelledError) and is_asked_to_end(requests):
+                raise
             log(
                 logging.ERROR,
                 "a message could not be handled, and is handed back",
@@ -201,12 +206,12 @@ class Consumer:
         rounds = _number(kept.get(_ROUND)) if kept.get(_BY) == self._name else 0
         headers = kept | {
             _REASON: problem.reason,
-            _ERROR: _line(problem.error),
+            _ERROR: plain(problem.error, _LONGEST),
             _BY: self._name,
             _ROUND: str(rounds + 1),
         }
         options = self._dead_engine.dead_options(message, headers)
-        options["correlation_id"] = message.correlation_id
+        options["correlation_id"] = plain(message.correlation_id or "", LONGEST_ID) or None
         try:
             if rounds >= _ROUNDS:
                 raise RecursionError(
@@ -247,16 +252,6 @@ def headers_of(message: Any) -> dict[str, str]:
     if message.content_type and "content-type" not in texts:  # RabbitMQ has it beside them
         texts["content-type"] = message.content_type
     return texts
-
-
-def _line(text: str) -> str:
-    """One line that every broker takes: not all of them take, or give back, what is not ASCII."""
-    line = " ".join(text[:_LONGEST].split())
-    return "".join(each if " " <= each <= "~" else _escaped(each) for each in line)[:_LONGEST]
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
 
 
 def _text(value: object) -> str:

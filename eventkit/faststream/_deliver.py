@@ -181,6 +181,8 @@ class ToKeeper:
                 return Problem("rejected", "deliver= has raised RejectMessage")
             except NackMessage:
                 raise HandBackError from None
+            except OSError as error:  # some are a ValueError, too: that of TLS certificates
+                self._complain(error)
             except self._poison as error:
                 return Problem("failed", _text_of(error))
             except Exception as error:  # noqa: BLE001 - of a database, or of its driver

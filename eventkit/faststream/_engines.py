@@ -16,7 +16,20 @@ from faststream import AckPolicy
 
 from eventkit.wire import Wired
 
+LONGEST_ID = 255  # bytes; RabbitMQ takes no more
 _LOSING = {AckPolicy.ACK_FIRST: "ACK_FIRST", AckPolicy.MANUAL: "MANUAL"}
+
+
+def plain(text: str, longest: int) -> str:
+    """One line that every broker takes: not all of them take, or give back, what is not ASCII."""
+    if len(text) <= longest and text.isascii() and text.isprintable():
+        return text.strip()
+    line = " ".join(text[:longest].split())
+    return "".join(each if " " <= each <= "~" else _escaped(each) for each in line)[:longest]
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 class Engine(ABC):
@@ -108,8 +121,7 @@ class Nats(Engine):
         return delivered
 
     def consumer(self, subscriber: Any) -> str:
-        group = subscriber.extra_options.get("durable") or subscriber.queue
-        return f"{subscriber.stream.name}/{group or subscriber.subject.template}"
+        return f"{subscriber.stream.name}/{subscriber.config.durable_name or subscriber.queue}"
 
     def comes_to(self, publisher: Any, subscriber: Any) -> bool:
         subject = publisher.subject.broker_address
@@ -117,7 +129,8 @@ class Nats(Engine):
         return any(_matches(subject, each) for each in filters if each)
 
     def patience(self, subscriber: Any) -> float | None:
-        return subscriber.config.ack_wait or 30.0
+        config = subscriber.config
+        return min(config.backoff) if config.backoff else config.ack_wait or 30.0
 
     def problem_of_publisher(self, publisher: Any) -> str | None:
         if publisher.stream is None:
@@ -134,7 +147,19 @@ class Nats(Engine):
             )
         if "Batch" in type(subscriber).__name__:
             return _BATCH
-        most = subscriber.config.max_deliver
+        config = subscriber.config
+        if subscriber.extra_options.get("ordered_consumer") or config.ack_policy != "explicit":
+            return (
+                "this consumer acknowledges nothing, or more than what was handled: leave "
+                "ordered_consumer= and ConsumerConfig(ack_policy=) out"
+            )
+        # By its queue NATS remembers one that it pushes to, and none that pulls.
+        if not (config.durable_name or (subscriber.queue and not hasattr(subscriber, "pull_sub"))):
+            return (
+                "this consumer is forgotten when its process ends, so what was sent is lost or "
+                "comes once more: give it durable="
+            )
+        most = config.max_deliver
         if most is not None and most > 0:
             return (
                 f"ConsumerConfig(max_deliver={most}) has NATS drop a message that was handed out "
@@ -171,7 +196,7 @@ class Rabbit(Engine):
         return _properties(headers | wired.headers(self.prefix), wired.attributes["id"])
 
     def dead_options(self, message: Any, headers: dict[str, str]) -> dict[str, Any]:
-        return _properties(headers, message.message_id)
+        return _properties(headers, plain(message.message_id or "", LONGEST_ID) or None)
 
     def refusal(self, result: Any) -> str | None:
         # A message that was returned is no exception, but holds the broker's answer.
@@ -200,7 +225,7 @@ class Rabbit(Engine):
         return None  # as long as the connection
 
 
-def _properties(headers: dict[str, str], message_id: str) -> dict[str, Any]:
+def _properties(headers: dict[str, str], message_id: str | None) -> dict[str, Any]:
     """Properties of AMQP: the content type is one of its own, and no header."""
     return {
         "content_type": headers.pop("content-type", None),
@@ -215,6 +240,10 @@ class Redis(Engine):
 
     name = "Redis"
     how_to_wait = " (StreamSub(min_idle_time=))"
+
+    def dead_options(self, message: Any, headers: dict[str, str]) -> dict[str, Any]:
+        # FastStream writes the length of a text in characters, and reads it as one in bytes.
+        return {"headers": {_measured(name): _measured(headers[name]) for name in headers}}
 
     def refusal(self, result: Any) -> str | None:
         return None if result else "there is no id of an entry"
@@ -294,6 +323,10 @@ class Redis(Engine):
         return None
 
 
+def _measured(text: str) -> str | bytes:
+    return text if text.isascii() else text.encode()
+
+
 async def _repaired(record: Any, parse: Callable[[Any], Awaitable[Any]]) -> Any:
     """Parse a record of Kafka; FastStream drops one with headers that are null, or no UTF-8."""
     record.headers = tuple((name, _utf8(value)) for name, value in record.headers)
@@ -309,6 +342,7 @@ class Kafka(Engine):
 
     name = "Kafka"
     prefix = "ce_"
+    how_to_wait = " (max_poll_interval_ms=)"
     parse = staticmethod(_repaired)
 
     def options(self, publisher: Any, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
@@ -334,7 +368,9 @@ class Kafka(Engine):
         return publisher.topic in [*subscriber.topic_names, *partitions]
 
     def patience(self, subscriber: Any) -> float | None:
-        return 300.0  # max_poll_interval_ms, by default
+        options: Mapping[str, Any] = subscriber._connection_args  # noqa: SLF001
+        milliseconds: float = options["max_poll_interval_ms"]
+        return milliseconds / 1000
 
     def problem_of_publisher(self, publisher: Any) -> str | None:
         return _BATCH if "Batch" in type(publisher).__name__ else None

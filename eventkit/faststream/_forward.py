@@ -15,13 +15,14 @@ from eventkit._core.ambient import carried, current_delivery
 from eventkit._core.events import DomainEvent
 from eventkit._core.loops.running import on_trio
 from eventkit.exceptions import BridgeError
-from eventkit.faststream._engines import Engine
+from eventkit.faststream._engines import LONGEST_ID, Engine, plain
 from eventkit.wire import encode, wire_name
 
 E = TypeVar("E")
 
 # The names of the id that all log lines of one request share; the first one found is sent.
 CORRELATION = ("correlation_id", "request_id")
+_LONGEST_CARRIED = 512  # characters; more than the standard has one send of `tracestate`
 
 
 class Forward(Generic[E]):
@@ -77,7 +78,8 @@ class Forward(Generic[E]):
             key=None if self._key is None else self._key(event),
             time=None if isinstance(event, DomainEvent) else delivery.published_at,
         )
-        options = self._engine.options(self._publisher, wired, dict(carried.get()))
+        along = {name: plain(value, _LONGEST_CARRIED) for name, value in carried.get().items()}
+        options = self._engine.options(self._publisher, wired, along)
         await send(
             self._publisher,
             self._engine,
@@ -109,6 +111,10 @@ async def send(publisher: Any, engine: Engine, body: bytes, options: dict[str, A
 
 
 def _correlation_id() -> str | None:
-    """The id of the unit of work in logs; None if there is none, so that FastStream makes one."""
+    """The id of the unit of work in logs; None if there is none, so that FastStream makes one.
+
+    It may be a header of a request, which anybody can write.
+    """
     bound = get_contextvars()
-    return next((str(bound[name]) for name in CORRELATION if name in bound), None)
+    ids = (plain(str(bound[name]), LONGEST_ID) for name in CORRELATION if name in bound)
+    return next(ids, None) or None

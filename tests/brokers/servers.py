@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -196,6 +197,12 @@ class RabbitServer(Server):
             )
         super().start()
 
+    def kill(self) -> None:
+        # It writes down where a quorum queue is half a second after that was declared. Killed
+        # before, it never takes a message for it again.
+        time.sleep(1.5)
+        super().kill()
+
     def close_connections(self) -> None:
         subprocess.run(
             [
@@ -208,7 +215,7 @@ class RabbitServer(Server):
         )
 
     def close(self) -> None:
-        super().close()
+        super().kill()
         if self._epmd is not None:
             self._epmd.kill()
             self._epmd.wait(PATIENCE)

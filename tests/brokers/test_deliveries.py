@@ -242,7 +242,8 @@ async def test_an_outage_of_what_delivers_loses_nothing_and_makes_no_dead_letter
         assert isinstance(received.event, Placed)
         if await tries.add(received.event.number) < 4:
             raise ConnectionError("the database is away")
-        await seen.add(received.event.number)
+        if received.event.number not in seen.all:  # those that wait may be handed out again
+            await seen.add(received.event.number)
 
     billing.consume(Placed, deliver=deliver, returns_after=2.0)
     async with orders, billing, place.read_dead() as dead:

@@ -170,9 +170,10 @@ def test_a_network_that_fails_and_comes_back_goes_on_with_both_services(place: P
 
 def goes_on(publisher: Process, consumer: Process, *, first: int) -> None:
     """Publish until the broker takes one, and five more; each that it has taken is handled."""
-    number = first
+    number, deadline = first, time.monotonic() + PATIENCE
     publisher.tell("publish", number=number)
     while not publisher.hear("published", number=number)["taken"]:
+        assert time.monotonic() < deadline, publisher.story()
         number += 1
         publisher.tell("publish", number=number)
     publisher.tell("publish", number=number + 1, times=5)

@@ -337,6 +337,23 @@ async def test_a_correlation_id_of_the_log_and_what_is_carried_go_along(service:
     assert third.options["correlation_id"]  # FastStream makes one
 
 
+async def test_an_id_that_anybody_may_have_written_is_sent_so_that_each_broker_takes_it(
+    service: Service,
+) -> None:
+    """RabbitMQ takes 255 bytes, and FastStream's format for Redis is spoilt by what is no ASCII."""
+    service.bridge.forward(BillSent, service.publisher("bills"))
+    async with service.running():
+        for id_ in ("é\r\nNats-Msg-Id: 7", "x" * 300):
+            token = carried.set({"traceparent": id_})
+            with bound_contextvars(correlation_id=id_):
+                await publish(service.bus, BillSent(1))
+            carried.reset(token)
+
+    odd, long = service.watch.sent
+    assert odd.options["correlation_id"] == odd.headers["traceparent"] == r"\xe9 Nats-Msg-Id: 7"
+    assert long.options["correlation_id"] == "x" * 255
+
+
 async def test_a_publisher_of_a_router_is_one_too() -> None:
     bus, broker, router = EventBus(), NatsBroker(logger=None), NatsRouter(prefix="eu.")
     Bridge(bus, source="/").forward(BillSent, router.publisher("bills", stream=stream_of("eu")))

@@ -10,6 +10,7 @@ from faststream import AckPolicy
 from faststream.nats import JStream, NatsBroker, NatsRouter, PullSub
 from faststream.rabbit import ExchangeType, RabbitBroker, RabbitExchange, RabbitQueue, RabbitRouter
 from faststream.redis import ListSub, RedisBroker, RedisRouter, StreamSub
+from nats.js.api import AckPolicy as NatsAckPolicy
 from nats.js.api import ConsumerConfig
 from stamina import AsyncRetryingCaller
 
@@ -344,6 +345,44 @@ def test_nats_is_not_to_drop_what_was_handed_out_often() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ordered_consumer": True},
+        {"config": ConsumerConfig(ack_policy=NatsAckPolicy.NONE)},
+        {"config": ConsumerConfig(ack_policy=NatsAckPolicy.ALL)},
+    ],
+)
+def test_nats_is_to_wait_for_each_acknowledgement(options: dict[str, Any]) -> None:
+    subscriber = NatsBroker().subscriber("orders", stream=stream_of("orders"), queue="b", **options)
+
+    assert consuming(subscriber) == (
+        "this consumer acknowledges nothing, or more than what was handled: leave "
+        "ordered_consumer= and ConsumerConfig(ack_policy=) out"
+    )
+
+
+@pytest.mark.parametrize("pull", [False, True])
+def test_nats_is_not_to_forget_a_consumer(*, pull: bool) -> None:
+    subscriber = NatsBroker().subscriber(
+        "orders", stream=stream_of("orders"), pull_sub=PullSub() if pull else None
+    )
+
+    assert consuming(subscriber) == (
+        "this consumer is forgotten when its process ends, so what was sent is lost or comes once "
+        "more: give it durable="
+    )
+
+
+def test_it_forgets_one_that_pulls_by_a_queue() -> None:
+    with pytest.warns(RuntimeWarning, match="The `queue` option has no effect"):
+        subscriber = NatsBroker().subscriber(
+            "orders", stream=stream_of("orders"), queue="b", pull_sub=True
+        )
+
+    assert consuming(subscriber).startswith("this consumer is forgotten when its process ends")
+
+
 def test_lists_and_channels_of_redis_are_refused() -> None:
     broker = RedisBroker()
     publisher = (
@@ -419,6 +458,8 @@ def test_a_limit_is_shorter_than_the_broker_waits() -> None:
     )
     assert consuming(slow).startswith("the broker hands a message out again after 10 s, ")
     assert "within=25 has to be below that" in consuming(slow)
+    backing_off = ConsumerConfig(ack_wait=60, backoff=[5, 10])  # of which NATS takes the first
+    assert "after 5 s" in consuming(subscribers_of(NatsBroker(), "orders", config=backing_off))
     assert consuming([redis(), redis(min_idle_time=500)], within=0.5) == (
         "the broker hands a message out again after 0.5 s, so it would be handled twice: "
         "within=0.5 has to be below that (StreamSub(min_idle_time=))"
@@ -427,7 +468,14 @@ def test_a_limit_is_shorter_than_the_broker_waits() -> None:
 
 @NEEDS_AIOKAFKA
 def test_that_of_kafka_is_five_minutes() -> None:
-    assert "after 300 s" in consuming(subscribers_of(broker_of("kafka"), "orders"), within=300)
+    broker = broker_of("kafka")
+    less = subscribers_of(broker, "orders", max_poll_interval_ms=20_000)
+
+    assert "after 300 s" in consuming(subscribers_of(broker, "orders"), within=300)
+    assert consuming(less) == (
+        "the broker hands a message out again after 20 s, so it would be handled twice: within=25 "
+        "has to be below that (max_poll_interval_ms=)"
+    )
 
 
 @pytest.mark.parametrize("within", [0, -1, float("nan")])
@@ -588,12 +636,13 @@ def names_of(*subscribers: Any) -> list[str]:
 
 def test_a_consumer_of_nats_is_called_by_its_stream_and_its_durable_name() -> None:
     broker = NatsBroker()
+    config = ConsumerConfig(durable_name="b", filter_subjects=["orders.placed"])
 
     assert names_of(
         broker.subscriber("orders.placed", stream=stream_of("orders"), durable="b", pull_sub=True),
         broker.subscriber("orders.placed", stream=stream_of("orders"), queue="b"),
-        broker.subscriber("orders.placed", stream=stream_of("orders")),
-    ) == ["orders/b", "orders/b", "orders/orders.placed"]
+        broker.subscriber(stream=stream_of("orders"), pull_sub=True, config=config),
+    ) == ["orders/b", "orders/b", "orders/b"]
 
 
 def test_one_of_a_router_is_called_by_the_routers_prefix_too() -> None:
