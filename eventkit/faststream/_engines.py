@@ -7,6 +7,7 @@ classes.
 
 from __future__ import annotations
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from faststream import AckPolicy
 from eventkit.wire import Wired
 
 LONGEST_ID = 255  # bytes; RabbitMQ takes no more
+_FIELD = b"__data__"  # of an entry of Redis that FastStream has written
 _LOSING = {AckPolicy.ACK_FIRST: "ACK_FIRST", AckPolicy.MANUAL: "MANUAL"}
 
 
@@ -235,11 +237,28 @@ def _properties(headers: dict[str, str], message_id: str | None) -> dict[str, An
     }
 
 
+async def _read_at_all(entry: Any, parse: Callable[[Any], Awaitable[Any]]) -> Any:
+    """Parse an entry of a stream; FastStream hands back one that it cannot parse, for ever."""
+    try:
+        return await parse(entry)
+    except Exception:  # noqa: BLE001 - whatever is wrong with it
+        fields: Mapping[bytes, bytes] = entry["data"]
+        message = await parse({**entry, "data": {_FIELD: b"?"}})
+        texts = {_escape(name): _escape(value) for name, value in fields.items()}
+        message.body = fields.get(_FIELD) or json.dumps(texts).encode()
+        return message
+
+
+def _escape(value: bytes) -> str:
+    return value.decode(errors="backslashreplace")
+
+
 class Redis(Engine):
     """Streams of Redis."""
 
     name = "Redis"
     how_to_wait = " (StreamSub(min_idle_time=))"
+    parse = staticmethod(_read_at_all)
 
     def dead_options(self, message: Any, headers: dict[str, str]) -> dict[str, Any]:
         # FastStream writes the length of a text in characters, and reads it as one in bytes.
