@@ -434,3 +434,14 @@ def problem_of_policy(subscriber: Any) -> str | None:
         f"the subscriber's ack_policy is {policy}, which loses what a handler fails on: give it "
         "ack_policy=AckPolicy.NACK_ON_ERROR"
     )
+
+
+def problem_of_codec(endpoint: Any) -> str | None:
+    """Why a codec of the user's, of a broker or of a subscriber, spoils events, and what to do."""
+    own = getattr(getattr(endpoint, "_call_options", None), "codec", None)
+    if own is None and getattr(endpoint._outer_config, "broker_codec", None) is None:  # noqa: SLF001
+        return None
+    return (
+        "this broker or subscriber has a codec=, which would write and read what is JSON already: "
+        "give events a broker without one"
+    )
