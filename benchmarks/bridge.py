@@ -111,7 +111,7 @@ def _throughput(measured: str, broker: Broker, url: str, effort: Effort) -> Iter
 async def _compared(
     measured: str, broker: Broker, url: str, effort: Effort, taken: dict[str, list[float]]
 ) -> Comparison:
-    messages = {"smallest": ROW, "quick": 200, "full": 600}[effort.scale]
+    messages = {"smallest": ROW, "quick": 100, "full": 300}[effort.scale]
     ends = ENDS if measured != CONSUME else {name: ENDS[name] for name in (PLAIN, CLIENT, DISPATCH)}
     measuring = {ONE_BY_ONE: one_by_one, AT_ONCE: twenty_at_once, CONSUME: backlog}[measured]
     contenders: list[Contender] = []

@@ -16,6 +16,8 @@ from typing import Annotated, Generic, TypeVar, assert_type
 from uuid import UUID
 
 from fastapi import Depends
+from faststream.nats import NatsBroker
+from stamina import AsyncRetryingCaller
 from starlette.applications import Starlette
 
 from eventkit import (
@@ -23,6 +25,7 @@ from eventkit import (
     DispatchError,
     DomainEvent,
     DrainReport,
+    Durable,
     EventBus,
     EventContext,
     EventRouter,
@@ -37,7 +40,9 @@ from eventkit import (
     current_delivery,
     named,
 )
+from eventkit.exceptions import BadMessageError
 from eventkit.fastapi import Bus, CurrentContext, FastAPIResolver
+from eventkit.faststream import Bridge, BridgeError
 from eventkit.starlette import EventContextMiddleware, Origin, Outcome, succeeded
 from eventkit.streams import EventStream, end_at_shutdown, stream
 from eventkit.testing import (
@@ -50,7 +55,17 @@ from eventkit.testing import (
     assert_handles,
     assert_no_orphans,
 )
-from eventkit.wire import Codec, codec_for, names_of, wire_name
+from eventkit.wire import (
+    Codec,
+    Received,
+    Wired,
+    codec_for,
+    decode,
+    encode,
+    is_named,
+    names_of,
+    wire_name,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -541,3 +556,77 @@ def names_and_codecs() -> None:
     codec.encode(created)  # type: ignore[arg-type]
     named("x")(upcast)  # type: ignore[type-var]
     named("x", formerly={"y": "z"})  # type: ignore[dict-item]
+
+
+# Other services.
+
+
+def messages() -> None:
+    wired = encode(created, source="/users", id="1", key="ada", time=datetime.now())  # noqa: DTZ005
+    assert_type(wired, Wired)
+    assert_type(wired.headers(), dict[str, str])
+    assert_type(wired.headers("ce_"), dict[str, str])
+    assert_type(wired.attributes, Mapping[str, str])
+    assert_type(wired.body, bytes)
+    wired.body = b""  # type: ignore[misc]
+    received = decode(wired.headers(), wired.body, UserCreated, OrderPaid)
+    assert_type(received, Received)
+    assert_type(received.event, object)
+    assert_type(received.id, str)
+    assert_type(received.event_id, UUID)
+    assert_type(received.unique_id, str)
+    assert_type(received.headers, Mapping[str, str])
+    assert_type(BadMessageError("foreign", "no event").reason, str)
+    assert_type(BridgeError("away"), BridgeError)
+    assert_type(current_delivery().received, Mapping[str, str] | None)
+    assert_type(is_named(UserCreated), bool)
+    encode(created)  # type: ignore[call-arg]
+    encode(created, source="/users", key=1)  # type: ignore[arg-type]
+    decode({"ce-id": 1}, b"")  # type: ignore[dict-item]
+    decode({}, "")  # type: ignore[arg-type]
+    decode({}, b"", created)  # type: ignore[arg-type]
+
+
+async def keep(received: Received) -> bool:
+    return received.id == ""
+
+
+def by_user(event: UserEvent) -> str | None:
+    return str(event.user_id)
+
+
+def by_order(event: OrderPaid) -> str:
+    return ""
+
+
+def bridging() -> None:
+    broker = NatsBroker()
+    bridge = Bridge(bus, source="/users")
+    publisher = broker.publisher("users", stream="users")
+    subscriber = broker.subscriber("orders", stream="orders")
+    assert_type(bridge.forward(UserCreated, publisher), Subscription)
+    bridge.forward(UserCreated, publisher, key=by_user, name="users", timeout=3, durable=True)
+    bridge.forward(UserCreated, publisher, key=lambda event: event.email)
+    bridge.forward(UserCreated, publisher, durable=Durable(attempts=3))
+    bridge.consume(subscriber, OrderPaid, OrderSent, dead_letter=publisher)
+    bridge.consume(
+        [subscriber],
+        OrderPaid,
+        dead_letter=publisher,
+        others="ignore",
+        within=5,
+        retry=AsyncRetryingCaller(attempts=3),
+        max_deliveries=3,
+    )
+    bridge.consume(subscriber, OrderPaid, dead_letter=publisher, durable=True)
+    bridge.consume(subscriber, OrderPaid, dead_letter=publisher, deliver=keep)
+    Bridge(bus)  # type: ignore[call-arg]
+    Bridge("bus", source="/users")  # type: ignore[arg-type]
+    bridge.forward(created, publisher)  # type: ignore[arg-type]
+    bridge.forward(UserCreated, publisher, key=by_order)  # type: ignore[arg-type]
+    bridge.forward(UserCreated, publisher, key=lambda event: event.phone)  # type: ignore[attr-defined]
+    bridge.forward(UserCreated, publisher, timeout=None)  # type: ignore[arg-type]
+    bridge.consume(subscriber, OrderPaid)  # type: ignore[call-arg]
+    bridge.consume(subscriber, created, dead_letter=publisher)  # type: ignore[arg-type]
+    bridge.consume(subscriber, OrderPaid, dead_letter=publisher, others="drop")  # type: ignore[arg-type]
+    bridge.consume(subscriber, OrderPaid, dead_letter=publisher, deliver=by_order)  # type: ignore[arg-type]

@@ -11,8 +11,6 @@ from eventkit.exceptions import BridgeError, not_installed
 try:
     from eventkit.faststream._bridge import Bridge
 except ModuleNotFoundError as missing:
-    if missing.name not in ("faststream", "pydantic", "stamina"):
-        raise
-    raise not_installed("eventkit.faststream", missing.name, "faststream") from missing
+    raise not_installed(__name__, missing.name or "faststream", "faststream") from missing
 
 __all__ = ["Bridge", "BridgeError"]

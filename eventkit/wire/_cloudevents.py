@@ -117,8 +117,8 @@ def encode(
         wired = encode(OrderPlaced(7), source="/orders")
         await client.publish("orders", wired.body, headers=wired.headers())
 
-    The attribute `type` is the name that `named` gave, else `module:qualname`. Needs no event loop;
-    safe to use from any thread.
+    The attribute `type` is the name that `named` gave, else `module:qualname`. Knows no broker and
+    needs no event loop; safe to use from any thread.
 
     Args:
         event: An event, of a class that `codec_for` takes.
@@ -127,6 +127,9 @@ def encode(
             a random UUID.
         key: Events with an equal key belong together: the attribute `partitionkey`.
         time: When it happened; aware. By default the `occurred_at` of a `DomainEvent`, else now.
+
+    Returns:
+        The body, and `headers(prefix)`: the prefix depends on the protocol.
 
     Raises:
         ValueError: `source`, `id` or `key` is empty, or no text.
@@ -158,14 +161,18 @@ def decode(headers: Mapping[str, str], body: bytes, *types: type) -> Received:
 
         received = decode(message.headers, message.data, OrderPlaced)
 
-    Reads the prefixes "ce-", "ce_", "cloudEvents:" and "cloudEvents_", and the structured mode,
-    which the header `content-type` tells. A `DomainEvent` whose JSON lacks `event_id` or
-    `occurred_at` has those of the message. Needs no event loop; safe to use from any thread.
+    Reads headers that begin with "ce-", "ce_", "cloudEvents:" or "cloudEvents_". Reads the
+    structured mode, too, if `content-type` is `application/cloudevents+json`. A `DomainEvent` whose
+    JSON lacks `event_id` or `occurred_at` has those of the message. Knows no broker and needs no
+    event loop; safe to use from any thread.
 
     Args:
         headers: Of the message.
         body: Of the message.
         types: What may come, by all of their names. Subclasses are types of their own.
+
+    Returns:
+        The event, the attributes, and the headers as they came.
 
     Raises:
         BadMessageError: It is no CloudEvent, none of these, or cannot be read as one. The text
@@ -183,17 +190,17 @@ def _read(
     attributes: Mapping[str, str], payload: bytes, types: tuple[type, ...]
 ) -> tuple[object, tuple[str, str] | None]:
     """Give the event, or say in a word and in a sentence what is wrong with the message."""
-    missing = [name for name in _REQUIRED if not attributes.get(name)]
-    if missing:
+    if missing := [name for name in _REQUIRED if not attributes.get(name)]:
         return None, ("foreign", f"no CloudEvent: it lacks the attributes {', '.join(missing)}")
     name = attributes["type"]
-    event_type = next(
-        (each for each in types if name == wire_name(each) or name in names_of(each)), None
-    )
-    if event_type is None:
+    for event_type in types:
+        codec: Codec[Any] = codec_for(event_type)
+        if name == codec.name or name in names_of(event_type):
+            break
+    else:
         known = ", ".join(repr(wire_name(each)) for each in types) or "nothing"
         return None, ("unknown", f"nobody here consumes {name!r}, only {known}")
-    event, problem = _decoded(codec_for(event_type), attributes, payload)
+    event, problem = _decoded(codec, attributes, payload)
     return event, None if problem is None else ("undecodable", problem)
 
 
@@ -206,8 +213,13 @@ def _opened(headers: Mapping[str, str], body: bytes) -> tuple[dict[str, str], by
             return _structured(body)
         if lower.startswith(_PREFIXES) and (found := _ATTRIBUTE.fullmatch(lower)) is not None:
             escaped = "%" in value and lower.startswith(_ESCAPING)
-            attributes[found[1]] = unquote(value) if escaped else value
+            attributes[found[1]] = _whole(unquote(value) if escaped else value)
     return attributes, body
+
+
+def _whole(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON may have, and which cannot be written."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def _media_type(content_type: str) -> str:
@@ -223,7 +235,7 @@ def _structured(body: bytes) -> tuple[dict[str, str], bytes]:
         return {}, b""
     parts = cast("dict[str, object]", envelope)
     data, encoded = parts.pop("data", None), parts.pop("data_base64", None)
-    attributes = {name: str(value) for name, value in parts.items() if value is not None}
+    attributes = {name: _whole(str(value)) for name, value in parts.items() if value is not None}
     if not isinstance(encoded, str):
         return attributes, json.dumps(data).encode()
     try:

@@ -31,14 +31,14 @@ class Report:
         self,
         title: str,
         about: str,
-        drawing: RenderableType,
+        drawing: RenderableType | None,
         checks: Sequence[Check],
         said: Sequence[Said] = (),
     ) -> None:
         """Show one case: what it is about, what happened, what was said, what was checked."""
         self.results.append((title, checks))
         self._heading(title)
-        self._console.print(about, "", drawing, "", sep="\n")
+        self._console.print(about, *(() if drawing is None else ("", drawing)), "", sep="\n")
         for each in said:
             self._console.print(Text(f"$ {each.line}", "bold"))
             for line in each.output.splitlines():

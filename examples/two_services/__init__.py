@@ -7,7 +7,7 @@ its own. `shop_events.py` is all that they share; `brokers.py` has what differs 
     nats-server -js
     uvicorn examples.two_services.orders:app --port 8001
     uvicorn examples.two_services.billing:app --port 8002
-    curl -X POST localhost:8001/orders/7 --json '{"customer": "ada", "total": "9.90"}'
+    curl localhost:8001/orders/7 --json '{"customer": "ada", "total_cents": 990}'
     curl localhost:8002/invoices
 
 `nox -s demo -- two-services` shows it at work: killed in the middle, and with a message that comes

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from decimal import Decimal
 
 from fastapi import FastAPI, Response
 from sqlalchemy import select
@@ -35,7 +34,7 @@ class Invoice(Base):
     number: Mapped[int] = mapped_column(primary_key=True)
     order_id: Mapped[int]
     customer: Mapped[str]
-    total: Mapped[Decimal]
+    total_cents: Mapped[int]
 
 
 add_tables(Base.metadata)  # of the outbox, and of the inbox
@@ -60,7 +59,9 @@ async def write_invoice(event: OrderPlaced) -> None:
     """Runs until it has ended well, in this process or in the next one."""
     async with sessions.begin() as session:
         complete_with(session)  # the invoice, and that this is done, are one commit
-        session.add(Invoice(order_id=event.order_id, customer=event.customer, total=event.total))
+        session.add(
+            Invoice(order_id=event.order_id, customer=event.customer, total_cents=event.total_cents)
+        )
 
 
 @asynccontextmanager
@@ -68,9 +69,11 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
     """Have tables and broker while the app runs."""
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
-    async with broker.opened():
-        yield
-    await engine.dispose()
+    try:
+        async with broker.opened():
+            yield
+    finally:
+        await engine.dispose()
 
 
 app = FastAPI(title="Billing", lifespan=lifespan)

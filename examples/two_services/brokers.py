@@ -14,11 +14,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from anyio import fail_after
+
 # Also what Redis knows this process by: in Kubernetes the pod's name, which a restart keeps.
 _HOST = socket.gethostname()
 
 # FastStream's own prints a line for each message; this one goes where the others go.
 _log = logging.getLogger("shop.broker")
+
+_SECONDS_TO_ANSWER = 10.0
 
 
 async def _nothing() -> None:
@@ -45,7 +49,17 @@ class Broker:
 
     @asynccontextmanager
     async def opened(self) -> AsyncGenerator[None]:
-        """Start it, and stop it at the end of the block: its handlers end before that."""
+        """Start it, and stop it at the end of the block, once what it has at hand has ended.
+
+        Raises:
+            ConnectionError: It does not answer. The service ends then, and is started again.
+        """
+        try:
+            # The client of NATS would try for ever, and say nothing.
+            with fail_after(_SECONDS_TO_ANSWER):
+                await self.client.connect()
+        except TimeoutError:
+            raise ConnectionError("the broker does not answer") from None
         async with self.client:
             await self.prepare()
             await self.client.start()
@@ -55,7 +69,8 @@ class Broker:
         """Whether events go and come. Both halves are needed.
 
         NATS can give up its connection while subscribers say that they run; a subscriber can have
-        stopped, for its stream of Redis is gone, while the broker answers.
+        stopped, for its stream of Redis is gone, while the broker answers. A stream of NATS that
+        somebody has deleted is seen by neither.
         """
         return bool(await self.client.ping(1)) and all(
             each.running for each in self.client.subscribers

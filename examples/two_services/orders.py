@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from decimal import Decimal
 
 from fastapi import FastAPI, HTTPException, Response
 from pydantic import BaseModel
@@ -35,7 +34,7 @@ class Order(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     customer: Mapped[str]
-    total: Mapped[Decimal]
+    total_cents: Mapped[int]
 
 
 add_tables(Base.metadata)  # of the outbox
@@ -60,9 +59,11 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
     """Have tables and broker while the app runs."""
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
-    async with broker.opened():
-        yield
-    await engine.dispose()
+    try:
+        async with broker.opened():
+            yield
+    finally:
+        await engine.dispose()
 
 
 app = FastAPI(title="Orders", lifespan=lifespan)
@@ -73,7 +74,7 @@ class NewOrder(BaseModel):
     """What a customer sends."""
 
     customer: str
-    total: Decimal
+    total_cents: int
 
 
 @app.post("/orders/{order_id}", status_code=201)
@@ -81,8 +82,8 @@ async def place_order(order_id: int, new: NewOrder) -> None:
     """Write the order, and that there is something to say, in one transaction."""
     try:
         async with sessions.begin() as session:
-            session.add(Order(id=order_id, customer=new.customer, total=new.total))
-            bus.publish(OrderPlaced(order_id, new.customer, new.total))
+            session.add(Order(id=order_id, customer=new.customer, total_cents=new.total_cents))
+            bus.publish(OrderPlaced(order_id, new.customer, new.total_cents))
     except IntegrityError:
         raise HTTPException(409, f"there is an order {order_id}") from None
 

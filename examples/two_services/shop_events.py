@@ -5,7 +5,6 @@ move, and each service may have a copy of its own.
 """
 
 from dataclasses import dataclass
-from decimal import Decimal
 
 from eventkit import DomainEvent, named
 
@@ -17,4 +16,4 @@ class OrderPlaced(DomainEvent):
 
     order_id: int
     customer: str
-    total: Decimal
+    total_cents: int

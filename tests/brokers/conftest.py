@@ -4,7 +4,6 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import NoReturn
 from urllib.parse import urlsplit
 
 import pytest
@@ -14,40 +13,11 @@ pytest.importorskip("faststream")
 from tests.brokers.kinds import KINDS
 from tests.brokers.places import Place, place_on
 from tests.brokers.servers import SERVERS, Server, own
-from tests.conftest import SERVICES
+from tests.conftest import SERVICES, require
 from tests.crash.cluster import Missing
 from tests.crash.nursery import Nursery
 
 ServiceUrl = Callable[[str], str]
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--soak", type=float, default=8.0, metavar="SECONDS", help="how long each soak takes"
-    )
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Tell what soaks have counted, also where they have passed."""
-    for outcome in ("passed", "failed"):
-        for report in terminalreporter.getreports(outcome):
-            for name, value in report.user_properties:
-                if name == "soak":
-                    terminalreporter.write_line(str(value))
-
-
-def require(what: str) -> NoReturn:
-    """Skip the test, or fail where CI wants nothing to be skipped."""
-    if os.environ.get("EVENTKIT_REQUIRE_SERVICES") == "1":
-        pytest.fail(what)
-    pytest.skip(what)
-
-
-@pytest.fixture(scope="session")
-def seconds(request: pytest.FixtureRequest) -> float:
-    """How long each soak takes."""
-    given: float = request.config.getoption("--soak")  # pyright: ignore[reportAssignmentType]
-    return given
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,11 @@
 """The page about other services does as it says, on each broker."""
 
+import asyncio
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from decimal import Decimal
 from subprocess import run
 from typing import Any
@@ -15,6 +16,7 @@ from faststream.exceptions import NackMessage, RejectMessage
 
 from eventkit.wire import decode, encode
 from tests.brokers.conftest import OwnServers
+from tests.brokers.kinds import untyped
 from tests.project.test_docs import ROOT
 from tests.project.test_services import Page, blocks, page, put
 from tests.project.test_services import program as service
@@ -78,7 +80,28 @@ class Services:
         return {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def close(self) -> None:
+        """End what was started, and remove its places from the broker."""
         self._stack.close()
+        if self._kind != "kafka":  # which ends with the tests
+            asyncio.run(self._remove())
+
+    async def _remove(self) -> None:
+        orders, dead, billing = (f"{name}{self._suffix}" for name in ("orders", "dead", "billing"))
+        if self._kind == "nats":
+            client = await untyped("nats").connect(self._url)
+            for each in (orders, dead):
+                with suppress(untyped("nats.js.errors").NotFoundError):
+                    await client.jetstream().delete_stream(each)
+            await client.close()
+        elif self._kind == "rabbit":
+            async with await untyped("aio_pika").connect(self._url) as connection:
+                channel = await connection.channel()
+                for each in (billing, f"{dead}.billing"):
+                    await channel.queue_delete(each)
+                await channel.exchange_delete(orders)
+        else:
+            async with untyped("redis.asyncio").from_url(self._url) as redis:
+                await redis.delete(orders, f"{dead}.billing")
 
 
 Opened = Callable[..., Services]
@@ -140,8 +163,8 @@ def test_a_durable_order_outlives_an_outage_of_the_broker(
         broker.start()
         billing.wait_for("invoice for order 7: 9.90")
     finally:
-        both.close()
         broker.resume()
+        both.close()
 
 
 def test_what_is_foreign_is_read_and_what_is_sent_is_read_elsewhere(services: Opened) -> None:
@@ -188,7 +211,7 @@ async def test_the_inbox_of_the_page_in_redis_runs_again_what_has_not_ended(
     path = page.folder / "billing.py"
     path.write_text(put(path.read_text(), r"^bridge\.consume\([^\n]*\)$", inbox))
     billing: Any = page.load("billing")
-    order = billing.OrderPlaced(7, "ada", Decimal("9.90"))
+    order: object = billing.OrderPlaced(7, "ada", Decimal("9.90"))
     wired = encode(order, source="/orders")
     received = decode(wired.headers(), wired.body, billing.OrderPlaced)
     key = f"billing {received.unique_id}"

@@ -32,12 +32,12 @@ async def test_a_broker_that_was_killed_has_what_it_confirmed_and_consumers_go_o
     consume(own_place, broker, seen)
     async with broker:
         await broker.start()
-        await own_place.kind.send(own_place.url, own_place.orders, Message({}, b"first"))
+        await own_place.send(Message({}, b"first"))
         await seen.until(1)
         await anyio.to_thread.run_sync(server.restart)
         if not server.keeps:
             await own_place.prepare()
-        await own_place.kind.send(own_place.url, own_place.orders, Message({}, b"second"))
+        await own_place.send(Message({}, b"second"))
         await seen.until(2)
     assert seen.all == [b"first", b"second"]
 
@@ -52,9 +52,10 @@ async def test_consumers_go_on_when_the_broker_has_closed_all_connections(
     consume(own_place, broker, seen)
     async with broker:
         await broker.start()
-        await own_place.kind.send(own_place.url, own_place.orders, Message({}, b"first"))
-        await seen.until(1)
-        await anyio.to_thread.run_sync(server.close_connections)
-        await own_place.kind.send(own_place.url, own_place.orders, Message({}, b"second"))
-        await seen.until(2)
-    assert seen.all == [b"first", b"second"]
+        for times, body in enumerate([b"first", b"second", b"third"], start=1):
+            await own_place.send(Message({}, body))
+            await seen.until(times)
+            await anyio.to_thread.run_sync(server.close_connections)
+        await own_place.send(Message({}, b"last"))
+        await seen.until(4)
+    assert seen.all == [b"first", b"second", b"third", b"last"]

@@ -48,6 +48,7 @@ class FakeKeeper:
     Attributes:
         told: What it was asked and told, in that order.
         may_run: Whether what is kept may run here.
+        outbox: What users have of it.
         works: Called while it writes.
         error: What its service raises at its start.
     """
@@ -55,6 +56,7 @@ class FakeKeeper:
     def __init__(self, bus: EventBus) -> None:
         self.told: list[str] = []
         self.may_run = True
+        self.outbox: Any = None
         self.works: Callable[[], Any] = checkpoint
         self.error: Exception | None = None
         state_of(bus).keeper = self

@@ -1,19 +1,29 @@
 """What becomes of each message: acknowledged, handed back, or a dead letter. Never nothing."""
 
 import logging
+from asyncio import CancelledError
+from contextlib import suppress
 from typing import Any
 
 import anyio
 import pytest
 import stamina
+from faststream import BaseMiddleware
 from faststream.exceptions import NackMessage, RejectMessage
 
 from eventkit import current_delivery
-from eventkit.exceptions import HandlerTimeoutError
+from eventkit.exceptions import DispatchError, HandlerTimeoutError
 from eventkit.faststream._engines import Engine
 from eventkit.wire import Received, encode
 from tests.faststream.conftest import Clock
-from tests.faststream.services import BillPaid, Kind, OrderPlaced, Sent, Service
+from tests.faststream.services import (
+    NEEDS_AIOKAFKA,
+    BillPaid,
+    Kind,
+    OrderPlaced,
+    Sent,
+    Service,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -24,7 +34,7 @@ class Fails:
     """A handler that raises what it is given, one after the other; the last one again and again."""
 
     def __init__(self, service: Service, *errors: BaseException | None) -> None:
-        self.errors = [*errors]
+        self.errors: list[BaseException | None] = [*errors]
         self.attempts = 0
         service.bus.on(OrderPlaced)(self.handle)
 
@@ -43,6 +53,58 @@ def told(sent: Sent) -> tuple[str, str]:
 def without_content_type(headers: dict[str, str]) -> dict[str, str]:
     """RabbitMQ has it beside the headers."""
     return {name: value for name, value in headers.items() if name != "content-type"}
+
+
+# What others do with a message around the bridge.
+
+
+class Swallows(BaseMiddleware[Any, Any]):
+    """A middleware of the user's, which lets no error through."""
+
+    async def consume_scope(self, call_next: Any, msg: Any) -> Any:
+        with suppress(Exception):
+            return await call_next(msg)
+
+
+async def test_a_middleware_that_swallows_errors_loses_nothing(service: Service) -> None:
+    service.broker.add_middleware(Swallows)
+    service.consume(OrderPlaced)
+    Fails(service, NackMessage())
+    async with service.running():
+        await service.send(OrderPlaced(7))
+
+    assert service.answers == ["NACKED"]
+
+
+class Breaks(BaseMiddleware[Any, Any]):
+    """A middleware of the user's that fails before it is the consumer's turn."""
+
+    async def consume_scope(self, call_next: Any, msg: Any) -> Any:
+        raise OSError("away")
+
+
+async def test_what_a_middleware_fails_on_is_handed_back(service: Service) -> None:
+    service.broker.add_middleware(Breaks)
+    service.consume(OrderPlaced)
+    async with service.running():
+        with suppress(OSError):  # a broker in memory raises it to who publishes
+            await service.send(OrderPlaced(7))
+
+    assert service.answers == ["NACKED"]
+
+
+async def test_nobody_who_asks_for_an_answer_has_one(service: Service) -> None:
+    service.watch.refuse["replies"] = OSError("away")
+    service.consume(OrderPlaced)
+    handler = Fails(service, None)
+    async with service.running():
+        asks: dict[str, Any] = {"reply_to": "replies"}
+        if service.kind == "nats":  # whose own reply is where it acknowledges
+            asks = {"headers": asks}
+        await service.send(OrderPlaced(7), **asks)
+
+    assert handler.attempts == 1
+    assert service.answers == ["ACKED"]
 
 
 # What cannot be read.
@@ -233,8 +295,9 @@ async def test_all_that_failed_is_told_in_one_line(service: Service) -> None:
     ids=["long", "odd", "long and odd", "empty"],
 )
 async def test_an_error_is_written_so_that_each_broker_takes_it(
-    service: Service, text: str, header: str
+    service: Service, text: str, header: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.CRITICAL + 1, "eventkit")  # xdist cannot send such lines
     service.consume(OrderPlaced)
     Fails(service, RuntimeError(text))
     async with service.running():
@@ -440,7 +503,9 @@ async def test_a_dead_letter_is_the_message_as_it_came_and_says_why(
         given = {"message_id": "m-7", "content_type": headers.pop("content-type")}
     async with service.running():
         await service.send(
-            headers=headers | {"tenant": "t1", "Nats-Msg-Id": "7", "traceparent": "00-1"},
+            headers=headers
+            | {"tenant": "t1", "X-Tenant": "t2", "traceparent": "00-1"}
+            | {"Nats-Msg-Id": "7", "x-death": "1", "x-first-death-queue": "q"},
             body=wired.body,
             correlation_id="c-7",
             **given,
@@ -452,6 +517,7 @@ async def test_a_dead_letter_is_the_message_as_it_came_and_says_why(
     assert sent.body == wired.body
     assert without_content_type(sent.headers) == without_content_type(headers) | {
         "tenant": "t1",
+        "X-Tenant": "t2",
         "traceparent": "00-1",
         "eventkit-reason": "failed",
         "eventkit-error": "RuntimeError: poison",
@@ -465,6 +531,35 @@ async def test_a_dead_letter_is_the_message_as_it_came_and_says_why(
         assert sent.options["key"] == b"k"
     if kind == "rabbit":
         assert (sent.options["message_id"], sent.options["persist"]) == ("m-7", True)
+
+
+async def test_headers_that_are_no_ascii_are_kept(service: Service) -> None:
+    letters: list[Received] = []
+
+    async def read(received: Received) -> None:
+        letters.append(received)
+
+    service.consume(OrderPlaced)
+    service.consume(OrderPlaced, place="dead", deliver=read, dead_letter=service.publisher("x"))
+    Fails(service, RejectMessage())
+    given = "zoé".encode() if service.kind == "redis" else "zoé"  # which FastStream measures in one
+    async with service.running():
+        await service.send(OrderPlaced(7), headers={"tenant": given})
+
+    (letter,) = letters
+    assert letter.event == OrderPlaced(7)
+    assert letter.headers["tenant"] == "zoé"
+
+
+async def test_what_identifies_a_message_is_cut_where_rabbitmq_takes_no_more() -> None:
+    service, rabbit = Service("nats"), Service("rabbit")
+    service.consume(OrderPlaced, dead_letter=rabbit.publisher("dead"))
+    async with service.running(), rabbit.running():
+        await service.send(headers={"message_id": "m" * 300}, body=b"", correlation_id="c" * 300)
+
+    (sent,) = rabbit.dead
+    assert sent.options["message_id"] == "m" * 255
+    assert sent.options["correlation_id"] == "c" * 255
 
 
 async def test_a_dead_letter_that_is_not_accepted_stays_where_it_is(
@@ -536,6 +631,7 @@ async def test_a_dead_letter_of_another_consumer_begins_anew(headers: dict[str, 
     assert (sent.headers["eventkit-consumer"], sent.headers["eventkit-round"]) == ("orders", "1")
 
 
+@NEEDS_AIOKAFKA
 async def test_dead_letters_may_go_to_another_broker() -> None:
     service, other = Service("kafka"), Service("rabbit")
     service.consume(OrderPlaced, dead_letter=other.publisher("dead"))
@@ -586,7 +682,7 @@ async def test_an_inbox_may_drop_what_it_has_seen(service: Service) -> None:
     async def once(received: Received) -> None:
         if received.unique_id not in seen:
             seen.add(received.unique_id)
-            await service.bus.dispatch(received.event)
+            await service.bridge.dispatch(received)
 
     service.consume(OrderPlaced, deliver=once)
     event = OrderPlaced(7)
@@ -596,6 +692,27 @@ async def test_an_inbox_may_drop_what_it_has_seen(service: Service) -> None:
 
     assert handler.attempts == 1
     assert service.answers == ["ACKED", "ACKED"]
+
+
+async def test_an_inbox_dispatches_with_the_messages_id_and_headers(service: Service) -> None:
+    seen: list[tuple[object, object]] = []
+
+    @service.bus.on(OrderPlaced)
+    async def handle(event: OrderPlaced) -> None:
+        delivery = current_delivery()
+        seen.append((delivery.event_id, delivery.received))
+        raise RuntimeError("poison")
+
+    async def keep(received: Received) -> None:
+        with pytest.raises(DispatchError):
+            await service.bridge.dispatch(received)
+        assert seen == [(received.event_id, received.headers)]
+
+    service.consume(OrderPlaced, deliver=keep)
+    async with service.running():
+        await service.send(OrderPlaced(7))
+
+    assert service.answers == ["ACKED"]
 
 
 async def test_an_outage_of_the_inbox_is_waited_for_in_place(
@@ -630,6 +747,30 @@ async def test_a_long_outage_hands_the_message_back_and_is_no_dead_letter(
     assert clock.pauses == [1.0] * (in_place + 1) * 5
     complaints = caplog.text.count("messages cannot be taken in, and wait with their broker")
     assert complaints == 1 + (clock.now - 1) // 60
+
+
+async def test_a_cancellation_that_an_inbox_makes_up_does_not_end_the_subscriber(
+    service: Service,
+) -> None:
+    """It would: a client whose connection is lost cancels those who wait for an answer."""
+
+    async def away(received: Received) -> None:
+        raise CancelledError
+
+    service.consume(OrderPlaced, deliver=away)
+    async with service.running():
+        await service.send(OrderPlaced(7))
+
+    assert service.answers == ["NACKED"]
+
+
+async def test_so_it_is_with_the_place_of_dead_letters(service: Service) -> None:
+    service.watch.refuse["dead"] = CancelledError()
+    service.consume(OrderPlaced)
+    async with service.running():
+        await service.send(BillPaid(7))
+
+    assert service.answers == ["NACKED"]
 
 
 async def test_an_outage_does_not_hold_up_a_subscriber_that_stops(
@@ -669,3 +810,19 @@ async def test_how_often_the_broker_gave_it_out_does_not_matter_to_an_inbox() ->
         await service.send(OrderPlaced(7), headers={"x-delivery-count": 1000})
 
     assert len(inbox.kept) == 1
+
+
+async def test_what_fails_in_a_middleware_is_handed_back_and_not_dropped(kind: Kind) -> None:
+    class Fails(BaseMiddleware[Any, Any]):
+        async def consume_scope(self, call_next: Any, msg: Any) -> Any:
+            raise RuntimeError("in a middleware")
+
+    service = Service(kind)
+    service.broker.add_middleware(Fails)
+    service.consume(OrderPlaced)
+    async with service.running():
+        with pytest.raises(RuntimeError, match="in a middleware"):  # a test broker raises it
+            await service.send(OrderPlaced(7))
+
+    assert service.answers == ["NACKED"]
+    assert service.dead == []

@@ -1,7 +1,7 @@
 """Events that come from other services: who handles them, and what handlers see of the message."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -13,7 +13,9 @@ import pydantic
 import pytest
 from fast_depends.msgspec import MsgSpecSerializer
 from fastapi import Depends, FastAPI, Request
+from faststream.exceptions import NackMessage
 from faststream.nats import NatsBroker, NatsRouter
+from faststream.redis import RedisBroker, StreamSub
 from faststream.specification import AsyncAPI
 from structlog.contextvars import get_contextvars
 
@@ -144,6 +146,31 @@ async def test_what_they_publish_is_forwarded_with_the_messages_correlation_and_
     assert logged == ["c-7", "c-8"]
 
 
+async def test_messages_that_are_handled_at_once_keep_theirs_apart(service: Service) -> None:
+    service.consume(OrderPlaced)
+    service.bridge.forward(BillSent, service.publisher("bills"))
+
+    @service.bus.on(OrderPlaced)
+    async def bill(event: OrderPlaced) -> None:
+        for _ in range(event.order_id % 3):
+            await anyio.lowlevel.checkpoint()
+        service.bus.publish(BillSent(event.order_id))
+
+    async def send(number: int) -> None:
+        trace = {"traceparent": f"t{number}"}
+        await service.send(OrderPlaced(number), headers=trace, correlation_id=f"c{number}")
+
+    async with service.running(), anyio.create_task_group() as tasks:
+        for number in range(10):
+            tasks.start_soon(send, number)
+
+    bills = [sent for sent in service.watch.sent if sent.place == "bills"]
+    told = {(s.body, s.options["correlation_id"], s.headers["traceparent"]) for s in bills}
+    assert told == {
+        (f'{{"order_id":{number}}}'.encode(), f"c{number}", f"t{number}") for number in range(10)
+    }
+
+
 async def test_an_event_without_handlers_is_acknowledged(service: Service) -> None:
     service.consume(OrderPlaced)
     with EventCapture(service.bus) as capture:
@@ -209,7 +236,7 @@ async def test_headers_that_are_no_texts_are_read_as_texts() -> None:
 async def test_records_of_kafka_with_null_headers_or_no_utf_8_are_handled(
     *, own_parser: bool
 ) -> None:
-    from faststream.kafka.testing import build_message
+    from faststream.kafka import testing
 
     parsed: list[Any] = []
 
@@ -221,7 +248,8 @@ async def test_records_of_kafka_with_null_headers_or_no_utf_8_are_handled(
     service.consume(OrderPlaced)
     seen = noting(service.bus, OrderPlaced)
     wired = encode(OrderPlaced(7), source="/orders")
-    record: Any = await build_message(
+    kafka: Any = testing  # whose records are generic, and not said to be of what
+    record = await kafka.build_message(
         wired.body, "orders", headers=wired.headers("ce_"), serializer=None
     )
     record.headers = [*record.headers, ("null", None), ("raw", b"\xff1")]
@@ -325,6 +353,21 @@ def test_the_schema_is_that_of_the_event() -> None:
 
     assert payload == {"$ref": "#/components/schemas/OrderPlaced"}
     assert {*schemas["OrderPlaced"]["properties"]} == {"event_id", "occurred_at", "order_id"}
+
+
+def test_subscribers_of_one_place_are_two_channels(recwarn: pytest.WarningsRecorder) -> None:
+    broker = RedisBroker()
+    new = StreamSub("orders", group="billing", consumer="one", max_records=10)
+    left = StreamSub("orders", group="billing", consumer="one", min_idle_time=60_000)
+    Bridge(EventBus(), source="/billing").consume(
+        [broker.subscriber(stream=new), broker.subscriber(stream=left)],
+        OrderPlaced,
+        dead_letter=broker.publisher(stream="dead"),
+    )
+    channels: Any = AsyncAPI(broker).to_specification().to_jsonable()["channels"]
+
+    assert {"orders:Consume", "orders:Consume2"} <= {*channels}
+    assert not [each for each in recwarn if "Overwrite" in str(each.message)]
 
 
 def test_the_schema_of_several_is_any_of_them() -> None:
@@ -452,6 +495,38 @@ async def test_it_hands_it_back_although_its_scope_is_cancelled(
 
     assert scope.cancelled_caught
     assert answered == ["nack"]
+
+
+async def test_so_does_one_that_is_cancelled_in_a_pause(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.consume(OrderPlaced)
+    monkeypatch.setattr("eventkit.faststream._consumer.sleep", cancelled_pause := Pause())
+
+    @service.bus.on(OrderPlaced)
+    async def later(event: OrderPlaced) -> None:
+        raise NackMessage
+
+    async with service.running():
+        await cancelled_pause.end(service.send(OrderPlaced(7)))
+
+    assert service.answers == ["NACKED"]
+
+
+class Pause:
+    """A pause that is cancelled."""
+
+    def __init__(self) -> None:
+        self.scope = anyio.CancelScope()
+
+    async def __call__(self, seconds: float) -> None:
+        self.scope.cancel()
+        await anyio.sleep_forever()
+
+    async def end(self, sending: Awaitable[None]) -> None:
+        with self.scope:
+            await sending
+        assert self.scope.cancelled_caught
 
 
 async def test_a_broker_that_is_gone_by_then_is_no_trouble(

@@ -17,9 +17,8 @@ pytestmark = pytest.mark.anyio
 
 
 def delivered(answer: Any) -> DeliveredMessage:
-    return DeliveredMessage(
-        delivery=answer, header=ContentHeader(), body=b"", channel=SimpleNamespace()
-    )
+    channel: Any = SimpleNamespace()
+    return DeliveredMessage(delivery=answer, header=ContentHeader(), body=b"", channel=channel)
 
 
 NO_ROUTE = commands.Basic.Return(reply_code=312, reply_text="NO_ROUTE", exchange="e")

@@ -301,7 +301,7 @@ async def test_settling_gives_up_after_a_while_and_the_outcomes_wait(
     await keep_leased(scene, bus, holdings)
     real = holdings.database.run
     monkeypatch.setattr(holdings.database, "run", away)
-    monkeypatch.setattr(module, "_SECONDS_TO_WRITE", 0.05)
+    monkeypatch.setattr(module, "_SECONDS_TO_WRITE", 0.5)
     monkeypatch.setattr(module, "PAUSE_AFTER_ERROR", 0.001)
     await holdings.settle()
     assert tries > 1

@@ -18,11 +18,13 @@ OPTIONAL = {
     "aiosqlite",
     "click",
     "fastapi",
+    "faststream",
     "httpx",
     "msgspec",
     "pydantic",
     "pytest",
     "sqlalchemy",
+    "stamina",
     "trio",
     "uvicorn",
 }
@@ -83,10 +85,24 @@ def test_importing_what_is_for_everybody_pulls_in_nothing_optional(name: str) ->
     assert OPTIONAL & set(json.loads(imported.stdout)) == set()
 
 
-@pytest.mark.parametrize("extra", ["fastapi", "sqlalchemy"])
-def test_importing_an_adapter_without_its_extra_names_the_extra(extra: str) -> None:
+@pytest.mark.parametrize(
+    ("extra", "package"),
+    [
+        ("fastapi", "fastapi"),
+        ("faststream", "faststream"),
+        ("faststream", "pydantic"),
+        ("faststream", "stamina"),
+        ("sqlalchemy", "sqlalchemy"),
+    ],
+)
+def test_importing_an_adapter_without_its_extra_names_the_extra(extra: str, package: str) -> None:
     script = (
-        f"import sys; sys.modules[{extra!r}] = None\n"
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        f"        if name == {package!r}:\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Missing)\n"
         f"try:\n    import eventkit.{extra}\n"
         "except ModuleNotFoundError as error:\n    print(error.name, error, sep=': ')"
     )
@@ -95,6 +111,20 @@ def test_importing_an_adapter_without_its_extra_names_the_extra(extra: str) -> N
     )
 
     assert ended.stdout.strip() == (
-        f"{extra}: eventkit.{extra} needs {extra}, which is not installed: "
+        f"{package}: eventkit.{extra} needs {package}, which is not installed: "
         f"install fastapi-eventkit[{extra}]"
     )
+
+
+def test_the_bridge_imports_no_client_of_a_broker() -> None:
+    script = (
+        "import sys; sys.modules['nats'] = sys.modules['faststream.nats'] = None\n"
+        "import eventkit.faststream\n"
+        "print(sorted(name for name in sys.modules if name.partition('.')[0] in "
+        "('aio_pika', 'aiokafka', 'redis')))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, check=True, text=True
+    )
+
+    assert ended.stdout.strip() == "[]"

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 # Pages are modules whose contents no type checker knows.
@@ -16,16 +17,17 @@ import pytest
 
 pytest.importorskip("faststream")
 
+import anyio
 import httpx
 from faststream.exceptions import NackMessage, RejectMessage
 
 from eventkit.wire import Wired, decode, encode
-from tests.project.test_docs import FENCED, ROOT, run_project
+from tests.faststream.services import KINDS, in_memory
+from tests.project.test_docs import FENCED, ROOT, run_page, run_project
 
 SERVICES = ROOT / "docs" / "services.md"
 TITLE = re.compile(r"# (.*)\n")
 MODULES = ("shop_events", "orders", "billing", "readable")
-KINDS = ["nats", "rabbit", "redis", "kafka"]
 NAMES = {"rabbit": "RabbitMQ", "redis": "Redis", "kafka": "Kafka"}
 
 
@@ -99,16 +101,6 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-def memory(kind: str, broker: Any) -> Any:
-    """FastStream's test broker."""
-    name = {"nats": "Nats", "rabbit": "Rabbit", "redis": "Redis", "kafka": "Kafka"}[kind]
-    try:
-        module = importlib.import_module(f"faststream.{kind}")
-    except ImportError as missing:
-        pytest.skip(str(missing))
-    return getattr(module, f"Test{name}Broker")(broker)
-
-
 async def send(kind: str, billing: Any, wired: Wired) -> None:
     """Publish as a sender of the page does."""
     headers = wired.headers("ce_" if kind == "kafka" else "ce-")
@@ -127,12 +119,10 @@ async def send(kind: str, billing: Any, wired: Wired) -> None:
 async def test_orders_sends_and_billing_writes_an_invoice(
     page: Page, capsys: pytest.CaptureFixture[str], kind: str, durable: bool
 ) -> None:
-    if kind == "kafka":
-        pytest.importorskip("aiokafka")
     page.write(kind, durable=durable)
     orders, billing = page.load("orders"), page.load("billing")
 
-    async with memory(kind, orders.broker):
+    async with in_memory(orders.broker):
         transport = httpx.ASGITransport(orders.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://orders") as client:
             answer = await client.post("/orders/7")
@@ -140,7 +130,7 @@ async def test_orders_sends_and_billing_writes_an_invoice(
         orders.placed.mock.assert_called_once()
 
     order = orders.OrderPlaced(7, "ada", Decimal("9.90"))
-    async with memory(kind, billing.broker):
+    async with in_memory(billing.broker):
         await send(kind, billing, encode(order, source="/orders"))
         await send(kind, billing, encode(order, source="/orders"))
 
@@ -171,10 +161,7 @@ async def test_a_handler_of_the_page_says_never_and_later(
     billing = page.load("billing")
     answers = iter([503, 500, 200])
     transport = httpx.MockTransport(lambda _: httpx.Response(next(answers)))
-    client = httpx.AsyncClient
-    monkeypatch.setattr(
-        httpx, "AsyncClient", lambda base_url: client(transport=transport, base_url=base_url)
-    )
+    monkeypatch.setattr(httpx, "AsyncClient", partial(httpx.AsyncClient, transport=transport))
 
     with pytest.raises(RejectMessage):
         await billing.charge(billing.OrderPlaced(1, "ada", Decimal(-1)))
@@ -213,7 +200,7 @@ async def test_others_read_and_write_the_format_of_the_page_for_redis(page: Page
     page.write()
     (page.folder / "readable.py").write_text(blocks()["readable.py"])
     readable = page.load("readable").Readable
-    event = page.load("shop_events").OrderPlaced(7, "ada", Decimal("9.90"))
+    event: object = page.load("shop_events").OrderPlaced(7, "ada", Decimal("9.90"))
     wired = encode(event, source="/orders")
     given: dict[str, Any] = {"message": wired.body, "reply_to": "", "correlation_id": "c"}
 
@@ -229,15 +216,40 @@ async def test_others_read_and_write_the_format_of_the_page_for_redis(page: Page
 
 def test_the_headers_that_the_page_shows_are_those_that_are_sent(page: Page) -> None:
     page.write()
-    event = page.load("shop_events").OrderPlaced(7, "ada", Decimal("9.90"))
+    event: object = page.load("shop_events").OrderPlaced(7, "ada", Decimal("9.90"))
     (shown,) = re.findall(r"^```\n(ce-.*?)\n\n(.*?)\n```", SERVICES.read_text(), re.M | re.S)
     headers = dict(line.split(": ", 1) for line in shown[0].splitlines())
     wired = encode(event, source="/orders")
 
     assert headers.keys() == wired.headers().keys()
-    received = decode(headers, shown[1].encode(), type(event)).event
-    assert str(received.event_id) == headers["ce-id"]  # type: ignore[attr-defined]
-    assert received == type(event)(7, "ada", Decimal("9.90"))
+    received: Any = decode(headers, shown[1].encode(), type(event)).event
+    assert str(received.event_id) == headers["ce-id"]
+    assert received == event
+
+
+def test_the_page_reads_what_older_senders_send() -> None:
+    services = run_page(SERVICES)
+    headers = {"ce-id": "1", "ce-source": "/old", "ce-type": "shop.order.placed.v1"}
+    body = b'{"number": 7, "customer": "ada", "total": "9.90"}'
+
+    event: Any = decode(headers, body, services.OrderPlaced).event
+    assert (event.number, event.currency) == (7, "EUR")
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_the_pages_own_client_runs_on_each_event_loop(backend: str) -> None:
+    services = run_page(SERVICES)
+    services.invoiced.clear()
+
+    async def send() -> httpx.Response:
+        await services.sending.dispatch(services.order)
+        answer: httpx.Response = await services.client.post("/events", content=b"{}")
+        return answer
+
+    answer = anyio.run(send, backend=backend)
+    assert services.invoiced == [services.order]
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith("foreign: no CloudEvent")
 
 
 def texts_of(*folders: str) -> str:

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from eventkit import DomainEvent
 from eventkit.exceptions import BadMessageError, EventEncodingError, InvalidEventTypeError
 from eventkit.wire import Received, decode, encode, named
-from tests.wire.test_codec import SECRET, Line, everything_about
+from tests.wire.test_codec import SECRET, Line, class_of, everything_about
 
 T = TypeVar("T")
 AT = datetime(2026, 3, 4, 5, 6, 7, 8, UTC)
@@ -315,8 +315,8 @@ def test_events_of_pydantic_attrs_msgspec_and_generic_classes_go_there_and_back(
         Unnamed(7),
     ]
     for event in events:
-        wired = encode(event, source="/orders")
-        assert decode(wired.headers(), wired.body, OrderPaid, type(event)).event == event
+        wired, event_type = encode(event, source="/orders"), class_of(event)
+        assert decode(wired.headers(), wired.body, OrderPaid, event_type).event == event
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,6 +402,14 @@ def test_a_domain_event_in_one_object_is_completed_too() -> None:
 
     assert isinstance(event, OrderPaid)
     assert (event.event_id, event.occurred_at) == (ID, AT)
+
+
+def test_half_a_surrogate_pair_in_an_attribute_is_replaced() -> None:
+    received = decode(*structured(id="\ud800", data={"order_id": 7}), OrderPlaced)
+    binary = decode(headers_of(id="\ud800"), b'{"order_id": 7}', OrderPlaced)
+
+    assert received.id == binary.id == "?"
+    assert received.event_id == uuid5(NAMESPACE_URL, "/o ?")
 
 
 @pytest.mark.parametrize(
