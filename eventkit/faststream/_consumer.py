@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol, TypedDict
 
-from anyio import move_on_after, sleep
+from anyio import fail_after, move_on_after, sleep
 from faststream.exceptions import NackMessage
 from structlog.contextvars import bind_contextvars, reset_contextvars
 
@@ -40,6 +40,7 @@ from eventkit.wire import Received, decode
 
 PAUSE = 1.0  # seconds before a message is handed back
 DEAD_PAUSE = 2.0  # seconds, where a dead letter was not accepted
+_DEAD_WITHIN = 10.0  # seconds until it has to have confirmed one
 _FAREWELL = 2.0  # seconds to hand a message back when its task is cancelled
 _LONGEST = 500  # characters of an error in a header
 _ROUNDS = 10  # how often one message may become a dead letter again
@@ -217,7 +218,8 @@ class Consumer:
                 raise RecursionError(
                     f"it has been a dead letter {rounds} times: they come back to this consumer"
                 )
-            await send(self._dead_letter, self._dead_engine, message.body or b"", options)
+            with fail_after(_DEAD_WITHIN):
+                await send(self._dead_letter, self._dead_engine, message.body or b"", options)
         except Exception as away:  # noqa: BLE001 - of a broker, or of its client
             log(
                 logging.ERROR,

@@ -7,6 +7,7 @@ classes.
 
 from __future__ import annotations
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from faststream import AckPolicy
 from eventkit.wire import Wired
 
 LONGEST_ID = 255  # bytes; RabbitMQ takes no more
+_FIELD = b"__data__"  # of an entry of Redis that FastStream has written
 _LOSING = {AckPolicy.ACK_FIRST: "ACK_FIRST", AckPolicy.MANUAL: "MANUAL"}
 
 
@@ -235,11 +237,28 @@ def _properties(headers: dict[str, str], message_id: str | None) -> dict[str, An
     }
 
 
+async def _read_at_all(entry: Any, parse: Callable[[Any], Awaitable[Any]]) -> Any:
+    """Parse an entry of a stream; FastStream hands back one that it cannot parse, for ever."""
+    try:
+        return await parse(entry)
+    except Exception:  # noqa: BLE001 - whatever is wrong with it
+        fields: Mapping[bytes, bytes] = entry["data"]
+        message = await parse({**entry, "data": {_FIELD: b"?"}})
+        texts = {_escape(name): _escape(value) for name, value in fields.items()}
+        message.body = fields.get(_FIELD) or json.dumps(texts).encode()
+        return message
+
+
+def _escape(value: bytes) -> str:
+    return value.decode(errors="backslashreplace")
+
+
 class Redis(Engine):
     """Streams of Redis."""
 
     name = "Redis"
     how_to_wait = " (StreamSub(min_idle_time=))"
+    parse = staticmethod(_read_at_all)
 
     def dead_options(self, message: Any, headers: dict[str, str]) -> dict[str, Any]:
         # FastStream writes the length of a text in characters, and reads it as one in bytes.
@@ -414,4 +433,15 @@ def problem_of_policy(subscriber: Any) -> str | None:
     return (
         f"the subscriber's ack_policy is {policy}, which loses what a handler fails on: give it "
         "ack_policy=AckPolicy.NACK_ON_ERROR"
+    )
+
+
+def problem_of_codec(endpoint: Any) -> str | None:
+    """Why a codec of the user's, of a broker or of a subscriber, spoils events, and what to do."""
+    own = getattr(getattr(endpoint, "_call_options", None), "codec", None)
+    if own is None and getattr(endpoint._outer_config, "broker_codec", None) is None:  # noqa: SLF001
+        return None
+    return (
+        "this broker or subscriber has a codec=, which would write and read what is JSON already: "
+        "give events a broker without one"
     )

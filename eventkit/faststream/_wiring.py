@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from eventkit._core.bus import EventBus
 from eventkit._core.log import log
 from eventkit.exceptions import BridgeError, InvalidEventTypeError
-from eventkit.faststream._engines import Engine, engine_of, problem_of_policy
+from eventkit.faststream._engines import Engine, engine_of, problem_of_codec, problem_of_policy
 from eventkit.wire import codec_for, is_named, names_of
 
 _LONGEST_IN_PLACE = 25.0  # seconds that an inbox may be away before a message is handed back
@@ -225,6 +225,7 @@ def _engine_for(endpoint: object, kind: Literal["publisher", "subscriber"]) -> E
             f"a {kind} of FastStream's NATS, Kafka, RabbitMQ or Redis broker is needed, not "
             f"{endpoint!r}"
         )
+    _refuse(problem_of_codec(endpoint))
     return engine
 
 

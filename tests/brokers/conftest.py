@@ -122,11 +122,10 @@ def param_of_own(name: str) -> object:
     return pytest.param(name, marks=pytest.mark.xdist_group(f"own {name}"))
 
 
-closing = pytest.mark.parametrize(
-    "own_place",
-    [param_of_own(name) for name, kind in SERVERS.items() if kind.closes_connections],
-    indirect=True,
-)
+def on_each_own(fact: str) -> pytest.MarkDecorator:
+    """Run a test on those brokers of its own of which this is true."""
+    names = [name for name, server in SERVERS.items() if getattr(server, fact)]
+    return pytest.mark.parametrize("own_place", [*map(param_of_own, names)], indirect=True)
 
 
 @pytest.fixture(params=[param_of_own(name) for name in SERVERS])

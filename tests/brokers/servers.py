@@ -43,6 +43,9 @@ class Server:
     keeps: ClassVar[bool] = True
     """Whether it has its data after it was killed."""
 
+    lets_go: ClassVar[bool] = True
+    """Whether clients end at once while it is away. Those of Kafka try on for half a minute."""
+
     closes_connections: ClassVar[bool] = False
     """Whether its administrator can close the connections of all clients."""
 
@@ -247,6 +250,7 @@ class KafkaServer(Server):
 
     program = "tansu"
     keeps = False
+    lets_go = False
 
     @classmethod
     def find(cls) -> str:

@@ -6,7 +6,7 @@ from decimal import Decimal
 import pytest
 from faststream.exceptions import NackMessage, RejectMessage
 
-from eventkit.wire import Received
+from eventkit.wire import Received, encode
 from tests.brokers.conftest import on_each
 from tests.brokers.happenings import Invoiced, Placed, customer_of
 from tests.brokers.kinds import Message
@@ -158,6 +158,25 @@ async def test_what_a_handler_publishes_has_the_correlation_id_of_the_message(
     assert second.headers[f"{place.kind.prefix}type"] == "brokers.invoiced.v1"
     assert first.correlation_id
     assert second.correlation_id == first.correlation_id
+
+
+async def test_what_a_handler_publishes_has_the_trace_of_the_message(place: Place) -> None:
+    billing = Service(place, "billing")
+    billing.consume(Placed)
+    billing.bridge.forward(Invoiced, place.kind.dead_letters(billing.broker, place.dead))
+
+    @billing.bus.on(Placed)
+    async def invoice(event: Placed) -> None:
+        billing.bus.publish(Invoiced(event.number))
+
+    trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+    wired = encode(Placed(1), source="/orders")
+    sent = Message(wired.headers(place.kind.prefix) | trace, wired.body)
+    async with billing, place.kind.read(place.url, place.dead) as invoiced:
+        await place.kind.send(place.url, place.orders, sent)
+        found = await invoiced.next()
+    assert found.headers[f"{place.kind.prefix}type"] == "brokers.invoiced.v1"
+    assert trace.items() <= found.headers.items()
 
 
 async def test_an_inbox_has_a_message_run_once_that_comes_twice(place: Place) -> None:

@@ -168,6 +168,20 @@ async def test_headers_that_are_no_text_do_not_keep_a_message_of_kafka_from_its_
     assert seen.all == [0, 1]
 
 
+@pytest.mark.parametrize("place", ["redis"], indirect=True)
+async def test_entries_of_redis_that_faststream_cannot_read_are_dead_letters(place: Place) -> None:
+    billing = Service(place, "billing")
+    billing.consume(Placed)
+    async with billing, place.kind.read(place.url, place.dead) as dead:
+        client = await billing.broker.connect()
+        await client.xadd(place.orders, {b"odd": b"\xff"})
+        letter = await dead.next()
+
+    assert letter.headers["eventkit-reason"] == "foreign"
+    assert letter.body == rb'{"odd": "\\xff"}'
+    assert await place.kind.left(place.url, place.orders, "billing") == 0
+
+
 @pytest.mark.parametrize("place", ["rabbitmq"], indirect=True)
 async def test_what_rabbitmq_cannot_route_or_does_not_take_fails_the_forward(place: Place) -> None:
     orders = Service(place, "orders")

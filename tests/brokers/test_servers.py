@@ -5,7 +5,7 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.brokers.conftest import closing
+from tests.brokers.conftest import on_each_own
 from tests.brokers.kinds import Message
 from tests.brokers.places import Place
 from tests.brokers.seen import Seen
@@ -42,7 +42,7 @@ async def test_a_broker_that_was_killed_has_what_it_confirmed_and_consumers_go_o
     assert seen.all == [b"first", b"second"]
 
 
-@closing
+@on_each_own("closes_connections")
 async def test_consumers_go_on_when_the_broker_has_closed_all_connections(
     own_place: Place,
 ) -> None:

@@ -580,6 +580,25 @@ async def test_a_dead_letter_that_is_not_accepted_stays_where_it_is(
     assert "ConnectionError: away" in caplog.text
 
 
+async def test_so_it_is_where_nobody_answers(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As RabbitMQ does not while it has too little memory."""
+
+    class Hangs(BaseMiddleware[Any, Any]):
+        async def publish_scope(self, call_next: Any, cmd: Any) -> Any:
+            await (call_next(cmd) if cmd.destination == "orders" else anyio.sleep_forever())
+
+    monkeypatch.setattr("eventkit.faststream._consumer._DEAD_WITHIN", 0.01)
+    service.broker.add_middleware(Hangs)
+    service.consume(OrderPlaced)
+    async with service.running():
+        await service.send(BillPaid(7))
+
+    assert service.answers == ["NACKED"]
+    assert "a dead letter was not accepted: the message stays where it is" in caplog.text
+
+
 async def test_so_it_is_where_the_broker_does_not_confirm(
     service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -286,6 +286,28 @@ def test_that_of_kafka_is_one_by_default() -> None:
     )
 
 
+class Codec:
+    async def encode(self, message: Any, serializer: Any) -> tuple[bytes, str | None]:
+        return b"", None
+
+    async def decode(self, message: Any) -> Any:
+        return message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_codec_is_refused(kind: Kind) -> None:
+    """A sender's would write JSON as something else; with a reader's no broker starts."""
+    broker = broker_of(kind, codec=Codec())
+    text = (
+        "this broker or subscriber has a codec=, which would write and read what is JSON already: "
+        "give events a broker without one"
+    )
+
+    assert forwarding(publisher_of(broker, "orders")) == text
+    assert consuming(subscribers_of(broker, "orders")) == text
+    assert consuming(subscribers_of(broker_of(kind), "orders", codec=Codec())) == text
+
+
 def test_core_nats_is_refused() -> None:
     broker = NatsBroker()
     publisher = "this publisher is core NATS, which keeps and confirms nothing: give it a stream="
