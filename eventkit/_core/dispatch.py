@@ -30,12 +30,11 @@ A handler that has begun never changes its task. This is what keeps the techniqu
 scopes, shields, timeouts and task groups of a handler belong to the task in which the handler
 began, and a worker drives one handler at a time. Only what has not begun is given away.
 
-What all workers of one unit of work share is the *run*: the event at hand, what has not begun of
-it, and its deadline.
+All workers of a unit of work share its *run*: the event at hand, what has not begun, a deadline.
 
-Two things can be told apart from a task per handler. Handlers that do not wait share the task of
-their worker. And a handler that waits is stepped, not awaited: a debugger that follows `cr_await`
-from a task ends at `drive`. `whereabouts` knows where each handler waits.
+Two things differ from a task per handler. Handlers that do not wait share the task of their
+worker. A handler that waits is stepped, not awaited: a debugger that follows `cr_await` ends at
+`drive`. `whereabouts` knows where each handler waits.
 """
 
 from __future__ import annotations
@@ -506,13 +505,12 @@ class Worker:
 def _begin(worker: Worker, turn: Turn, index: int) -> tuple[Steps, object] | None:
     """Call a handler and take its first step; None if that was all, else with what it gave."""
     turn.enter((turn, index))
-    handler = turn.handlers[index]
+    handler, run = turn.handlers[index], worker.run
     if turn.observers:
-        run = worker.run
         timed_by = run if turn.alike else None
         steps = attempt(turn, index, run.terms.timeout, worker.requests, timed_by)
     elif not turn.alike:
-        limit = worker.run.terms.timeout if handler.timeout is ... else handler.timeout
+        limit = run.terms.timeout if handler.timeout is ... else handler.timeout
         steps = run_in_time(handler, turn, limit)
     elif handler.solver is None:
         steps = handler.function(turn.event)

@@ -92,13 +92,15 @@ class Service:
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncGenerator[None]:
-        async with self.broker:
-            await self.broker.start()
-            commands = asyncio.create_task(self.obey())
-            say("ready", pid=os.getpid())
-            yield
-            commands.cancel()
-        say("stopped", **conservation(self.bus))
+        try:
+            async with self.broker:
+                await self.broker.start()
+                commands = asyncio.create_task(self.obey())
+                say("ready", pid=os.getpid())
+                yield
+                commands.cancel()
+        finally:  # the client of NATS refuses to close while it reconnects
+            say("stopped", **conservation(self.bus))
 
     async def obey(self) -> None:
         async for command in commands():
