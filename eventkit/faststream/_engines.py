@@ -228,7 +228,8 @@ class Rabbit(Engine):
 
     def problem_of_subscriber(self, subscriber: Any) -> str | None:
         queue = subscriber.queue
-        if (queue.arguments or {}).get("x-queue-type") == "stream":
+        arguments: Mapping[str, Any] = queue.arguments or {}
+        if arguments.get("x-queue-type") == "stream":
             return (
                 f"RabbitQueue({queue.name!r}) is a stream, which takes nothing back, and does "
                 "not know how far it was read: give it another queue_type="

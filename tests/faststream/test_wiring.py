@@ -383,7 +383,9 @@ def test_nats_is_not_to_drop_what_was_handed_out_often() -> None:
     ],
 )
 def test_nats_is_to_wait_for_each_acknowledgement(options: dict[str, Any]) -> None:
-    subscriber = NatsBroker().subscriber("orders", stream=stream_of("orders"), queue="b", **options)
+    subscriber: Any = NatsBroker().subscriber(
+        "orders", stream=stream_of("orders"), queue="b", **options
+    )
 
     assert consuming(subscriber) == (
         "this consumer acknowledges nothing, or more than what was handled: leave "
@@ -393,9 +395,7 @@ def test_nats_is_to_wait_for_each_acknowledgement(options: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("pull", [False, True])
 def test_nats_is_not_to_forget_a_consumer(*, pull: bool) -> None:
-    subscriber = NatsBroker().subscriber(
-        "orders", stream=stream_of("orders"), pull_sub=PullSub() if pull else None
-    )
+    subscriber = NatsBroker().subscriber("orders", stream=stream_of("orders"), pull_sub=pull)
 
     assert consuming(subscriber) == (
         "this consumer is forgotten when its process ends, so what was sent is lost or comes once "
@@ -413,7 +413,7 @@ def test_it_forgets_one_that_pulls_by_a_queue() -> None:
 
 
 @pytest.mark.parametrize("option", [{"durable": False}, {"exclusive": True}, {"auto_delete": True}])
-def test_a_queue_of_rabbitmq_outlives_its_consumer_and_the_broker(option: dict[str, bool]) -> None:
+def test_a_queue_of_rabbitmq_outlives_its_consumer_and_the_broker(option: dict[str, Any]) -> None:
     broker = RabbitBroker()
     elsewhere = RabbitQueue("orders", declare=False, **option)
 
