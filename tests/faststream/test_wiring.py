@@ -383,7 +383,7 @@ def test_nats_is_not_to_drop_what_was_handed_out_often() -> None:
     ],
 )
 def test_nats_is_to_wait_for_each_acknowledgement(options: dict[str, Any]) -> None:
-    subscriber: Any = NatsBroker().subscriber(
+    subscriber = broker_of("nats").subscriber(
         "orders", stream=stream_of("orders"), queue="b", **options
     )
 
