@@ -130,9 +130,13 @@ class ToHandlers:
         failures = await run_handlers(self._state, received)
         if not failures:
             return failures
-        leaves = [*_leaves([failure.error for failure in failures])]
         for answer in (RejectMessage, NackMessage):
-            if any(isinstance(each, answer) for each in leaves):
+            others = [each for each in failures if not _has(each, answer)]
+            if len(others) < len(failures):
+                failures.clear()  # or this frame and the tracebacks keep each other alive
+                for each in others:  # nobody else will hear of them
+                    self._state.report(each.delivery, each.error)
+                others.clear()
                 raise answer
         return failures
 
@@ -203,6 +207,10 @@ class ToKeeper:
                 consumer=self._name,
                 bus=self._state.name,
             )
+
+
+def _has(failure: Failure, kind: type[Exception]) -> bool:
+    return any(isinstance(each, kind) for each in _leaves([failure.error]))
 
 
 def _leaves(errors: Sequence[BaseException]) -> Iterator[BaseException]:

@@ -226,6 +226,21 @@ class Rabbit(Engine):
     def patience(self, subscriber: Any) -> float | None:
         return None  # as long as the connection
 
+    def problem_of_subscriber(self, subscriber: Any) -> str | None:
+        queue = subscriber.queue
+        arguments: Mapping[str, Any] = queue.arguments or {}
+        if arguments.get("x-queue-type") == "stream":
+            return (
+                f"RabbitQueue({queue.name!r}) is a stream, which takes nothing back, and does "
+                "not know how far it was read: give it another queue_type="
+            )
+        if queue.declare and (not queue.durable or queue.exclusive or queue.auto_delete):
+            return (
+                f"RabbitQueue({queue.name!r}) ends with its consumer or with the broker, and with "
+                "it what it holds: give it durable=True, and no exclusive= or auto_delete="
+            )
+        return None
+
 
 def _properties(headers: dict[str, str], message_id: str | None) -> dict[str, Any]:
     """Properties of AMQP: the content type is one of its own, and no header."""

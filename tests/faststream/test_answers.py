@@ -411,6 +411,19 @@ async def test_between_two_handlers_to_reject_is_more_than_to_hand_back(service:
     assert [told(sent)[0] for sent in service.dead] == ["rejected"]
 
 
+@pytest.mark.parametrize("answer", [NackMessage(), RejectMessage()])
+async def test_what_fails_beside_an_answer_is_reported(
+    service: Service, answer: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    service.consume(OrderPlaced)
+    Fails(service, answer)
+    Fails(service, RuntimeError("beside it"))
+    async with service.running():
+        await service.send(OrderPlaced(7))
+
+    assert "RuntimeError: beside it" in caplog.text
+
+
 async def test_while_the_subscriber_stops_no_attempt_begins(service: Service, clock: Clock) -> None:
     service.consume(OrderPlaced)
     attempts: list[object] = []

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 from faststream import AckPolicy
 from faststream.nats import JStream, NatsBroker, NatsRouter, PullSub
-from faststream.rabbit import ExchangeType, RabbitBroker, RabbitExchange, RabbitQueue, RabbitRouter
+from faststream.rabbit import (
+    ExchangeType,
+    QueueType,
+    RabbitBroker,
+    RabbitExchange,
+    RabbitQueue,
+    RabbitRouter,
+)
 from faststream.redis import ListSub, RedisBroker, RedisRouter, StreamSub
 from nats.js.api import AckPolicy as NatsAckPolicy
 from nats.js.api import ConsumerConfig
@@ -376,7 +383,9 @@ def test_nats_is_not_to_drop_what_was_handed_out_often() -> None:
     ],
 )
 def test_nats_is_to_wait_for_each_acknowledgement(options: dict[str, Any]) -> None:
-    subscriber = NatsBroker().subscriber("orders", stream=stream_of("orders"), queue="b", **options)
+    subscriber = broker_of("nats").subscriber(
+        "orders", stream=stream_of("orders"), queue="b", **options
+    )
 
     assert consuming(subscriber) == (
         "this consumer acknowledges nothing, or more than what was handled: leave "
@@ -386,9 +395,7 @@ def test_nats_is_to_wait_for_each_acknowledgement(options: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("pull", [False, True])
 def test_nats_is_not_to_forget_a_consumer(*, pull: bool) -> None:
-    subscriber = NatsBroker().subscriber(
-        "orders", stream=stream_of("orders"), pull_sub=PullSub() if pull else None
-    )
+    subscriber = NatsBroker().subscriber("orders", stream=stream_of("orders"), pull_sub=pull)
 
     assert consuming(subscriber) == (
         "this consumer is forgotten when its process ends, so what was sent is lost or comes once "
@@ -403,6 +410,29 @@ def test_it_forgets_one_that_pulls_by_a_queue() -> None:
         )
 
     assert consuming(subscriber).startswith("this consumer is forgotten when its process ends")
+
+
+@pytest.mark.parametrize("option", [{"durable": False}, {"exclusive": True}, {"auto_delete": True}])
+def test_a_queue_of_rabbitmq_outlives_its_consumer_and_the_broker(option: dict[str, Any]) -> None:
+    broker = RabbitBroker()
+    elsewhere = RabbitQueue("orders", declare=False, **option)
+
+    assert consuming(broker.subscriber(RabbitQueue("orders", **option))) == (
+        "RabbitQueue('orders') ends with its consumer or with the broker, and with it what it "
+        "holds: give it durable=True, and no exclusive= or auto_delete="
+    )
+    bridge_on().consume(
+        broker.subscriber(elsewhere), OrderPlaced, dead_letter=publisher_of(broker, "dead")
+    )
+
+
+def test_nor_is_it_a_stream() -> None:
+    queue = RabbitQueue("orders", queue_type=QueueType.STREAM, durable=True)
+
+    assert consuming(RabbitBroker().subscriber(queue)) == (
+        "RabbitQueue('orders') is a stream, which takes nothing back, and does not know how far it "
+        "was read: give it another queue_type="
+    )
 
 
 def test_lists_and_channels_of_redis_are_refused() -> None:

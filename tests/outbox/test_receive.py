@@ -562,11 +562,19 @@ async def test_the_longest_names_are_kept(outbox: Outbox, scene: Scene, ran: lis
     assert scene.kept() == {"keyed": (State.READY, 0)}
 
 
+def key_of_nobody(event: object) -> str:
+    raise KeyError(event)
+
+
+def long_key(event: object) -> str:
+    return "é" * 501
+
+
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        (lambda _: {}["nobody"], "the key of a durable handler cannot be told: KeyError"),
-        (lambda _: "é" * 501, "the key of durable handler keyed has more than 1000 bytes"),
+        (key_of_nobody, "the key of a durable handler cannot be told: KeyError"),
+        (long_key, "the key of durable handler keyed has more than 1000 bytes"),
     ],
 )
 async def test_a_key_that_nobody_can_tell_or_keep_is_the_fault_of_the_event(
