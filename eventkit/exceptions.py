@@ -269,11 +269,11 @@ class EventEncodingError(EventKitError, ValueError):
 
 
 class BadMessageError(EventKitError, ValueError):
-    """A message cannot be read as one of the events that are consumed. Says nothing of its body.
+    """A message cannot be read as one of the events that are consumed. The text quotes no body.
 
     Attributes:
-        reason: "foreign": it is no CloudEvent. "unknown": nobody consumes its type. "undecodable":
-            its body is not the JSON of its type.
+        reason: "foreign": the message is no CloudEvent. "unknown": nobody consumes its type.
+            "undecodable": its body is not the JSON of its type.
     """
 
     def __init__(self, reason: str, problem: str) -> None:
@@ -284,7 +284,7 @@ class BadMessageError(EventKitError, ValueError):
 class BridgeError(EventKitError, RuntimeError):
     """Events cannot be sent to a broker, or received from it, as the application is wired.
 
-    In a forward it is the failure of one delivery: the broker has not taken the event.
+    Raised by a forward, the error is the failure of one delivery: the broker has not confirmed it.
     """
 
 

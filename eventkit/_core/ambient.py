@@ -55,8 +55,8 @@ _outside: ContextVar[str | None] = ContextVar("eventkit_outside", default=None)
 # The buses whose units deliver their events themselves here, whatever `background` they ask for.
 waiting: ContextVar[frozenset[BusState]] = ContextVar("eventkit_waiting", default=frozenset())
 
-# Headers that go along with all that comes of a unit of work, to other processes, too: those of a
-# trace for instance. Whoever reads a message sets it; what handlers publish inherits it.
+# Headers that go along with everything a unit of work publishes, also to other processes: a trace,
+# for instance. A consumer sets them from its message; what its handlers publish inherits them.
 NOTHING_CARRIED: Mapping[str, str] = MappingProxyType({})
 carried: ContextVar[Mapping[str, str]] = ContextVar("eventkit_carried", default=NOTHING_CARRIED)
 
@@ -110,7 +110,7 @@ def current_delivery() -> Delivery:
         NoDeliveryError: Called outside a handler.
     """
     found = active.get()
-    if isinstance(found, tuple):  # whose unit is not needed for this
+    if isinstance(found, tuple):  # a turn, which knows its delivery without its unit
         turn, index = cast("tuple[Turn, int]", found)
         return turn.delivery(index)
     unit: Surrounding | None = found

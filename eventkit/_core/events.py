@@ -69,8 +69,8 @@ class Incoming:
     """The message of another service that an event was read from.
 
     Attributes:
-        event_id: The id that the message gave the event.
-        headers: Those of the message.
+        event_id: The event's id, by the message.
+        headers: The headers of the message.
     """
 
     event_id: UUID

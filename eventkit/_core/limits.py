@@ -57,7 +57,7 @@ async def run_in_time(handler: Handler, turn: Delivered, limit: float | None) ->
 
 @contextmanager
 def _untimed(scope: CancelScope, limit: float) -> Generator[None]:
-    """In the block no time passes for the scope."""
+    """Suspend the deadline of the scope in the block; the whole limit begins anew after it."""
     scope.deadline = math.inf
     try:
         yield

@@ -53,7 +53,7 @@ class Keeper(Protocol):
     """Keeps the deliveries of durable handlers in a table: see `eventkit.outbox`.
 
     Attributes:
-        outbox: What users have of it. Any: an `Outbox`, which is a floor above.
+        outbox: The `Outbox` that users have. Any: its class is on a floor above.
     """
 
     outbox: Any
@@ -161,9 +161,9 @@ class BusState:
             log_failure(delivery, error)
 
     def need_keeper(self, consumer: str) -> None:
-        """Have no application of the bus start without an outbox: this one hands it messages.
+        """Refuse to start an application of the bus that has no outbox: this consumer needs one.
 
-        The name is for the error's text.
+        The name of the consumer is for the error's text.
         """
         self.needs_keeper = (*self.needs_keeper, consumer)
 

@@ -129,7 +129,7 @@ class Holdings:
         self._rows[row.id] = row
 
     def disown(self, row: Row) -> None:
-        """Nobody here has it any more, whoever refers to it still: the lease gives it back."""
+        """Nobody here has the row, even if objects still refer to it: the lease returns it."""
         self._rows.pop(row.id, None)
 
     def row_of(self, delivery_id: UUID) -> Row | None:

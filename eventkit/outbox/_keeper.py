@@ -83,7 +83,7 @@ class Keeper:
         self._unseen: WeakKeyDictionary[RootTransaction, Counter[str]] = WeakKeyDictionary()
         self._lock = Lock()
         self._told: set[object] = set()  # what was warned of
-        self._examined = False  # whether the tables are as they should be
+        self._examined = False  # whether the tables were checked
         # Weakly, for the tie and SQLAlchemy outlive a bus that is dropped.
         tie.before_commit.append(_weakly(self._before_commit))
         tie.ended.append(_weakly(self._ended))
@@ -295,10 +295,10 @@ class Keeper:
         self._committed(underway)
 
     async def receive(self, envelope: Envelope, consumer: str, message_id: str) -> bool:
-        """Commit that a message was received, with the rows of its event; False if it was before.
+        """Commit the id of a message with the rows of its event; False if the id was there before.
 
-        Cancelled, or failing, in the midst: it may have been committed. Then nobody here has the
-        rows, so the lease gives them back.
+        If this is cancelled or fails, the commit may have happened. Then nobody here has the rows,
+        so the lease returns them.
         """
         holdings = self._holdings
         if self.memory or holdings.database.is_in_memory:
@@ -308,7 +308,7 @@ class Keeper:
         leased = bool(underway.events) and self._may_lease()
 
         def write(connection: Connection) -> bool:
-            # First: who waits here for another one with this message holds nothing.
+            # First: a process that waits here for another one with this message has locked nothing.
             is_new = holdings.store.note_message(connection, consumer, message_id)
             if is_new and leased:
                 self._renew(connection, underway)
@@ -329,7 +329,7 @@ class Keeper:
         return is_new
 
     async def _examine(self) -> None:
-        """Look once whether the tables are as they should be, as relays do at their start."""
+        """Check the tables once, as relays do at their start."""
         if not self._examined:
             await self._holdings.check()
             self._examined = True

@@ -182,7 +182,7 @@ class Outbox:
         headers: Mapping[str, str] = {},
         event_id: UUID | None = None,
     ) -> bool:
-        """Take over an event that was read from a message of another service.
+        """Keep and deliver an event that was read from a message of another service.
 
             await outbox.receive(event, consumer="billing", message_id=message.id)
             await message.ack()
@@ -195,31 +195,33 @@ class Outbox:
         After the commit durable handlers run as after a commit of yours, at least once, and the
         others at most once. The tasks of an application with `EventContextMiddleware` on this event
         loop run them, as with `bus.context(background=True)`. Where there is none, or where
-        more than half of its `max_pending` deliveries wait, they run before this returns: whoever
-        receives messages one by one then receives no more than can be handled. Handlers that fail
-        are reported, and not raised here.
+        more than half of its `max_pending` deliveries wait, they run before this returns: a service
+        that receives messages one by one then receives no more than it can handle. Handlers that
+        fail are reported, and not raised here.
 
         It is a unit of work of its own, also inside of another one, as is
         `bus.context(independent=True)`; no transaction of yours takes part. Call it in as many
         tasks as you like, and on the event loop that handlers are to run on.
 
-        What is raised before or by the commit comes out of here: then no handler has run, so have
-        the broker hand the message out again. The commit may have happened all the same, as where
-        this is cancelled while it commits. Then the message is dropped when it comes again, and its
-        durable handlers run within the lease. A cancellation after the commit ends handlers that
-        are awaited here: durable ones run later, the others do not.
+        If this raises, no handler has run, so have the broker hand the message out again. The
+        commit may have happened all the same, for instance if this is cancelled while it commits.
+        Then the message is dropped when it comes again, and its durable handlers run within the
+        lease. A cancellation after the commit ends handlers that are awaited here: durable ones run
+        later, the others do not.
 
         In an `in_memory` block, and with SQLite in memory, nothing is kept: all handlers run in
         memory, and no message is taken for an old one.
 
         Args:
-            event: What was read from the message.
-            consumer: Who has received it, by a name that stays: of the service, or of the queue.
+            event: The event that was read from the message.
+            consumer: The name of the service or of the queue that has received the message. It has
+                to stay the same.
             message_id: The same each time the broker hands the message out, and each time its
                 publisher sends it, if that may happen twice.
-            headers: What `current_delivery().received` gives in its handlers, also in later runs.
-            event_id: What `current_delivery().event_id` gives there; by default the event's own if
-                it is a `DomainEvent`, else a new one.
+            headers: The headers of the message. Handlers find them in
+                `current_delivery().received`, also in later runs.
+            event_id: The id that handlers find in `current_delivery().event_id`; by default the
+                event's own if it is a `DomainEvent`, else a new one.
 
         Returns:
             True if the message is new, False if it was received before. Acknowledge both.
@@ -405,7 +407,7 @@ def _engine_of(given: Any) -> Engine | AsyncEngine:  # Any: as `deliver_on_commi
 
 
 def _refuse_text(name: str, value: str) -> None:
-    """Refuse what no inbox can tell messages by."""
+    """Refuse a text that an inbox cannot store, or cannot tell messages apart by."""
     what = {
         "consumer": "the name of the service or of the queue",
         "message_id": "an id of the message that is the same each time it comes",

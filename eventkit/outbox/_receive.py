@@ -1,4 +1,4 @@
-"""Owns what becomes of an event that was read from a message: kept first, then delivered.
+"""Owns how the outbox receives the event of a message: it is kept first, and then delivered.
 
 Knows no SQL, and nothing of brokers.
 """
@@ -31,8 +31,8 @@ async def receive(
 ) -> bool:
     """Keep an event and have it delivered; False if the message was received before.
 
-    See `Outbox.receive`. What is staged before its commit could be delivered without it, so the
-    event is staged afterwards. No checkpoint is in between.
+    See `Outbox.receive`. An event that is staged could be delivered although the commit fails, so
+    the event is staged after the commit. No checkpoint is in between.
     """
     unit = Unit(state)
     unit.independent = True
@@ -59,7 +59,7 @@ async def receive(
 
 
 def _envelope_of(unit: Unit, event: object, incoming: Incoming) -> Envelope:
-    """The event on its way: as a publish makes it, and decided already."""
+    """Make the envelope of an event, as a publish does, but released already."""
     state, cause = unit.state, unit.delivery
     if cause is not None and cause.depth >= state.max_depth:
         chain = [str(delivery) for delivery in cause.chain()]
@@ -93,7 +93,7 @@ def _accept(keeper: Keeper, envelope: Envelope) -> None:
 
 
 def _stage(unit: Unit, envelope: Envelope) -> None:
-    """Have it delivered when the unit ends. No transaction takes part in that."""
+    """Have the event delivered when the unit ends. No transaction takes part."""
     state = unit.state
     watched = bool(state.observers)
     refusal = unit.queue.stage([envelope], state.max_events, watched=watched, tag=None)

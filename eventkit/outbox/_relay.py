@@ -50,7 +50,7 @@ _SPREAD = 0.2  # so that processes do not look at the same moments
 _GATHERING = 0.005  # seconds in which outcomes gather, to be written at once
 _SECOND_LOOK = 0.25  # seconds; who waits for SQLite's lock tries again each 0.1 s
 _ROUND = 60.0  # seconds between two looks for rows without an owner, or without a handler
-_SECONDS_TO_FORGET = 7 * 86400.0  # after which a message that comes again is a new one
+_SECONDS_TO_FORGET = 7 * 86400.0  # a message that comes again later counts as new
 _FORGET_EVERY = 3600.0  # seconds
 _FORGET_AT_ONCE = 5000  # messages
 _SECONDS_TO_LEAVE = 5.0
@@ -304,7 +304,7 @@ class Relay:
         self._round_at = now
 
     async def _forget_messages(self) -> bool:
-        """Once per hour, delete what is noted of old messages; whether more of them are left."""
+        """Delete ids of old messages, once per hour; True if more of them are left."""
         holdings, now = self._holdings, self._holdings.lease.now()
         if self._is_over or now - self._forgot_at < _FORGET_EVERY:
             return False

@@ -339,14 +339,14 @@ def key_of(handler: str, durable: Durable, envelope: Envelope) -> str | None:
 class Headers(NamedTuple):
     """What goes along with an event, beside its payload.
 
-    A row keeps it as a JSON object that has an object for each of these that says something. So
-    no name that an observer gives is confused with another. Rows of older versions have an object
-    of texts: what was observed.
+    A row keeps these headers as a JSON object, with one object for each attribute that is not
+    empty, so that names of observers cannot collide with others. A row of an older version has one
+    flat object: the observed headers.
 
     Attributes:
         observed: Ids of structlog's, and what observers give.
-        carried: Headers that go along with all that comes of the event.
-        received: Those of the message that the event was read from; None where it was published.
+        carried: Headers that go along with everything that the event's handlers publish.
+        received: Headers of the message that the event was read from; None if it was published.
     """
 
     observed: Mapping[str, str]
@@ -354,7 +354,7 @@ class Headers(NamedTuple):
     received: Mapping[str, str] | None = None
 
     def dump(self) -> str | None:
-        """As a row keeps it; None where there is nothing."""
+        """The headers as a row keeps them; None if there are none."""
         kept = {
             name: dict(headers)
             for name, headers in self._asdict().items()
@@ -364,14 +364,14 @@ class Headers(NamedTuple):
 
     @classmethod
     def load(cls, text: str) -> Headers:
-        """What a row keeps."""
+        """Read the headers of a row."""
         kept: dict[str, Any] = json.loads(text)  # Any: an object, or a text
         if not all(isinstance(each, dict) for each in kept.values()):
             return cls(kept)
         return cls(kept.get("observed", {}), kept.get("carried", {}), kept.get("received"))
 
     def restore(self, observers: Sequence[Observer]) -> None:
-        """Put them back, in the context variables of the caller."""
+        """Put the headers back into the context variables of the caller."""
         carried.set(self.carried)
         observed = self.observed
         bind_contextvars(**{name: observed[name] for name in _CORRELATION if name in observed})
@@ -381,7 +381,7 @@ class Headers(NamedTuple):
 
 
 def headers_of(envelope: Envelope, observers: Sequence[Observer]) -> Headers:
-    """What goes along with an event, in the context variables of its publisher."""
+    """The headers of an event, called in the context variables of its publisher."""
     bound = get_contextvars()
     observed = {name: str(bound[name]) for name in _CORRELATION if name in bound}
     for observer in observers:

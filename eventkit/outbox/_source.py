@@ -113,7 +113,7 @@ class RowSource:
         self._state = state
         self._tell_ended = ended
         self._variables = copy_context()
-        self._variables.run(carried.set, NOTHING_CARRIED)  # who runs rows has not caused them
+        self._variables.run(carried.set, NOTHING_CARRIED)  # a relay runs rows of others
         self._busy_since = current_time()  # when nothing was held the last time, or a suspect came
         self._ended: deque[float] = deque()  # when rows have ended, within the pace
         # The one that runs, until its outcome is written or nobody has it any more.

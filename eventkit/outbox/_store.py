@@ -126,7 +126,7 @@ def _claim(condition: str) -> str:
 _CLAIM_READY = _claim("state <> 4 and handler not in :busy")
 _CLAIM_SUSPECT = _claim("state = 4")
 
-# Who notes the same message at the same time waits for the transaction of the other one.
+# Two transactions that note the same message: the second one waits until the first one has ended.
 _NOTE = """
     insert into {inbox} (consumer, message_id, received_at)
     values (:consumer, :message_id, {clock}) on conflict do nothing returning message_id
@@ -363,7 +363,7 @@ class Store(Operations):
         return [(handler, event_type, count) for handler, event_type, count in rows]
 
     def note_message(self, connection: Connection, consumer: str, message_id: str) -> bool:
-        """Note that a consumer has received a message; False if it had received it before."""
+        """Note that a consumer has received a message; False if that was noted before."""
         noted = self._statements.run(connection, _NOTE, consumer=consumer, message_id=message_id)
         return bool(noted)
 

@@ -25,14 +25,15 @@ from eventkit.wire._names import names_of, wire_name
 JSON = "application/json"
 _STRUCTURED = "application/cloudevents+json"
 _REQUIRED = ("id", "type", "source")
-# Of HTTP, NATS and RabbitMQ; of Kafka; of AMQP 1.0. The first one's values are percent-encoded.
+# How the headers of attributes begin: HTTP, NATS and RabbitMQ; Kafka; AMQP 1.0, both ways. Values
+# after the first prefix are percent-encoded.
 _ESCAPING = "ce-"
 _PREFIXES = ("ce-", "ce_", "cloudevents:", "cloudevents_")
-_ATTRIBUTE = re.compile(r"(?:ce-|ce_|cloudevents:|cloudevents_)([a-z0-9]+)")
+_ATTRIBUTE = re.compile(f"(?:{'|'.join(_PREFIXES)})([a-z0-9]+)")
 # What HTTP's binding leaves as it is: printable ASCII but for the space, `"` and `%`.
 _SAFE = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '"%')
 _UNSAFE = re.compile(r"[^!#$&-~]")
-# How the JSON of a `DomainEvent` begins that this package has written: it is not looked at twice.
+# How this package begins the JSON of a `DomainEvent`, which then needs no second parse.
 _COMPLETE = re.compile(r'\{"event_id":"[^"]*","occurred_at":"')
 
 
@@ -41,7 +42,8 @@ class Wired:
     """An event as it is sent.
 
     Attributes:
-        attributes: Of CloudEvents: `specversion`, `id`, `type`, `source`, `time`, `partitionkey`.
+        attributes: Those of CloudEvents: `specversion`, `id`, `type`, `source`, `time`, and
+            `partitionkey` if there is a key.
         body: The event's JSON.
     """
 
@@ -66,11 +68,11 @@ class Wired:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """An event as it came.
+    """An event as it was received.
 
     Attributes:
         event: The event.
-        attributes: Those of CloudEvents, by their lower-case names.
+        attributes: The attributes of CloudEvents, by their lower-case names.
         headers: All headers of the message, as they came.
     """
 
@@ -85,22 +87,22 @@ class Received:
 
     @property
     def type(self) -> str:
-        """The name that the event was sent under; may be a former one."""
+        """The name under which the event was sent; may be a former name of its class."""
         return self.attributes["type"]
 
     @property
     def source(self) -> str:
-        """Who sent it."""
+        """The name of the service that sent the message."""
         return self.attributes["source"]
 
     @property
     def unique_id(self) -> str:
-        """Source and id, which CloudEvents has unique together: what an inbox keeps."""
+        """Source and id, which are unique together in CloudEvents: the key of an inbox."""
         return f"{self.source} {self.id}"
 
     @property
     def event_id(self) -> UUID:
-        """The id as a UUID. One that is none gives a UUID of version 5 of source and id."""
+        """The id as a UUID. An id that is no UUID gives one of version 5, of source and id."""
         return _uuid_of(self.attributes)
 
 
@@ -122,11 +124,12 @@ def encode(
 
     Args:
         event: An event, of a class that `codec_for` takes.
-        source: Who sends it, a URI reference such as "/orders".
-        id: Equal for each sending of one event. By default the `event_id` of a `DomainEvent`, else
-            a random UUID.
+        source: The name of the service that sends it, a URI reference such as "/orders".
+        id: The same each time that the event is sent. By default the `event_id` of a
+            `DomainEvent`, else a random UUID.
         key: Events with an equal key belong together: the attribute `partitionkey`.
-        time: When it happened; aware. By default the `occurred_at` of a `DomainEvent`, else now.
+        time: When the event happened; aware. By default the `occurred_at` of a `DomainEvent`, else
+            now.
 
     Returns:
         The body, and `headers(prefix)`: the prefix depends on the protocol.
@@ -139,7 +142,7 @@ def encode(
     texts: dict[str, object] = {"source": source, "id": id, "key": key}
     for name, value in texts.items():
         if value is not None and not (isinstance(value, str) and value):
-            raise ValueError(f"{name} is a text that is not empty")
+            raise ValueError(f"{name} has to be a text that is not empty")
     codec = codec_for(type(event))
     body = codec.encode(event).encode()
     if isinstance(event, DomainEvent):
@@ -167,16 +170,17 @@ def decode(headers: Mapping[str, str], body: bytes, *types: type) -> Received:
     event loop; safe to use from any thread.
 
     Args:
-        headers: Of the message.
-        body: Of the message.
-        types: What may come, by all of their names. Subclasses are types of their own.
+        headers: The headers of the message.
+        body: The body of the message.
+        types: The classes of events that may come, under any name that `named` gave them. A
+            subclass is a type of its own.
 
     Returns:
         The event, the attributes, and the headers as they came.
 
     Raises:
-        BadMessageError: It is no CloudEvent, none of these, or cannot be read as one. The text
-            has nothing of the body.
+        BadMessageError: The message is no CloudEvent, has another type, or has a body that cannot
+            be read as its type. The text quotes nothing of the body.
     """
     attributes, payload = _opened(headers, body)
     event, bad = _read(attributes, payload, types)
@@ -189,7 +193,7 @@ def decode(headers: Mapping[str, str], body: bytes, *types: type) -> Received:
 def _read(
     attributes: Mapping[str, str], payload: bytes, types: tuple[type, ...]
 ) -> tuple[object, tuple[str, str] | None]:
-    """Give the event, or say in a word and in a sentence what is wrong with the message."""
+    """The event, or a reason and a sentence that say what is wrong with the message."""
     if missing := [name for name in _REQUIRED if not attributes.get(name)]:
         return None, ("foreign", f"no CloudEvent: it lacks the attributes {', '.join(missing)}")
     name = attributes["type"]
@@ -218,7 +222,7 @@ def _opened(headers: Mapping[str, str], body: bytes) -> tuple[dict[str, str], by
 
 
 def _whole(text: str) -> str:
-    """Without halves of surrogate pairs, which JSON may have, and which cannot be written."""
+    """Replace halves of surrogate pairs, which JSON may have, and which cannot be written."""
     return text if text.isascii() else text.encode(errors="replace").decode()
 
 

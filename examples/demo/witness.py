@@ -25,7 +25,7 @@ from structlog.contextvars import bound_contextvars
 from eventkit import Delivery, EventBus, Observer
 from examples.demo.trace import Record, What, clock_ns
 
-# On whose behalf we are at work. Set here, seen in endpoints, worker threads and handlers.
+# The request that this work belongs to. Set here, seen in endpoints, worker threads and handlers.
 _request: ContextVar[str] = ContextVar("_request", default="")
 _delivery: ContextVar[Delivery | None] = ContextVar("_delivery", default=None)
 
@@ -33,7 +33,7 @@ _stdout = Lock()
 
 
 def request_name() -> str:
-    """On whose behalf we are at work; empty where nobody has said."""
+    """The name of the request that this work belongs to; empty if there is none."""
     return _request.get()
 
 
@@ -77,7 +77,7 @@ class Witness(Observer):
             tell_delivery("skipped", delivery, outcome="requeued")
 
     def headers(self, event: object) -> Mapping[str, str]:
-        """What the outbox keeps beside the event: on whose behalf it was published."""
+        """What the outbox keeps beside the event: the request that has published it."""
         return {"request": _request.get()}
 
     def restored(self, headers: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Writes an invoice for each order. Knows nothing of who takes them.
+"""Writes an invoice for each order. Knows nothing of the service that takes orders.
 
 uvicorn examples.two_services.billing:app --port 8002
 """

@@ -66,11 +66,11 @@ class Broker:
             yield
 
     async def healthy(self) -> bool:
-        """Whether events go and come. Both halves are needed.
+        """Whether events can be sent and received: both checks are needed.
 
-        NATS can give up its connection while subscribers say that they run; a subscriber can have
-        stopped, for its stream of Redis is gone, while the broker answers. A stream of NATS that
-        somebody has deleted is seen by neither.
+        NATS can give up its connection while `running` of its subscribers is true. A subscriber can
+        have stopped, because its Redis stream is gone, while the broker answers. Neither check sees
+        that a stream of NATS was deleted.
         """
         return bool(await self.client.ping(1)) and all(
             each.running for each in self.client.subscribers

@@ -1,4 +1,4 @@
-"""Takes orders, and says so. Knows nothing of who hears it.
+"""Takes orders, and sends an event for each. Knows nothing of the services that consume it.
 
 uvicorn examples.two_services.orders:app --port 8001
 """
@@ -79,7 +79,7 @@ class NewOrder(BaseModel):
 
 @app.post("/orders/{order_id}", status_code=201)
 async def place_order(order_id: int, new: NewOrder) -> None:
-    """Write the order, and that there is something to say, in one transaction."""
+    """Write the order and its event, in one transaction."""
     try:
         async with sessions.begin() as session:
             session.add(Order(id=order_id, customer=new.customer, total_cents=new.total_cents))
@@ -90,7 +90,7 @@ async def place_order(order_id: int, new: NewOrder) -> None:
 
 @app.get("/healthz")
 async def healthz(response: Response) -> dict[str, bool]:
-    """Whether what happens here can be told. Orders are taken meanwhile: the outbox keeps them."""
+    """Whether events can be sent. Orders are taken all the same: the outbox keeps their events."""
     healthy = await broker.healthy()
     response.status_code = 200 if healthy else 503
     return {"broker": healthy}

@@ -13,9 +13,9 @@ class Placed(DomainEvent):
 
     Attributes:
         number: Of the order.
-        customer: Whose it is.
-        how: What happens to who handles it.
-        total: What it costs.
+        customer: The name of the customer.
+        how: What its handler does.
+        total: Its price.
     """
 
     number: int

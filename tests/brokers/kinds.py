@@ -67,13 +67,13 @@ class Kind(Protocol):
     prefix: str
     """How the names of a CloudEvent's attributes begin in a message's headers."""
     counts_deliveries: bool
-    """Whether a message tells how often it was handed out."""
+    """Whether a message says how often it was handed out."""
     has_one_address: bool
-    """Whether clients know of no other address than the one that they were given."""
+    """Whether clients use only the address that they were given."""
     asks_one_by_one: bool
-    """Whether a client has no more messages than it handles, all of whose time runs."""
+    """Whether a message's time limit begins only when a client handles it."""
     can_refuse: bool
-    """Whether a place can be taken away, and does not come back by itself."""
+    """Whether a channel can be taken away, and does not come back by itself."""
 
     def broker(self, url: str) -> Any:
         """Make FastStream's broker, as its users would."""
@@ -98,7 +98,7 @@ class Kind(Protocol):
     async def remove(self, url: str, channel: str, *groups: str) -> None: ...
 
     async def take_away(self, url: str, channel: str) -> None:
-        """Have nothing accepted where dead letters go, until that is prepared again."""
+        """Make the broker refuse what is sent to a channel, until that is prepared again."""
         ...
 
     async def send(self, url: str, channel: str, *messages: Message) -> None:

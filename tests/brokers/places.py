@@ -19,22 +19,27 @@ class Place:
     """Channels on a broker.
 
     Attributes:
-        kind: The broker's.
-        url: The broker's.
+        kind: The kind of broker.
+        url: The address of the broker.
+        nursery: Gives the program that starts processes.
         orders: The channel of events.
         dead: The channel of dead letters.
-        server: The broker, if the test may kill it.
-        nursery: Who makes processes.
-        processes: All that the test has started.
+        processes: All processes that the test has started.
     """
 
     kind: Kind
     url: str
     nursery: Callable[[], Nursery]
-    server: Server | None = None
+    _server: Server | None = None
     orders: str = field(default_factory=lambda: f"orders-{uuid4().hex[:12]}")
     dead: str = field(default_factory=lambda: f"dead-{uuid4().hex[:12]}")
     processes: list[Process] = field(default_factory=list[Process])
+
+    @property
+    def server(self) -> Server:
+        """The broker, which the test may kill."""
+        assert self._server is not None, "the broker is shared with other tests"
+        return self._server
 
     def start(self, *options: str, url: str | None = None) -> Process:
         """Start a process. It does not wait until it is ready."""

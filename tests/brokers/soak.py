@@ -115,7 +115,6 @@ class Soak:
             partial(blow, role) for blow in (self.kill, self.stop) for role in ROLES
         ]
         server = self.place.server
-        assert server is not None
         if server.keeps:
             all_of_them.append(self.restart)
         if server.closes_connections:
@@ -137,14 +136,12 @@ class Soak:
         self.begin(role)
 
     def restart(self) -> None:
-        assert self.place.server is not None
         self.place.server.kill()
         time.sleep(self.chance.uniform(0.0, 2.0))
         self.place.server.start()
         self.report.restarts += 1
 
     def cut(self) -> None:
-        assert self.place.server is not None
         self.place.server.close_connections()
         self.report.cuts += 1
 

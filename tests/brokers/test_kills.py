@@ -124,11 +124,7 @@ def test_a_broker_that_is_killed_and_comes_back_goes_on_with_both_services(
     own_place: Place,
 ) -> None:
     server = own_place.server
-    assert server is not None
-    publisher = own_place.publisher("--timeout", "2")
-    consumer = own_place.consumer("--returns-after", "10")
-    publisher.tell("publish", number=1)
-    consumer.hear("ends", number=1)
+    publisher, consumer = both_on(own_place)
     server.kill()
     publisher.tell("publish", number=2)
     assert not publisher.hear("published", number=2)["taken"]
@@ -143,11 +139,7 @@ def test_a_broker_that_is_killed_and_comes_back_goes_on_with_both_services(
 @on_each_own("lets_go")
 def test_who_is_told_to_stop_while_the_broker_is_away_stops(own_place: Place) -> None:
     server = own_place.server
-    assert server is not None
-    publisher = own_place.publisher("--timeout", "2")
-    consumer = own_place.consumer()
-    publisher.tell("publish", number=1)
-    consumer.hear("ends", number=1)
+    publisher, consumer = both_on(own_place)
     server.kill()
     publisher.tell("publish", number=2)
     assert not publisher.hear("published", number=2)["taken"]
@@ -158,11 +150,7 @@ def test_who_is_told_to_stop_while_the_broker_is_away_stops(own_place: Place) ->
 @on_each_own("closes_connections")
 def test_a_broker_that_closes_all_connections_goes_on_with_both_services(own_place: Place) -> None:
     server = own_place.server
-    assert server is not None
-    publisher = own_place.publisher("--timeout", "2")
-    consumer = own_place.consumer("--returns-after", "10")
-    publisher.tell("publish", number=1)
-    consumer.hear("ends", number=1)
+    publisher, consumer = both_on(own_place)
     server.close_connections()
     goes_on(publisher, consumer, first=2)
 
@@ -171,16 +159,22 @@ def test_a_broker_that_closes_all_connections_goes_on_with_both_services(own_pla
 def test_a_network_that_fails_and_comes_back_goes_on_with_both_services(place: Place) -> None:
     proxy = Proxy(urlsplit(place.url).port or 0)
     by_proxy = place.url.replace(f":{urlsplit(place.url).port}", f":{proxy.port}")
-    publisher = place.publisher("--timeout", "2", url=by_proxy)
-    consumer = place.consumer("--returns-after", "10", url=by_proxy)
-    publisher.tell("publish", number=1)
-    consumer.hear("ends", number=1)
+    publisher, consumer = both_on(place, by_proxy)
     proxy.cut()
     publisher.tell("publish", number=2)
     assert not publisher.hear("published", number=2)["taken"]
     proxy.mend()
     goes_on(publisher, consumer, first=3)
     proxy.close()
+
+
+def both_on(place: Place, url: str | None = None) -> tuple[Process, Process]:
+    """Start a publisher and a consumer, between which one event has gone."""
+    publisher = place.publisher("--timeout", "2", url=url)
+    consumer = place.consumer("--returns-after", "10", url=url)
+    publisher.tell("publish", number=1)
+    consumer.hear("ends", number=1)
+    return publisher, consumer
 
 
 def goes_on(publisher: Process, consumer: Process, *, first: int) -> None:

@@ -27,7 +27,6 @@ async def test_a_broker_that_was_killed_has_what_it_confirmed_and_consumers_go_o
     own_place: Place,
 ) -> None:
     server = own_place.server
-    assert server is not None
     broker, seen = own_place.kind.broker(own_place.url), Seen[bytes]()
     consume(own_place, broker, seen)
     async with broker:
@@ -47,7 +46,6 @@ async def test_consumers_go_on_when_the_broker_has_closed_all_connections(
     own_place: Place,
 ) -> None:
     server = own_place.server
-    assert server is not None
     broker, seen = own_place.kind.broker(own_place.url), Seen[bytes]()
     consume(own_place, broker, seen)
     async with broker:

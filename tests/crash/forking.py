@@ -24,7 +24,6 @@ def main(url: str, how: str) -> None:
     @bus.on(Happened, durable=True, name="plain")
     def plain(event: Happened) -> None:
         delivery = current_delivery()
-        assert delivery is not None
         if event.how == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         with Session(engine) as session:

@@ -247,7 +247,6 @@ class Worker:
 
     async def perform(self, name: str, event: Happened, *, completes: bool) -> None:
         delivery = current_delivery()
-        assert delivery is not None
         facts = {"handler": name, "id": event.id, "delivery": str(delivery.id)}
         say("begins", attempt=delivery.attempt, **facts)
         self.at("in the handler")

@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("greenlet")  # compiled: a new Python may be without it
 
+import anyio
 import httpx
 
 from eventkit.testing import EventCapture
@@ -154,9 +155,10 @@ async def test_an_invoice_that_failed_is_written_later(services: Services) -> No
     await services.billed.wait_for(OrderPlaced)
     assert await services.invoices() == []
 
-    await services.billing.outbox.run_due(within=60)
-
-    assert await services.invoices() == [7]
+    with anyio.fail_after(30):
+        # The relay of the app may have the row, and then runs it by itself.
+        while await services.invoices() != [7]:
+            await services.billing.outbox.run_due(within=60)
 
 
 async def test_a_service_is_not_healthy_where_a_subscriber_has_stopped(services: Services) -> None:

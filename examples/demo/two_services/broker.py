@@ -1,6 +1,7 @@
-"""Owns the broker of the demo: the one at hand or one of our own, and who sends odd messages to it.
+"""Owns the broker of the demo, found or started, and a neighbour that sends odd messages to it.
 
-NATS is started from the system's path, where there is one: a broker that runs here is left alone.
+Knows nothing of the course of the demo. NATS is started if `nats-server` is in the path; else a
+broker that runs already is used, and left as it was.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ SHOP_BROKER_URL says where it is, if it is not there."""
 
 
 class NoBroker(Exception):
-    """There is none that the demo can use; says why.
+    """There is no broker that the demo can use; the text says why.
 
     Attributes:
         was_named: Whether the environment asks for one.
@@ -57,10 +58,10 @@ class BrokerAtHand:
     """A broker that answers.
 
     Attributes:
-        kind: One of `BROKERS`.
-        url: Where it is.
-        prefix: Of the places that the demo makes there.
-        is_own: Whether it ends with the demo.
+        kind: A name in `BROKERS`.
+        url: Its address.
+        prefix: How the names of all places begin that the demo makes there.
+        is_own: Whether the demo has started it, and ends it.
     """
 
     kind: str
@@ -70,7 +71,7 @@ class BrokerAtHand:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the services have to know."""
+        """The variables by which the services find it."""
         return {
             "SHOP_BROKER": self.kind,
             "SHOP_BROKER_URL": self.url,
@@ -85,10 +86,10 @@ class BrokerAtHand:
 
 @asynccontextmanager
 async def broker_at_hand(folder: Path) -> AsyncGenerator[BrokerAtHand]:
-    """Start NATS with its files in a folder, or take what runs.
+    """Start NATS with its files in a folder, or use a broker that runs.
 
     Raises:
-        NoBroker: There is neither.
+        NoBroker: Neither is possible.
     """
     kind, url = os.environ.get("SHOP_BROKER", "nats"), os.environ.get("SHOP_BROKER_URL")
     was_named = not {"SHOP_BROKER", "SHOP_BROKER_URL"}.isdisjoint(os.environ)
@@ -154,7 +155,7 @@ async def _problem(kind: str, url: str) -> str | None:
 
 
 async def _has_jetstream(stream: SocketStream) -> bool:
-    """What a server of NATS says of itself, before anybody asks."""
+    """Whether a server of NATS has JetStream, by its greeting."""
     said = await stream.receive()
     while b"\n" not in said:
         said += await stream.receive()
@@ -163,7 +164,7 @@ async def _has_jetstream(stream: SocketStream) -> bool:
 
 
 async def _sweep(found: BrokerAtHand) -> None:
-    """Leave nothing in a broker that is not ours."""
+    """Remove what the demo has made in a broker that is not its own."""
     broker = BROKERS[found.kind][0](found.url)
     async with broker.client:
         await _SWEEPS[found.kind](
@@ -207,10 +208,10 @@ class Letter:
 
 
 class Neighbour:
-    """Somebody with a client of their own and no bus: sends messages, and reads dead letters.
+    """A plain client without a bus: sends messages, and reads dead letters.
 
     Attributes:
-        letters: What was read.
+        letters: The dead letters that were read.
     """
 
     def __init__(self, broker: Broker, at_hand: BrokerAtHand) -> None:

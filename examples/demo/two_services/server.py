@@ -27,7 +27,7 @@ _FOR_EVER = 60.0  # seconds, which nobody waits for
 
 
 class Doorman(BaseMiddleware[Any, Any]):  # Any: each broker has messages of its own
-    """Tells when a message arrives, and when it is taken in: then the broker is answered."""
+    """Tells when a message arrives, and when it was handled, just before the broker is answered."""
 
     async def consume_scope(
         self, call_next: Callable[[Any], Awaitable[Any]], msg: StreamMessage[Any]
