@@ -218,7 +218,7 @@ class Bridge:
         if deliver is not None:
             delivering = ToKeeper(state, group.name, deliver, group.seconds_in_place)
         elif durable:
-            keep = _inbox(state, group.name)
+            keep = _inbox(state, group)
             delivering = ToKeeper(state, group.name, keep, group.seconds_in_place, _UNKEEPABLE)
         else:
             within = _WITHIN if within is None else within
@@ -251,7 +251,7 @@ class Bridge:
             failures.clear()  # or this frame and the tracebacks keep each other alive
 
 
-def _inbox(state: BusState, name: str) -> Callable[[Received], Awaitable[object]]:
+def _inbox(state: BusState, group: Group) -> Callable[[Received], Awaitable[object]]:
     """Make the function that stores events in the bus's outbox, which may not exist yet."""
 
     async def keep(received: Received) -> None:
@@ -262,7 +262,8 @@ def _inbox(state: BusState, name: str) -> Callable[[Received], Awaitable[object]
             )
         await state.keeper.outbox.receive(
             received.event,
-            consumer=name,
+            # Not `group.name`: a broker may have included the router since, by a prefix.
+            consumer=group.engine.consumer(group.subscribers[0]),
             message_id=received.unique_id,
             headers=received.headers,
             event_id=received.event_id,

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("greenlet")  # compiled: a new Python may be without it
 
+from faststream.rabbit import RabbitRouter
 from sqlalchemy import Engine, MetaData, text
 from starlette.applications import Starlette
 
@@ -91,6 +92,36 @@ async def test_the_outbox_has_what_was_read(service: Service) -> None:
     assert received["headers"][f"{prefix}source"] == "/orders"
     assert state_of(service.bus).needs_keeper == (name,)
     assert service.answers == ["ACKED"]
+
+
+async def test_routers_that_are_included_by_two_prefixes_have_an_inbox_each(
+    engine: Engine,
+) -> None:
+    """As two services may that have one database: neither drops what the other has received."""
+    event, seen = OrderPlaced(7), list[str]()
+    for prefix in ("eu_", "us_"):
+        service, router = Service("rabbit"), RabbitRouter()
+
+        @service.bus.on(OrderPlaced)
+        async def note(event: OrderPlaced, prefix: str = prefix) -> None:
+            seen.append(prefix)
+
+        with Outbox(service.bus, engine):
+            service.bridge.consume(
+                router.subscriber("billing"),
+                OrderPlaced,
+                dead_letter=service.publisher("dead"),
+                durable=True,
+            )
+            service.broker.include_router(router, prefix=prefix)
+            async with service.running():
+                await service.send(event, place=f"{prefix}billing")
+
+    assert seen == ["eu_", "us_"]
+    assert [row["consumer"] for row in rows(engine, "eventkit_inbox")] == [
+        "eu_billing",
+        "us_billing",
+    ]
 
 
 async def test_an_outage_of_the_database_is_waited_for(service: Service, clock: Clock) -> None:
