@@ -20,12 +20,11 @@ middleware of the user's may swallow what is raised, and FastStream would acknow
 from __future__ import annotations
 
 import logging
-from asyncio import CancelledError
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol, TypedDict
 
-from anyio import fail_after, move_on_after, sleep
+from anyio import fail_after, get_cancelled_exc_class, move_on_after, sleep
 from faststream.exceptions import NackMessage
 from structlog.contextvars import bind_contextvars, reset_contextvars
 
@@ -161,8 +160,8 @@ class Consumer:
                 await self._bury(message, problem)
         except HandBackError as again:
             return again.pause
-        except (Exception, CancelledError) as error:  # whatever it is, the message is not lost
-            if isinstance(error, CancelledError) and is_asked_to_end(requests):
+        except (Exception, get_cancelled_exc_class()) as error:  # the message is not lost
+            if not isinstance(error, Exception) and is_asked_to_end(requests):
                 raise
             log(
                 logging.ERROR,
