@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar, Union
 
+from faststream import AckPolicy
 from pydantic import GetCoreSchemaHandler, WithJsonSchema
 from pydantic_core import CoreSchema, core_schema
 from stamina import AsyncRetryingCaller
@@ -263,18 +264,25 @@ def _inbox(state: BusState, name: str) -> Callable[[Received], Awaitable[object]
 def _attach(consumer: Consumer, group: Group, event_types: Sequence[type]) -> None:
     """Have FastStream call the consumer for each message of these subscribers."""
     whole_message = _whole_message(event_types)
-    for subscriber in group.subscribers:
-        _attach_one(subscriber, consumer, group, whole_message)
+    for number, subscriber in enumerate(group.subscribers):
+        # AsyncAPI tells the subscribers of one place apart by the names of their functions.
+        name = "consume" if not number else f"consume_{number + 1}"
+        _attach_one(subscriber, consumer, group, whole_message, name)
 
 
-def _attach_one(subscriber: Any, consumer: Consumer, group: Group, whole_message: type) -> None:
+def _attach_one(
+    subscriber: Any, consumer: Consumer, group: Group, whole_message: type, name: str
+) -> None:
     async def consume(event: Any) -> None:
         await consumer.receive(event, subscriber)
 
+    consume.__name__ = name
     consume.__annotations__["event"] = whole_message
     if group.engine.parse is not None:
         # Not `subscriber(parser=)`, which would take the place of a parser of the user's own.
         subscriber._parser = partial(group.engine.parse, parse=subscriber._parser)  # noqa: SLF001
+    # What fails before the consumer is called, in a middleware, would be dropped by some policies.
+    subscriber.ack_policy = AckPolicy.NACK_ON_ERROR
     subscriber(consume, decoder=_whole)
 
 

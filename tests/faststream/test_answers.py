@@ -6,6 +6,7 @@ from typing import Any
 import anyio
 import pytest
 import stamina
+from faststream import BaseMiddleware
 from faststream.exceptions import NackMessage, RejectMessage
 
 from eventkit import current_delivery
@@ -702,3 +703,19 @@ async def test_how_often_the_broker_gave_it_out_does_not_matter_to_an_inbox() ->
         await service.send(OrderPlaced(7), headers={"x-delivery-count": 1000})
 
     assert len(inbox.kept) == 1
+
+
+async def test_what_fails_in_a_middleware_is_handed_back_and_not_dropped(kind: Kind) -> None:
+    class Fails(BaseMiddleware[Any, Any]):
+        async def consume_scope(self, call_next: Any, msg: Any) -> Any:
+            raise RuntimeError("in a middleware")
+
+    service = Service(kind)
+    service.broker.add_middleware(Fails)
+    service.consume(OrderPlaced)
+    async with service.running():
+        with pytest.raises(RuntimeError, match="in a middleware"):  # a test broker raises it
+            await service.send(OrderPlaced(7))
+
+    assert service.answers == ["NACKED"]
+    assert service.dead == []

@@ -15,6 +15,7 @@ from fast_depends.msgspec import MsgSpecSerializer
 from fastapi import Depends, FastAPI, Request
 from faststream.exceptions import NackMessage
 from faststream.nats import NatsBroker, NatsRouter
+from faststream.redis import RedisBroker, StreamSub
 from faststream.specification import AsyncAPI
 from structlog.contextvars import get_contextvars
 
@@ -143,6 +144,31 @@ async def test_what_they_publish_is_forwarded_with_the_messages_correlation_and_
     assert second.options["correlation_id"] == "c-8"
     assert "traceparent" not in second.headers
     assert logged == ["c-7", "c-8"]
+
+
+async def test_messages_that_are_handled_at_once_keep_theirs_apart(service: Service) -> None:
+    service.consume(OrderPlaced)
+    service.bridge.forward(BillSent, service.publisher("bills"))
+
+    @service.bus.on(OrderPlaced)
+    async def bill(event: OrderPlaced) -> None:
+        for _ in range(event.order_id % 3):
+            await anyio.lowlevel.checkpoint()
+        service.bus.publish(BillSent(event.order_id))
+
+    async def send(number: int) -> None:
+        trace = {"traceparent": f"t{number}"}
+        await service.send(OrderPlaced(number), headers=trace, correlation_id=f"c{number}")
+
+    async with service.running(), anyio.create_task_group() as tasks:
+        for number in range(10):
+            tasks.start_soon(send, number)
+
+    bills = [sent for sent in service.watch.sent if sent.place == "bills"]
+    told = {(s.body, s.options["correlation_id"], s.headers["traceparent"]) for s in bills}
+    assert told == {
+        (f'{{"order_id":{number}}}'.encode(), f"c{number}", f"t{number}") for number in range(10)
+    }
 
 
 async def test_an_event_without_handlers_is_acknowledged(service: Service) -> None:
@@ -327,6 +353,21 @@ def test_the_schema_is_that_of_the_event() -> None:
 
     assert payload == {"$ref": "#/components/schemas/OrderPlaced"}
     assert {*schemas["OrderPlaced"]["properties"]} == {"event_id", "occurred_at", "order_id"}
+
+
+def test_subscribers_of_one_place_are_two_channels(recwarn: pytest.WarningsRecorder) -> None:
+    broker = RedisBroker()
+    new = StreamSub("orders", group="billing", consumer="one", max_records=10)
+    left = StreamSub("orders", group="billing", consumer="one", min_idle_time=60_000)
+    Bridge(EventBus(), source="/billing").consume(
+        [broker.subscriber(stream=new), broker.subscriber(stream=left)],
+        OrderPlaced,
+        dead_letter=broker.publisher(stream="dead"),
+    )
+    channels: Any = AsyncAPI(broker).to_specification().to_jsonable()["channels"]
+
+    assert {"orders:Consume", "orders:Consume2"} <= {*channels}
+    assert not [each for each in recwarn if "Overwrite" in str(each.message)]
 
 
 def test_the_schema_of_several_is_any_of_them() -> None:
