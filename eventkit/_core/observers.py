@@ -48,9 +48,10 @@ class Observer:
         """These were not run here, or were ended: an outbox keeps them, and runs them later."""
 
     def headers(self, event: object) -> Mapping[str, str]:
-        """What of the publisher's context variables an outbox is to keep beside the event.
+        """What of the caller's context variables goes along with the event, to other processes.
 
-        A trace id, for example. Called in `publish` where a durable handler will get the event.
+        A trace id, for example. Called in `publish` where an outbox keeps the event for a durable
+        handler, and where a bridge sends it to another service.
         """
         return {}
 

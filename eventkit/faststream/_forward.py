@@ -14,6 +14,8 @@ from structlog.contextvars import get_contextvars
 from eventkit._core.ambient import carried, current_delivery
 from eventkit._core.events import DomainEvent
 from eventkit._core.loops.running import on_trio
+from eventkit._core.observers import contained
+from eventkit._core.state import BusState
 from eventkit.exceptions import BridgeError
 from eventkit.faststream._engines import Engine
 from eventkit.wire import encode, wire_name
@@ -35,6 +37,7 @@ class Forward(Generic[E]):
         engine: The broker's.
         source: Who sends.
         key: What belongs together.
+        state: Of the bus, whose observers have headers of their own.
     """
 
     def __init__(
@@ -44,12 +47,14 @@ class Forward(Generic[E]):
         engine: Engine,
         source: str,
         key: Callable[[E], str | None] | None,
+        state: BusState,
     ) -> None:
         self._event_type = event_type
         self._publisher = publisher
         self._engine = engine
         self._source = source
         self._key = key
+        self._state = state
 
     async def __call__(self, event: E) -> None:
         """Send one event.
@@ -77,13 +82,21 @@ class Forward(Generic[E]):
             key=None if self._key is None else self._key(event),
             time=None if isinstance(event, DomainEvent) else delivery.published_at,
         )
-        options = self._engine.options(wired, dict(carried.get()))
+        options = self._engine.options(wired, self._carried(event))
         await send(
             self._publisher,
             self._engine,
             wired.body,
             options | {"correlation_id": _correlation_id()},
         )
+
+    def _carried(self, event: E) -> dict[str, str]:
+        """What goes along with all that comes of a unit of work, and what observers add."""
+        headers = dict(carried.get())
+        for observer in self._state.observers:
+            with contained(observer):
+                headers.update(observer.headers(event))
+        return headers
 
     def __repr__(self) -> str:
         return f"<Forward of {wire_name(self._event_type)} to {self._engine.name}>"
