@@ -9,7 +9,7 @@ import pytest
 from anyio import create_task_group
 from starlette.types import Receive, Scope, Send
 
-from benchmarks import behind, bridge, dispatch, outbox, served
+from benchmarks import behind, bridge, brokers, dispatch, outbox, served
 from benchmarks.__main__ import TOPICS, keep, main, page, run, topic
 from benchmarks.harness import (
     FINE_SLACK,
@@ -494,7 +494,7 @@ def test_a_broker_that_does_not_answer_is_left_out_with_a_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("EVENTKIT_NATS_URL", "nats://127.0.0.1:1")
-    monkeypatch.setattr(bridge, "BROKERS", {"NATS": bridge.BROKERS["NATS"]})
+    monkeypatch.setattr(bridge, "BROKERS", {"NATS": brokers.BROKERS["NATS"]})
 
     results = run("bridge", SMALLEST)
 
