@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from operator import length_hint
@@ -51,11 +51,12 @@ from typing import Protocol, cast
 from anyio import CancelScope
 from anyio.lowlevel import checkpoint
 
+from eventkit._core.attempts import attempt
 from eventkit._core.events import Delivery
 from eventkit._core.handlers import Handler
 from eventkit._core.limits import run_in_time
 from eventkit._core.loops.tasks import Drive
-from eventkit._core.observers import Observer, watched
+from eventkit._core.observers import Observer
 from eventkit._core.policy import (
     add_note,
     cancel_requests,
@@ -108,6 +109,11 @@ class Turn(Protocol):
     @property
     def origin(self) -> object:
         """Where the unit of work comes from, for the handlers' dependencies."""
+        ...
+
+    @property
+    def received(self) -> Mapping[str, str] | None:
+        """The headers of the message that the event was read from, if it was."""
         ...
 
     def delivery(self, index: int) -> Delivery:
@@ -518,33 +524,3 @@ def _begin(worker: Worker, turn: Turn, index: int) -> tuple[Steps, object] | Non
         steps = handler.with_dependencies(handler.solver, turn.origin, turn.event)
     trap = next(steps.__await__(), _ENDED)
     return None if trap is _ENDED else (steps, trap)
-
-
-async def attempt(
-    turn: Turn, index: int, limit: float | None, requests: int, timed_by: Run | None = None
-) -> None:
-    """Run one handler of any kind, in time, under the eyes of the observers.
-
-    Args:
-        turn: The event.
-        index: Which of its handlers.
-        limit: Seconds that it may take, if it does not say so itself.
-        requests: How often the task was asked to cancel, as far as it knows.
-        timed_by: Who sees to the limit, which all handlers of the event have together then.
-    """
-    handler = turn.handlers[index]
-    if handler.timeout is not ...:
-        limit = handler.timeout
-    with watched(turn.observers, turn.delivery(index)):
-        try:
-            await run_in_time(handler, turn, limit if timed_by is None else None)
-        except Exception:
-            raise
-        except BaseException as error:  # noqa: BLE001 - the policy
-            verdict = verdict_on(error, handler, requests)
-            if timed_by is not None and timed_by.late and failures_in(verdict) is None:
-                verdict = timeout_of(handler, cast("float", limit), error)
-            try:
-                raise verdict from verdict.__cause__
-            finally:
-                del verdict  # or this frame and its traceback keep each other alive

@@ -141,7 +141,7 @@ class Bridge:
         note_forwarded(self._bus, event_type)
         return self._bus.subscribe(
             event_type,
-            Forward(event_type, publisher, engine, self._source, key).__call__,
+            Forward(event_type, publisher, engine, self._source, key, state_of(self._bus)).__call__,
             name=name or f"forward:{wire_name(event_type)}",
             timeout=timeout,
             durable=options or False,

@@ -14,6 +14,8 @@ from structlog.contextvars import get_contextvars
 from eventkit._core.ambient import carried, current_delivery
 from eventkit._core.events import DomainEvent
 from eventkit._core.loops.running import on_trio
+from eventkit._core.observers import contained
+from eventkit._core.state import BusState
 from eventkit.exceptions import BridgeError
 from eventkit.faststream._engines import LONGEST_ID, Engine, plain
 from eventkit.wire import encode, wire_name
@@ -23,6 +25,7 @@ E = TypeVar("E")
 # The names of the id that all log lines of one request share; the first one found is sent.
 CORRELATION = ("correlation_id", "request_id")
 _LONGEST_CARRIED = 512  # characters; more than the standard has one send of `tracestate`
+_LONGEST_ADDED = 8192  # characters; so long the standard lets baggage be
 
 
 class Forward(Generic[E]):
@@ -36,6 +39,7 @@ class Forward(Generic[E]):
         engine: The engine of the publisher's broker.
         source: The name of this service in its messages.
         key: Gives the same text for events that belong together.
+        state: Of the bus, whose observers have headers of their own.
     """
 
     def __init__(
@@ -45,12 +49,14 @@ class Forward(Generic[E]):
         engine: Engine,
         source: str,
         key: Callable[[E], str | None] | None,
+        state: BusState,
     ) -> None:
         self._event_type = event_type
         self._publisher = publisher
         self._engine = engine
         self._source = source
         self._key = key
+        self._state = state
 
     async def __call__(self, event: E) -> None:
         """Send one event.
@@ -78,14 +84,24 @@ class Forward(Generic[E]):
             key=None if self._key is None else self._key(event),
             time=None if isinstance(event, DomainEvent) else delivery.published_at,
         )
-        along = {name: plain(value, _LONGEST_CARRIED) for name, value in carried.get().items()}
-        options = self._engine.options(self._publisher, wired, along)
+        options = self._engine.options(self._publisher, wired, self._carried(event))
         await send(
             self._publisher,
             self._engine,
             wired.body,
             options | {"correlation_id": _correlation_id()},
         )
+
+    def _carried(self, event: E) -> dict[str, str]:
+        """What goes along with all that comes of a unit of work, and what observers add."""
+        along = {name: plain(value, _LONGEST_CARRIED) for name, value in carried.get().items()}
+        added: dict[str, str] = {}
+        for observer in self._state.observers.headers:
+            with contained(observer):
+                added.update(observer.headers(event))
+        if "traceparent" in added:  # the state of a trace belongs to its id
+            along.pop("tracestate", None)
+        return along | {name: plain(value, _LONGEST_ADDED) for name, value in added.items()}
 
     def __repr__(self) -> str:
         return f"<Forward of {wire_name(self._event_type)} to {self._engine.name}>"

@@ -364,10 +364,16 @@ class Outbox:
 
     async def stats(self) -> OutboxStats:
         """How many deliveries are in which state, in all and by handler. Reads the whole table."""
-        read = partial(self._holdings.store.stats, known=self._holdings.catalog.known())
-        return replace(
-            await self._holdings.database.run(read, writes=False), lost=self._holdings.lost
-        )
+        counted = await self._holdings.database.run(self._counting(), writes=False)
+        return replace(counted, lost=self._holdings.lost)
+
+    def read_stats(self) -> OutboxStats:
+        """As `stats`, for a thread that has no event loop, such as a metrics exporter's. Blocks."""
+        counted = self._holdings.database.call(self._counting(), writes=False)
+        return replace(counted, lost=self._holdings.lost)
+
+    def _counting(self) -> Callable[[Connection], OutboxStats]:
+        return partial(self._holdings.store.stats, known=self._holdings.catalog.known())
 
 
 def holdings_of(outbox: Outbox) -> Holdings:

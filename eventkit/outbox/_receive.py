@@ -95,8 +95,9 @@ def _accept(keeper: Keeper, envelope: Envelope) -> None:
 def _stage(unit: Unit, envelope: Envelope) -> None:
     """Have the event delivered when the unit ends. No transaction takes part."""
     state = unit.state
-    watched = bool(state.observers)
+    told = state.observers
+    watched = bool(told.released or told.withdrawn)
     refusal = unit.queue.stage([envelope], state.max_events, watched=watched, tag=None)
     assert refusal is None, "a unit that is open and empty"
-    if watched:
+    if told.published:
         announce_published(state, [envelope])

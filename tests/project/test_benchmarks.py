@@ -424,6 +424,15 @@ def test_a_request_without_an_event_is_held_against_the_bare_app_in_microseconds
     assert (verdict.measured, verdict.limit, verdict.stretch) == (2.5, 3.0, 2.0)
 
 
+def test_an_observer_is_held_against_a_bus_without_one_in_microseconds() -> None:
+    rounds = TIMES | {behind.OBSERVED: [48_500, 26_500]}
+    found = Comparison({"loop": "asyncio", "request": str(behind.Work(1))}, rounds)
+
+    *_, verdict = behind.verdicts([found])
+
+    assert (verdict.measured, verdict.limit, verdict.stretch) == (4.5, 5.0, 4.0)
+
+
 @pytest.mark.parametrize(("handlers", "to"), [(3, served.GROUP), (1, served.PEER)])
 def test_on_a_server_what_the_event_adds_is_held_against_what_another_adds(
     handlers: int, to: str
