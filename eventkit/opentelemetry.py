@@ -9,16 +9,18 @@ Events are never written into a span, only their ids and the names of their clas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
+from functools import partial
 from time import monotonic, perf_counter
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 from eventkit._core.bus import EventBus, state_of
-from eventkit._core.events import Delivery
-from eventkit._core.observers import Observation, Observer
+from eventkit._core.locks import new_lock
+from eventkit._core.observers import Accepted, Begun, Insider, Observation, complain
 from eventkit._core.state import BusState
 from eventkit.exceptions import not_installed
 from eventkit.wire import wire_name
@@ -33,6 +35,7 @@ try:
         Meter,
         MeterProvider,
         get_meter,
+        get_meter_provider,
     )
     from opentelemetry.metrics import (
         Observation as Measurement,
@@ -48,6 +51,8 @@ __all__ = ["instrument"]
 
 _SYSTEM = {"messaging.system": "eventkit"}
 _SECONDS_OF_A_LOOK = 1.0  # for which one look into an outbox's table is enough
+# Those that the conventions give: https://opentelemetry.io/docs/specs/semconv/messaging/messaging-metrics/
+_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 _ENDED = ("handled", "failed", "discarded", "undelivered", "requeued")
 _KEPT = ("ready", "leased", "dead", "unreadable")
 
@@ -101,44 +106,71 @@ def instrument(
     """
     if not isinstance(bus, EventBus):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"instrument() takes an EventBus, not {bus!r}")
+    state, providers = state_of(bus), (tracer_provider, meter_provider)
+    for other in state.observers.everyone:
+        if isinstance(other, _Tracing) and other.providers == providers:
+            raise ValueError(
+                f"{bus!r} is instrumented already: call instrument() once, where the bus is made, "
+                "or detach() what it gave before"
+            )
     meter = get_meter("eventkit", meter_provider=meter_provider)
     tracer = trace.get_tracer("eventkit", tracer_provider=tracer_provider)
-    counts = _Counts(state_of(bus))
-    counts.register(meter)
-    observation = bus.observe(_Tracing(bus.name, tracer, meter))
+    counts = _Counts(state)
+    instruments = _instruments_of(meter_provider, meter)
+    instruments.add(counts)
+    observation = bus.observe(_Tracing(bus.name, tracer, meter, providers, counts))
 
     def detach() -> None:
-        counts.ended = True
+        instruments.remove(counts)
         observation.detach()
 
     return Observation(detach)
 
 
-class _Tracing(Observer):
-    """Makes the spans, and measures the runs."""
+class _Tracing(Insider):
+    """Makes the spans, and measures the runs.
 
-    def __init__(self, bus: str, tracer: Tracer, meter: Meter) -> None:
-        self._bus = bus
-        self._tracer = tracer
-        self._durations = meter.create_histogram(
-            "messaging.process.duration", unit="s", description="Duration of processing operation."
+    Attributes:
+        providers: Whose spans and metrics they are.
+        tracer: Makes the spans.
+        durations: Of the runs.
+    """
+
+    def __init__(
+        self,
+        bus: str,
+        tracer: Tracer,
+        meter: Meter,
+        providers: tuple[TracerProvider | None, MeterProvider | None],
+        counts: _Counts,
+    ) -> None:
+        self.providers = providers
+        self.tracer = tracer
+        self.durations: Histogram = meter.create_histogram(
+            "messaging.process.duration",
+            unit="s",
+            description="Duration of processing operation.",
+            explicit_bucket_boundaries_advisory=_BOUNDS,
         )
+        self._bus = bus
+        self._counts = counts  # nobody else keeps them
         self._of_publish: dict[type, tuple[str, dict[str, str]]] = {}
         self._of_run: dict[tuple[type, str], tuple[str, dict[str, str]]] = {}
 
-    def published(self, event: object, deliveries: Sequence[Delivery]) -> None:
+    def accepted(self, accepted: Accepted) -> None:
         """A span of no length: publishing waits for nothing."""
-        known = self._of_publish.get(type(event))
+        event_type = type(accepted.event)
+        known = self._of_publish.get(event_type)
         if known is None:
-            known = self._describe(type(event), "publish", "send")
-            self._of_publish[type(event)] = known
+            known = self._of_publish[event_type] = self._describe(event_type, "publish", "send")
         name, attributes = known
-        span = self._tracer.start_span(name, kind=SpanKind.PRODUCER, attributes=attributes)
+        span = self.tracer.start_span(name, kind=SpanKind.PRODUCER, attributes=attributes)
         if span.is_recording():
+            deliveries = accepted.deliveries()
             if deliveries:
                 span.set_attribute("messaging.message.id", str(deliveries[0].event_id))
             span.set_attribute("eventkit.deliveries", len(deliveries))
-        span.end()
+            span.end()
 
     def headers(self, event: object) -> Mapping[str, str]:
         """What an outbox keeps beside the event, and a bridge sends with it."""
@@ -150,15 +182,15 @@ class _Tracing(Observer):
         """The next run is one from a table."""
         _kept.set(extract(headers, Context()))
 
-    def delivery(self, delivery: Delivery) -> AbstractContextManager[object]:
+    def surround(self, begun: Begun, index: int) -> AbstractContextManager[object]:
         """A span around one run."""
-        key = type(delivery.event), delivery.handler
+        key = type(begun.event), begun.handlers[index].name
         known = self._of_run.get(key)
         if known is None:
             name, attributes = self._describe(key[0], "process", "process")
-            attributes["messaging.destination.subscription.name"] = delivery.handler
+            attributes["messaging.destination.subscription.name"] = key[1]
             known = self._of_run[key] = name, attributes
-        return _Processing(delivery, self._tracer, self._durations, *known)
+        return _Processing(self, begun, index, known)
 
     def _describe(self, event_type: type, name: str, kind: str) -> tuple[str, dict[str, str]]:
         destination = wire_name(event_type)
@@ -173,47 +205,25 @@ class _Tracing(Observer):
 class _Processing:
     """One run of a handler: the span that is current in it, and how long it took."""
 
-    __slots__ = (
-        "_attributes",
-        "_began",
-        "_delivery",
-        "_durations",
-        "_name",
-        "_restored",
-        "_span",
-        "_token",
-        "_tracer",
-    )
+    # Here and not in `__init__`, for this is made once for every run.
+    _restored: Token[Context | None] | None = None
+    _token: Token[Context] | None = None
+    _span: Span = trace.INVALID_SPAN
+    _began: float | None = None
 
     def __init__(
-        self,
-        delivery: Delivery,
-        tracer: Tracer,
-        durations: Histogram,
-        name: str,
-        attributes: dict[str, str],
+        self, tracing: _Tracing, begun: Begun, index: int, known: tuple[str, dict[str, str]]
     ) -> None:
-        self._delivery = delivery
-        self._tracer = tracer
-        self._durations = durations
-        self._name = name
-        self._attributes = attributes
+        self._tracing = tracing
+        self._begun = begun
+        self._index = index
+        self._known = known
 
     def __enter__(self) -> None:
-        around, links = self._origin()
-        # What the handler publishes is published here, and not by what was kept.
-        self._restored: Token[Context | None] = _kept.set(None)
-        self._span: Span = self._tracer.start_span(
-            self._name,
-            context=around,
-            kind=SpanKind.CONSUMER,
-            attributes=self._attributes,
-            links=links,
-        )
-        if self._span.is_recording():
-            self._span.set_attributes(self._facts())
-        self._token = contexts.attach(trace.set_span_in_context(self._span, around))
-        self._began = perf_counter()
+        try:
+            self._start()
+        except Exception as error:  # noqa: BLE001 - of an SDK, or what was plugged into it
+            complain(self._tracing, error)
 
     def __exit__(
         self,
@@ -221,27 +231,54 @@ class _Processing:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        try:
+            self._end(exc)
+        except Exception as error:  # noqa: BLE001 - as above
+            complain(self._tracing, error)
+
+    def _start(self) -> None:
+        around = links = None
+        if _kept.get() is not None or self._begun.received is not None:
+            around, links = self._origin()
+        name, attributes = self._known
+        span = self._tracing.tracer.start_span(name, around, SpanKind.CONSUMER, attributes, links)
+        self._span = span
+        recording = span.is_recording()
+        if recording:
+            span.set_attributes(self._facts())
+        if recording or around is not None or not _is_current(span):
+            self._token = contexts.attach(trace.set_span_in_context(span, around))
+        self._began = perf_counter()
+
+    def _end(self, exc: BaseException | None) -> None:
+        if self._began is None:
+            return
         seconds = perf_counter() - self._began
-        contexts.detach(self._token)
-        _kept.reset(self._restored)
-        attributes = self._attributes
+        attributes = self._known[1]
         if exc is not None:
             kind = f"{type(exc).__module__}.{type(exc).__qualname__}".removeprefix("builtins.")
             attributes = attributes | {"error.type": kind}
             self._span.set_attribute("error.type", kind)
             self._span.record_exception(exc)
             self._span.set_status(Status(StatusCode.ERROR, kind))
-        self._durations.record(seconds, attributes)
-        self._span.end()
+        # While the span is current, so that an exemplar leads to it.
+        self._tracing.durations.record(seconds, attributes)
+        if self._token is not None:
+            contexts.detach(self._token)
+            self._span.end()
+        if self._restored is not None:
+            _kept.reset(self._restored)
 
     def _origin(self) -> tuple[Context | None, Sequence[Link] | None]:
         """In which context the span begins, and what it is linked to; None for the current one."""
-        found = _kept.get()
-        received = self._delivery.received
-        if found is None and received is not None and not _is_valid(trace.get_current_span()):
+        found, received = _kept.get(), self._begun.received
+        if found is not None:
+            # What the handler publishes is published here, and not by what was kept.
+            self._restored = _kept.set(None)
+            if received is not None and not _span_of(found).is_valid:
+                found = extract(received, found)
+        elif received is not None and not _span_of(None).is_valid:
             found = extract(received, Context())
-        elif found is not None and received is not None and not _span_of(found).is_valid:
-            found = extract(received, found)
         if found is None:
             return None, None
         origin = _span_of(found)
@@ -249,7 +286,7 @@ class _Processing:
         return around, [Link(origin)] if origin.is_valid else None
 
     def _facts(self) -> dict[str, str | int]:
-        delivery = self._delivery
+        delivery = self._begun.delivery(self._index)
         return {
             "messaging.message.id": str(delivery.event_id),
             "eventkit.delivery.id": str(delivery.id),
@@ -258,73 +295,123 @@ class _Processing:
 
 
 class _Counts:
-    """Reads the counters of a bus, and of its outbox, when they are collected.
-
-    Attributes:
-        ended: Whether nothing is reported any more.
-    """
+    """Reads the counters of one bus, and of its outbox, when they are collected."""
 
     def __init__(self, state: BusState) -> None:
-        self.ended = False
         self._state = state
         self._bus = {"eventkit.bus": state.name}
         self._looked_at = -_SECONDS_OF_A_LOOK
         self._seen: Any = None  # Any: an `OutboxStats`, of a sibling of this module
 
-    def register(self, meter: Meter) -> None:
-        """Make the instruments."""
-        counter, up_down = meter.create_observable_counter, meter.create_observable_up_down_counter
-        counter("eventkit.events.published", [self._of("published")], "{event}")
-        counter("eventkit.deliveries.accepted", [self._of("accepted")], "{delivery}")
-        counter("eventkit.deliveries.ended", [self._outcomes], "{delivery}")
-        up_down("eventkit.deliveries.pending", [self._of("pending")], "{delivery}")
-        up_down("eventkit.deliveries.running", [self._of("running")], "{delivery}")
-        up_down("eventkit.requests.held", [self._of("held")], "{request}")
-        counter("eventkit.requests.refused", [self._of("refused")], "{request}")
-        meter.create_observable_gauge("eventkit.outbox.deliveries", [self._rows], "{delivery}")
-        meter.create_observable_gauge("eventkit.outbox.oldest_due", [self._oldest], "s")
+    def count(self, name: str) -> Iterator[Measurement]:
+        """One of the counters."""
+        yield Measurement(getattr(self._state.tally.snapshot(), name), self._bus)
 
-    def _of(self, count: str) -> Callable[[CallbackOptions], Iterable[Measurement]]:
-        def read(_: CallbackOptions) -> Iterable[Measurement]:
-            if not self.ended:
-                yield Measurement(getattr(self._state.tally.snapshot(), count), self._bus)
+    def outcomes(self) -> Iterator[Measurement]:
+        """How many deliveries have ended in which way."""
+        stats = self._state.tally.snapshot()
+        for outcome in _ENDED:
+            yield Measurement(getattr(stats, outcome), self._bus | {"eventkit.outcome": outcome})
 
-        return read
-
-    def _outcomes(self, _: CallbackOptions) -> Iterable[Measurement]:
-        if not self.ended:
-            stats = self._state.tally.snapshot()
-            for outcome in _ENDED:
-                yield Measurement(
-                    getattr(stats, outcome), self._bus | {"eventkit.outcome": outcome}
-                )
-
-    def _rows(self, _: CallbackOptions) -> Iterable[Measurement]:
+    def rows(self) -> Iterator[Measurement]:
+        """How many deliveries the outbox has, in which state."""
         stats = self._look()
         for handler, kept in () if stats is None else stats.handlers.items():
             for state in _KEPT:
                 attributes = {"eventkit.state": state, "eventkit.handler": handler}
                 yield Measurement(getattr(kept, state), self._bus | attributes)
 
-    def _oldest(self, _: CallbackOptions) -> Iterable[Measurement]:
+    def oldest(self) -> Iterator[Measurement]:
+        """For how long the oldest due delivery of the outbox has been due."""
         stats = self._look()
         if stats is not None:
             yield Measurement(stats.oldest_due or 0.0, self._bus)
 
     def _look(self) -> Any:
-        """What is in the outbox's table; None where there is no outbox."""
+        """What is in the outbox's table; None where there is no outbox, or it was just away."""
         keeper = self._state.keeper
-        if self.ended or keeper is None:
+        if keeper is None:
             return None
         if monotonic() - self._looked_at >= _SECONDS_OF_A_LOOK:
-            self._seen = keeper.outbox.read_stats()
-            self._looked_at = monotonic()
+            self._seen, self._looked_at = None, monotonic()
+            try:
+                self._seen = keeper.outbox.read_stats()
+            finally:  # a database that is away may take its time to say so: asked once, too
+                self._looked_at = monotonic()
         return self._seen
 
 
-def _span_of(context: Context) -> trace.SpanContext:
+Read = Callable[[_Counts], Iterable[Measurement]]
+
+
+class _Instruments:
+    """The instruments of one meter provider, and the buses whose counters they report.
+
+    An SDK takes an instrument's callbacks once, by its name: all buses have them together.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        self._counts: tuple[ref[_Counts], ...] = ()  # of buses that somebody else has to keep
+        self._lock = new_lock()
+        counter, up_down = meter.create_observable_counter, meter.create_observable_up_down_counter
+        gauge, of = meter.create_observable_gauge, self._count
+        counter("eventkit.events.published", of("published"), "{event}")
+        counter("eventkit.deliveries.accepted", of("accepted"), "{delivery}")
+        counter("eventkit.deliveries.ended", self._each(_Counts.outcomes), "{delivery}")
+        up_down("eventkit.deliveries.pending", of("pending"), "{delivery}")
+        up_down("eventkit.deliveries.running", of("running"), "{delivery}")
+        up_down("eventkit.requests.held", of("held"), "{request}")
+        counter("eventkit.requests.refused", of("refused"), "{request}")
+        gauge("eventkit.outbox.deliveries", self._each(_Counts.rows), "{delivery}")
+        gauge("eventkit.outbox.oldest_due", self._each(_Counts.oldest), "s")
+
+    def add(self, counts: _Counts) -> None:
+        """Report these from now on."""
+        with self._lock:
+            self._counts = (*(each for each in self._counts if each() is not None), ref(counts))
+
+    def remove(self, counts: _Counts) -> None:
+        """Report these no longer."""
+        with self._lock:
+            self._counts = tuple(each for each in self._counts if each() is not counts)
+
+    def _count(self, name: str) -> list[Callable[[CallbackOptions], Iterable[Measurement]]]:
+        return self._each(partial(_Counts.count, name=name))
+
+    def _each(self, read: Read) -> list[Callable[[CallbackOptions], Iterable[Measurement]]]:
+        def read_all(_: CallbackOptions) -> Iterator[Measurement]:
+            for each in self._counts:
+                counts = each()
+                if counts is not None:
+                    yield from read(counts)
+
+        return [read_all]
+
+
+_of_the_global: list[_Instruments] = []  # at most one: also of the provider that is set later
+_of_others: WeakKeyDictionary[MeterProvider, _Instruments] = WeakKeyDictionary()
+_making = new_lock()
+
+
+def _instruments_of(provider: MeterProvider | None, meter: Meter) -> _Instruments:
+    """Those that there are, or new ones; None for the global provider, whoever that will be."""
+    given = get_meter_provider() if provider is None else provider
+    with _making:
+        if given in _of_others:
+            return _of_others[given]
+        if provider is None or (_of_the_global and given is get_meter_provider()):
+            if not _of_the_global:
+                _of_the_global.append(_Instruments(meter))
+            return _of_the_global[0]
+        return _of_others.setdefault(given, _Instruments(meter))
+
+
+def _span_of(context: Context | None) -> trace.SpanContext:
     return trace.get_current_span(context).get_span_context()
 
 
-def _is_valid(span: Span) -> bool:
-    return span.get_span_context().is_valid
+def _is_current(span: Span) -> bool:
+    """Whether a span that records nothing only stands for the one that is current, or for none."""
+    if span is trace.INVALID_SPAN:
+        return True
+    return span.get_span_context() == trace.get_current_span().get_span_context()

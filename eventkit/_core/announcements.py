@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from eventkit._core.events import Delivery, type_name
 from eventkit._core.log import log
-from eventkit._core.observers import contained
+from eventkit._core.observers import Insider, Observer, complain, contained
 from eventkit._core.queue import Envelope, Rows
 from eventkit._core.state import BusState
 from eventkit._core.stats import Outcome
@@ -16,21 +16,27 @@ from eventkit._core.stats import Outcome
 
 def announce_published(state: BusState, envelopes: Sequence[Envelope]) -> None:
     """These were accepted."""
-    for observer in state.observers:
+    for observer in state.observers.published:
         for envelope in envelopes:
-            with contained(observer):
-                observer.published(envelope.event, envelope.deliveries())
+            try:
+                if isinstance(observer, Insider):
+                    observer.accepted(envelope)
+                else:
+                    observer.published(envelope.event, envelope.deliveries())
+            except Exception as error:  # noqa: BLE001 - an observer is user code
+                complain(observer, error)
 
 
 def announce_released(state: BusState, envelopes: Sequence[Envelope]) -> None:
     """These will be delivered. Each is announced once, however often it is released."""
-    if not state.observers:
+    told = state.observers.released
+    if not told:
         return
     with state.tally.lock:
         news = [envelope for envelope in envelopes if not envelope.announced]
         for envelope in news:
             envelope.announced = True
-    for observer in state.observers if news else ():
+    for observer in told if news else ():
         with contained(observer):
             observer.released([envelope.event for envelope in news])
 
@@ -40,7 +46,7 @@ def announce_dropped(
 ) -> None:
     """These will not run; counts them, too. What an outbox keeps is requeued instead of lost."""
     if outcome is Outcome.DISCARDED:
-        for observer in state.observers if envelopes else ():
+        for observer in state.observers.withdrawn if envelopes else ():
             with contained(observer):
                 observer.withdrawn([envelope.event for envelope in envelopes])
     dropped: dict[Outcome, list[Delivery]] = {outcome: []}
@@ -87,7 +93,8 @@ def announce_lost(
         error=None,
         **({} if reason is None else {"reason": reason}),
     )
-    for observer in state.observers:
+    told: tuple[Observer, ...] = getattr(state.observers, outcome.value)
+    for observer in told:
         with contained(observer):
             getattr(observer, outcome.value)(deliveries)
 

@@ -19,7 +19,7 @@ from eventkit._core.events import Delivery, type_name
 from eventkit._core.explain import explain
 from eventkit._core.handlers import is_duration
 from eventkit._core.log import log
-from eventkit._core.observers import Observation, Observer
+from eventkit._core.observers import Audience, Observation, Observer
 from eventkit._core.registry import Registry
 from eventkit._core.routers import EventRouter, Subscribing, include_into
 from eventkit._core.state import BusState, log_failure
@@ -410,14 +410,15 @@ class EventBus(Subscribing, Aliased):
             raise TypeError(f"observe() takes an instance of eventkit.Observer, not {observer!r}")
         state = self._state
         with state.tally.lock:
-            state.observers = (*state.observers, observer)
+            state.observers = Audience((*state.observers.everyone, observer))
         return Observation(partial(self._detach, observer))
 
     def _detach(self, observer: Observer) -> None:
         state = self._state
         with state.tally.lock:
-            at = [*map(id, state.observers)].index(id(observer))
-            state.observers = state.observers[:at] + state.observers[at + 1 :]
+            left = [*state.observers.everyone]
+            del left[[*map(id, left)].index(id(observer))]
+            state.observers = Audience(tuple(left))
 
     def _log_unhandled(self, event_type: type) -> None:
         """Say once that nobody handles events of this type, and which other buses would."""

@@ -202,7 +202,7 @@ async def dispatch(
     See `EventBus.dispatch`. `incoming` is the message that the event was read from.
     """
     plan = state.plan_for(event)
-    if not plan and not state.observers:
+    if not plan and not state.observers.watches_events:
         with state.tally.lock:
             state.tally.published += 1
         return []

@@ -42,7 +42,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from operator import length_hint
@@ -109,6 +109,11 @@ class Turn(Protocol):
     @property
     def origin(self) -> object:
         """Where the unit of work comes from, for the handlers' dependencies."""
+        ...
+
+    @property
+    def received(self) -> Mapping[str, str] | None:
+        """The headers of the message that the event was read from, if it was."""
         ...
 
     def delivery(self, index: int) -> Delivery:
@@ -534,9 +539,14 @@ async def attempt(
     handler = turn.handlers[index]
     if handler.timeout is not ...:
         limit = handler.timeout
-    with watched(turn.observers, turn.delivery(index)):
+    with watched(turn.observers, turn, index):
         try:
-            await run_in_time(handler, turn, limit if timed_by is None else None)
+            if timed_by is None:
+                await run_in_time(handler, turn, limit)
+            elif handler.solver is None:  # as in `_begin`
+                await handler.function(turn.event)
+            else:
+                await handler.with_dependencies(handler.solver, turn.origin, turn.event)
         except Exception:
             raise
         except BaseException as error:  # noqa: BLE001 - the policy

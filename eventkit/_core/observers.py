@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from types import TracebackType
+from typing import Protocol
 
 from eventkit._core.events import Delivery, type_name
 from eventkit._core.log import log
@@ -17,7 +18,8 @@ class Observer:
     Hooks are called synchronously and should be quick; what one raises is logged and changes
     nothing. `published` is called in the publisher's thread and context variables, `delivery` in
     the handler's, and the others wherever a unit of work decides about its events or ends. A
-    publish from another thread may be told after its first delivery has started.
+    publish from another thread may be told after its first delivery has started. Which hooks are
+    overridden is looked up once, in `observe`: the others cost nothing.
     """
 
     def published(self, event: object, deliveries: Sequence[Delivery]) -> None:
@@ -72,6 +74,71 @@ class Observer:
         return nullcontext()
 
 
+class Named(Protocol):
+    """A handler, as far as observers see it."""
+
+    @property
+    def name(self) -> str:
+        """Its stable name."""
+        ...
+
+
+class Accepted(Protocol):
+    """An event that was accepted.
+
+    Attributes:
+        event: Which one.
+    """
+
+    event: object
+
+    def deliveries(self) -> Sequence[Delivery]:
+        """What `Observer.published` is told."""
+        ...
+
+
+class Begun(Protocol):
+    """An event whose handlers run, each known by its index.
+
+    Attributes:
+        event: Which one.
+    """
+
+    event: object
+
+    @property
+    def handlers(self) -> Sequence[Named]:
+        """Whom it is delivered to."""
+        ...
+
+    @property
+    def received(self) -> Mapping[str, str] | None:
+        """What `Delivery.received` is of each of its deliveries."""
+        ...
+
+    def delivery(self, index: int) -> Delivery:
+        """What `Observer.delivery` is told."""
+        ...
+
+
+class Insider(Observer):
+    """An observer of the house, which has a `Delivery` made only where it needs one.
+
+    Making it costs two microseconds, and a run of a handler without anybody who watches twenty. Its
+    hooks `published` and `delivery` are never called: it has these instead.
+    """
+
+    def accepted(self, accepted: Accepted) -> None:
+        """What `published` is told of an event."""
+
+    def surround(self, begun: Begun, index: int) -> AbstractContextManager[object]:
+        """What `delivery` gives for a run of the handler at this index.
+
+        Neither this nor the context manager raises.
+        """
+        return nullcontext()
+
+
 class Observation:
     """The tie between a bus and an observer; `detach()` ends it. Also a context manager."""
 
@@ -95,30 +162,94 @@ class Observation:
         self.detach()
 
 
+class Audience:
+    """The observers of one bus, in the order in which they came, and by hook those that have it.
+
+    A hook that an observer has left as it is, is not called, and what it would be told is not made.
+
+    Attributes:
+        everyone: All of them.
+    """
+
+    __slots__ = (
+        "delivery",
+        "discarded",
+        "everyone",
+        "headers",
+        "published",
+        "released",
+        "requeued",
+        "restored",
+        "undelivered",
+        "withdrawn",
+    )
+
+    def __init__(self, everyone: tuple[Observer, ...] = ()) -> None:
+        self.everyone = everyone
+        self.published = self._with("published", "accepted")
+        self.released = self._with("released")
+        self.withdrawn = self._with("withdrawn")
+        self.discarded = self._with("discarded")
+        self.undelivered = self._with("undelivered")
+        self.requeued = self._with("requeued")
+        self.headers = self._with("headers")
+        self.restored = self._with("restored")
+        self.delivery = self._with("delivery", "surround")
+
+    def _with(self, hook: str, insiders: str | None = None) -> tuple[Observer, ...]:
+        """Those that have a hook; insiders may have another one in its place."""
+        found: list[Observer] = []
+        for each in self.everyone:
+            base, name = (Insider, insiders) if isinstance(each, Insider) else (Observer, None)
+            name = name or hook
+            if getattr(getattr(each, name), "__func__", None) is not getattr(base, name):
+                found.append(each)
+        return tuple(found)
+
+    @property
+    def watches_events(self) -> bool:
+        """Whether somebody is told of events that have no handler, too."""
+        return bool(self.published or self.released or self.withdrawn)
+
+
+NOBODY = Audience()
+
+
 @contextmanager
 def contained(observer: Observer) -> Generator[None]:
-    """Log what the observer raises, and go on."""
+    """Log what the observer raises, and go on.
+
+    For hooks that are called seldom: it costs a microsecond.
+    """
     try:
         yield
     except Exception as error:  # noqa: BLE001 - an observer is user code
-        log(logging.ERROR, "an observer failed", error=error, observer=type_name(type(observer)))
+        complain(observer, error)
+
+
+def complain(observer: Observer, error: Exception) -> None:
+    """Log what an observer has raised."""
+    log(logging.ERROR, "an observer failed", error=error, observer=type_name(type(observer)))
 
 
 class _Surrounding:
     """An observer's context manager around one delivery, with its errors contained."""
 
-    __slots__ = ("_delivery", "_manager", "_observer")
+    __slots__ = ("_begun", "_index", "_manager", "_observer")
 
-    def __init__(self, observer: Observer, delivery: Delivery) -> None:
+    def __init__(self, observer: Observer, begun: Begun, index: int) -> None:
         self._observer = observer
-        self._delivery = delivery
-        self._manager: AbstractContextManager[object] = nullcontext()
+        self._begun = begun
+        self._index = index
+        self._manager: AbstractContextManager[object] | None = None
 
     def __enter__(self) -> None:
-        with contained(self._observer):
-            manager = self._observer.delivery(self._delivery)
+        try:
+            manager = self._observer.delivery(self._begun.delivery(self._index))
             manager.__enter__()
             self._manager = manager
+        except Exception as error:  # noqa: BLE001 - an observer is user code
+            complain(self._observer, error)
 
     def __exit__(
         self,
@@ -126,17 +257,29 @@ class _Surrounding:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with contained(self._observer):
+        if self._manager is None:
+            return
+        try:
             self._manager.__exit__(exc_type, exc, traceback)
+        except Exception as error:  # noqa: BLE001 - an observer is user code
+            complain(self._observer, error)
 
 
-def watched(observers: tuple[Observer, ...], delivery: Delivery) -> AbstractContextManager[object]:
+def watched(
+    observers: tuple[Observer, ...], begun: Begun, index: int
+) -> AbstractContextManager[object]:
     """All observers' context managers around one delivery, the first observer outermost."""
     if not observers:
         return nullcontext()
     if len(observers) == 1:  # often it is an outbox's, and a stack costs more than all else here
-        return _Surrounding(observers[0], delivery)
+        return _watched_by(observers[0], begun, index)
     with ExitStack() as stack:
         for observer in observers:
-            stack.enter_context(_Surrounding(observer, delivery))
+            stack.enter_context(_watched_by(observer, begun, index))
         return stack.pop_all()
+
+
+def _watched_by(observer: Observer, begun: Begun, index: int) -> AbstractContextManager[object]:
+    if isinstance(observer, Insider):
+        return observer.surround(begun, index)
+    return _Surrounding(observer, begun, index)

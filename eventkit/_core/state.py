@@ -14,7 +14,7 @@ from anyio.abc import TaskGroup
 from eventkit._core.events import Delivery, type_name
 from eventkit._core.log import log
 from eventkit._core.loops.threads import Entrance
-from eventkit._core.observers import Observer
+from eventkit._core.observers import NOBODY, Audience
 from eventkit._core.queue import Envelope
 from eventkit._core.stats import Tally
 from eventkit._core.subscriptions import Declaration, Plan
@@ -142,7 +142,7 @@ class BusState:
     plan_for: Callable[[object], Plan]
     tally: Tally
     report_failure: Callable[[Delivery, Exception], None]
-    observers: tuple[Observer, ...] = ()
+    observers: Audience = NOBODY
     losses: tuple[Counter[str], ...] = ()  # of those who count what is undelivered, by handler
     hosts: tuple[Host, ...] = ()  # in the order in which they began
     decisions: Decisions | None = None  # where transactions decide

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -63,7 +63,7 @@ class EventTurn:
         self.event: object = envelope.event
         self.handlers: Sequence[Handler] = plan.handlers
         self.indexes: Sequence[int] = indexes
-        self.observers: tuple[Observer, ...] = drained.state.observers
+        self.observers: tuple[Observer, ...] = drained.state.observers.delivery
         if envelope.rows is not None and envelope.rows.written:
             self.observers = (*self.observers, envelope.rows.observer)
         self.alike: bool = plan.alike
@@ -83,6 +83,12 @@ class EventTurn:
     def origin(self) -> object:
         """Where the unit of work comes from."""
         return self._drained.origin
+
+    @property
+    def received(self) -> Mapping[str, str] | None:
+        """The headers of the message that the event was read from, if it was."""
+        incoming = self._envelope.incoming
+        return None if incoming is None else incoming.headers
 
     def delivery(self, index: int) -> Delivery:
         """The delivery to the handler at this index."""

@@ -264,12 +264,13 @@ class Unit:
         if decisions is not None:
             decisions.look(self)
             tag = partial(decisions.tag, self)
+        told = state.observers
         refusal = self.queue.stage(
-            envelopes, state.max_events, watched=bool(state.observers), tag=tag
+            envelopes, state.max_events, watched=bool(told.released or told.withdrawn), tag=tag
         )
         if refusal is not None:
             raise self._refused(refusal)
-        if state.observers:
+        if told.published:
             announce_published(state, envelopes)
         if decisions is not None:
             decisions.settle(self, envelopes)
@@ -352,7 +353,7 @@ class Unit:
         if not success and queue.staged:
             self.discard()
         idle, released = queue.close_if_empty(release=success, may_close=by_drain is self.draining)
-        if released and self.state.observers:
+        if released and self.state.observers.released:
             announce_released(self.state, released)
         return idle
 

@@ -92,11 +92,13 @@ class Forward(Generic[E]):
 
     def _carried(self, event: E) -> dict[str, str]:
         """What goes along with all that comes of a unit of work, and what observers add."""
-        headers = dict(carried.get())
-        for observer in self._state.observers:
+        added: dict[str, str] = {}
+        for observer in self._state.observers.headers:
             with contained(observer):
-                headers.update(observer.headers(event))
-        return headers
+                added.update(observer.headers(event))
+        if "traceparent" in added:  # the rest of a trace belongs to its id
+            return {k: v for k, v in carried.get().items() if k != "tracestate"} | added
+        return {**carried.get(), **added}
 
     def __repr__(self) -> str:
         return f"<Forward of {wire_name(self._event_type)} to {self._engine.name}>"

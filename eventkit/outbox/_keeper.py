@@ -123,7 +123,7 @@ class Keeper:
             self._holdings,
             name=codec.name,
             payload=payload,
-            headers=headers_of(envelope, self._state.observers),
+            headers=headers_of(envelope, self._state.observers.headers),
             # Who delivers an event in any case knows that it waits for no commit.
             location=caller() if envelope.verdict is Verdict.OPEN else None,
         )

@@ -80,8 +80,9 @@ def _envelope_of(unit: Unit, event: object, incoming: Incoming) -> Envelope:
 def _stage(unit: Unit, envelope: Envelope) -> None:
     """Have it delivered when the unit ends. No transaction takes part in that."""
     state = unit.state
-    watched = bool(state.observers)
+    told = state.observers
+    watched = bool(told.released or told.withdrawn)
     refusal = unit.queue.stage([envelope], state.max_events, watched=watched, tag=None)
     assert refusal is None, "a unit that is open and empty"
-    if watched:
+    if told.published:
         announce_published(state, [envelope])

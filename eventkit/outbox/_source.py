@@ -224,10 +224,9 @@ class RowSource:
             holdings.hear(Outcome(row, "its process ended, each time"))
             return
         event = found.codec.decode(claimed.payload, claimed.event_type)
-        variables, headers = self._variables.copy(), Headers({})
-        if claimed.headers:
-            headers = Headers.load(claimed.headers)
-            variables.run(headers.restore, self._state.observers)
+        variables = self._variables.copy()
+        headers = Headers.load(claimed.headers) if claimed.headers else Headers({})
+        variables.run(headers.restore, self._state.observers.restored)
         row.handler = found.subscription.name  # which may have been another one at the publish
         rows = EventRows(holdings, {0: row}, None, None)
         received, number = headers.received, next_number()

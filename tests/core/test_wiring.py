@@ -400,7 +400,7 @@ def test_an_observation_detached_by_many_threads_at_once_is_detached_once() -> N
 
     assert reentered == [None]
     kept.detach()
-    assert bus._state.observers == ()
+    assert bus._state.observers.everyone == ()
 
 
 # Where nobody handles an event
