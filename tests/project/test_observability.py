@@ -544,6 +544,53 @@ with client:
     assert event["contexts"]["trace"]["trace_id"] == trace_in(before)
 
 
+def test_a_message_that_nobody_can_handle_is_one_event_in_sentry(folder: Folder) -> None:
+    pytest.importorskip("faststream")
+    write_sentry(folder)
+    consume = """
+from dataclasses import dataclass
+
+import anyio
+import stamina
+from faststream.nats import JStream, NatsBroker, TestNatsBroker
+
+from eventkit import named
+from eventkit.faststream import Bridge
+from eventkit.wire import encode
+
+
+@named("tests.paid.v1")
+@dataclass(frozen=True, slots=True)
+class Paid: ...
+
+
+@bus.on(Paid, name="invoice")
+async def invoice(event):
+    raise ValueError
+
+
+async def receive():
+    broker = NatsBroker(logger=None)
+    paid = broker.subscriber("paid", stream=JStream("s"), durable="billing", pull_sub=True)
+    dead = broker.publisher("dead", stream=JStream("s"))
+    Bridge(bus, source="/billing").consume(paid, Paid, dead_letter=dead)
+    message = encode(Paid(), source="/orders", id="1")
+    async with TestNatsBroker(broker):
+        await broker.publish(message.body, "paid", headers=message.headers("ce-"))
+
+
+with stamina.set_testing(True, attempts=2):
+    anyio.run(receive)
+"""
+
+    sent = events(folder.run(CLIENT + consume, "to-a-formatter"))
+
+    failures = [event for event in sent if "exception" in event]
+    assert [event["tags"]["handler"] for event in failures] == ["invoice"]
+    dead = [event["logentry"]["message"] for event in sent if "exception" not in event]
+    assert dead == ["a message has become a dead letter"]
+
+
 # Logs
 
 SHOP = """
