@@ -285,6 +285,20 @@ def test_every_query_names_metrics_that_there_are(exported: str) -> None:
     assert {name for name in there_are if name.startswith("eventkit_")} <= words
 
 
+def test_every_line_of_the_alerts_is_in_the_tables_of_the_log() -> None:
+    pages = [ROOT / "docs" / f"{name}.md" for name in ("wiring", "durable", "services")]
+    tables = [
+        line for page in pages for line in page.read_text().splitlines() if line.startswith("|")
+    ]
+    alerts = PAGE.read_text().partition("## What to alert on")[2]
+
+    named = re.findall(r"the line `([^`]*)`", alerts)
+
+    assert len(named) > 3
+    for line in named:
+        assert any(f"`{line}`" in row for row in tables), line
+
+
 def test_the_dashboard_takes_its_data_source_from_a_variable() -> None:
     dashboard = json.loads(DASHBOARD.read_text())
 
