@@ -29,21 +29,23 @@ from benchmarks.harness import (
     Verdict,
     clock,
     compare,
+    installed,
     loops,
     on_loop,
 )
-from benchmarks.peers import ASYNCIO, Handler, Latch, Ordered, on_trio
+from benchmarks.peers import ASYNCIO, Handler, Latch, Ordered, load, on_trio
 from benchmarks.report import Bar, Panel, drawing, grid, microseconds, number
 from eventkit import EventBus
 from eventkit.starlette import EventContextMiddleware
 
-PACKAGES = ("anyio", "starlette", "uvloop", "trio")
+PACKAGES = ("anyio", "starlette", "uvloop", "trio", "opentelemetry-api")
 
 BARE = "no event, no handler"
 AWAITED = "awaited one after the other"
 NATIVE = "a native task per handler"
 GROUP = "AnyIO task group"
 OURS = "eventkit"
+OBSERVED = "eventkit, observed"  # by OpenTelemetry, for which no SDK is set up
 
 ROW = 8
 # Units of work that are delivered at once: what the handlers wait for is then waited for at once.
@@ -76,6 +78,8 @@ GOALS = {
     str(Work(3)): (0.75, 0.6),
 }
 TRIO_GOALS = {str(Work(3, EACH)): (1.25, 1.0)}
+# What the observer adds, in microseconds per delivery.
+OBSERVED_GOAL = (5.0, 4.0)
 # Without an event, in microseconds above the bare app.
 NOTHING_GOAL = (3.0, 2.0)
 
@@ -97,9 +101,14 @@ async def _case(loop: str, work: Work, effort: Effort) -> Comparison:
             NATIVE: with_tasks,
             GROUP: with_group,
             OURS: with_eventkit,
+            OBSERVED: with_observer,
         }
+    absent: dict[str, str] = {}
+    if OBSERVED in openings and not installed("opentelemetry-api"):
+        del openings[OBSERVED]
+        absent[OBSERVED] = "not installed"
     contenders = [Contender(name, partial(opened, work)) for name, opened in openings.items()]
-    return await compare({"loop": loop, "request": str(work)}, contenders, effort)
+    return await compare({"loop": loop, "request": str(work)}, contenders, effort, absent)
 
 
 def called(app: ASGIApp, latch: Latch) -> Run:
@@ -239,8 +248,22 @@ async def with_group(work: Work) -> AsyncGenerator[Run]:
 @asynccontextmanager
 async def with_eventkit(work: Work) -> AsyncGenerator[Run]:
     """The middleware, with a lifespan that runs."""
-    handlers, latch = handlers_of(work)
+    async with _on_a_bus(EventBus(), work) as run:
+        yield run
+
+
+@asynccontextmanager
+async def with_observer(work: Work) -> AsyncGenerator[Run]:
+    """The same, and the observer for OpenTelemetry, for which no SDK is set up."""
     bus = EventBus()
+    load("eventkit.opentelemetry").instrument(bus)
+    async with _on_a_bus(bus, work) as run:
+        yield run
+
+
+@asynccontextmanager
+async def _on_a_bus(bus: EventBus, work: Work) -> AsyncGenerator[Run]:
+    handlers, latch = handlers_of(work)
     for handler in handlers:
         bus.subscribe(Ordered, handler)
     app = answering((lambda: bus.publish(Ordered())) if handlers else nothing)
@@ -260,13 +283,16 @@ def verdicts(comparisons: Sequence[Comparison]) -> Iterator[Verdict]:
             yield Verdict(name, found.ratio(OURS, GROUP).median, *goals[request])
         elif request == str(Work(0)) and loop in ASYNCIO:
             name = f"{loop}, {request}: what {OURS} adds, in microseconds"
-            yield Verdict(name, added(found).median, *NOTHING_GOAL)
+            yield Verdict(name, added(found, OURS, BARE).median, *NOTHING_GOAL)
+        if request == str(Work(1)) and loop in ASYNCIO and OBSERVED in found.rounds:
+            name = f"{loop}, {request}: what the observer adds, in microseconds"
+            yield Verdict(name, added(found, OBSERVED, OURS).median, *OBSERVED_GOAL)
 
 
-def added(found: Comparison) -> Spread:
-    """Microseconds above the bare app."""
-    rounds = zip(found.rounds[BARE], found.rounds[OURS], strict=True)
-    return Spread.of([(ours - base) / 1e3 for base, ours in rounds])
+def added(found: Comparison, contender: str, to: str) -> Spread:
+    """Microseconds above another one."""
+    rounds = zip(found.rounds[to], found.rounds[contender], strict=True)
+    return Spread.of([(value - base) / 1e3 for base, value in rounds])
 
 
 def tables(results: Results) -> str:

@@ -111,14 +111,18 @@ def _throughput(measured: str, broker: Broker, url: str, effort: Effort) -> Iter
 async def _compared(
     measured: str, broker: Broker, url: str, effort: Effort, taken: dict[str, list[float]]
 ) -> Comparison:
-    messages = {"smallest": ROW, "quick": 200, "full": 600}[effort.scale]
+    messages = {"smallest": ROW, "quick": 100, "full": 300}[effort.scale]
     ends = ENDS if measured != CONSUME else {name: ENDS[name] for name in (PLAIN, CLIENT, DISPATCH)}
-    measuring = {ONE_BY_ONE: one_by_one, AT_ONCE: twenty_at_once, CONSUME: backlog}[measured]
+    ways: dict[str, Callable[[Opening, list[float]], AbstractAsyncContextManager[Run]]] = {
+        ONE_BY_ONE: partial(publishing, _one_by_one),
+        AT_ONCE: partial(publishing, _in_rows),
+        CONSUME: backlog,
+    }
     contenders: list[Contender] = []
     for name, end in ends.items():
         shown = OURS if measured == CONSUME and name == DISPATCH else name
         cpu = taken.setdefault(shown, [])
-        opened = partial(measuring, partial(end, broker, url), cpu)
+        opened = partial(ways[measured], partial(end, broker, url), cpu)
         contenders.append(Contender(shown, opened, messages))
     case: Case = {"measured": measured, "broker": broker.name, "clock": WALL}
     return await compare(case, contenders, replace(effort.fewer(9), seconds=1e-9))
@@ -157,6 +161,8 @@ class End:
     publish: Publish
     consume: Callable[[Handle], AbstractAsyncContextManager[None]]
 
+
+Opening = Callable[[], AbstractAsyncContextManager[End]]
 
 _numbers = count()
 
@@ -257,38 +263,27 @@ ENDS: dict[str, Callable[[Broker, str], AbstractAsyncContextManager[End]]] = {
 
 
 @asynccontextmanager
-async def one_by_one(
-    ending: Callable[[], AbstractAsyncContextManager[End]], cpu: list[float]
+async def publishing(
+    publish_all: Callable[[Publish, Sequence[OrderPlaced]], Awaitable[None]],
+    opening: Opening,
+    cpu: list[float],
 ) -> AsyncGenerator[Run]:
-    """Nobody consumes."""
+    """Events are sent, and nobody consumes."""
 
     async def run(end: End, taken: list[float], times: int) -> float:
         events = placed(times)
         watch = Watch(taken)
-        for event in events:
-            await end.publish(event)
+        await publish_all(end.publish, events)
         return watch.stop(times)
 
-    async with ending() as end:
+    async with opening() as end:
         await run(end, [], ROW)
         yield partial(run, end, cpu)
 
 
-@asynccontextmanager
-async def twenty_at_once(
-    ending: Callable[[], AbstractAsyncContextManager[End]], cpu: list[float]
-) -> AsyncGenerator[Run]:
-    """Nobody consumes."""
-
-    async def run(end: End, taken: list[float], times: int) -> float:
-        events = placed(times)
-        watch = Watch(taken)
-        await _in_rows(end.publish, events)
-        return watch.stop(times)
-
-    async with ending() as end:
-        await run(end, [], ROW)
-        yield partial(run, end, cpu)
+async def _one_by_one(publish: Publish, events: Sequence[OrderPlaced]) -> None:
+    for event in events:
+        await publish(event)
 
 
 async def _in_rows(publish: Publish, events: Sequence[OrderPlaced]) -> None:
@@ -297,9 +292,7 @@ async def _in_rows(publish: Publish, events: Sequence[OrderPlaced]) -> None:
 
 
 @asynccontextmanager
-async def backlog(
-    ending: Callable[[], AbstractAsyncContextManager[End]], cpu: list[float]
-) -> AsyncGenerator[Run]:
+async def backlog(opening: Opening, cpu: list[float]) -> AsyncGenerator[Run]:
     """The first message waits in its handler until all have been sent; then the clock starts."""
     latch, gate = Latch(0), asyncio.Event()
 
@@ -318,7 +311,7 @@ async def backlog(
         await latch.opened()
         return watch.stop(times)
 
-    async with ending() as end, end.consume(handle):
+    async with opening() as end, end.consume(handle):
         await run(end, [], ROW)
         yield partial(run, end, cpu)
 
@@ -338,9 +331,7 @@ async def _idle(broker: Broker, url: str, effort: Effort) -> Comparison:
 
 
 @asynccontextmanager
-async def idle(
-    ending: Callable[[], AbstractAsyncContextManager[End]], events: int
-) -> AsyncGenerator[Run]:
+async def idle(opening: Opening, events: int) -> AsyncGenerator[Run]:
     """Published when nothing else happens."""
     latch, begun = Latch(1), 0
 
@@ -360,7 +351,7 @@ async def idle(
             await anyio.sleep(PAUSE)
         return statistics.median(delays) * times
 
-    async with ending() as end, end.consume(handle):
+    async with opening() as end, end.consume(handle):
         await run(end, 2, 1)
         yield partial(run, end, events)
 

@@ -7,7 +7,7 @@ import socket
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import pytest
@@ -57,6 +57,21 @@ LEFT_OUT = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--soak", type=float, default=12.0, metavar="SECONDS", help="how long each soak takes"
+    )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tell what soaks have counted, also where they have passed."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, value in report.user_properties:
+                if name == "soak":
+                    terminalreporter.write_line(str(value))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Load the project's own plugin where the project is not installed."""
     if not config.pluginmanager.has_plugin("eventkit"):
@@ -80,12 +95,16 @@ def anyio_backend(request: pytest.FixtureRequest) -> Backend:
     return backend
 
 
+def require(what: str) -> NoReturn:
+    """Skip the test for want of something; with EVENTKIT_REQUIRE_SERVICES=1 fail, as CI does."""
+    if os.environ.get("EVENTKIT_REQUIRE_SERVICES") == "1":
+        pytest.fail(what)
+    pytest.skip(what)
+
+
 @pytest.fixture(scope="session")
 def service_url() -> Callable[[str], str]:
-    """Give the URL of a service by name; without the service the test is skipped.
-
-    With EVENTKIT_REQUIRE_SERVICES=1 it fails instead, so that CI cannot skip in silence.
-    """
+    """Give the URL of a service by name; see `require` for one that does not answer."""
 
     def find(name: str) -> str:
         variable, default = SERVICES[name]
@@ -94,13 +113,17 @@ def service_url() -> Callable[[str], str]:
         try:
             socket.create_connection((address.hostname, address.port), timeout=2).close()
         except OSError as error:
-            message = f"no {name} at {address.hostname}:{address.port} ({error}); set {variable}"
-            if os.environ.get("EVENTKIT_REQUIRE_SERVICES") == "1":
-                pytest.fail(message)
-            pytest.skip(message)
+            require(f"no {name} at {address.hostname}:{address.port} ({error}); set {variable}")
         return url
 
     return find
+
+
+@pytest.fixture(scope="session")
+def soak_seconds(request: pytest.FixtureRequest) -> float:
+    """How long each soak takes."""
+    given: float = request.config.getoption("--soak")  # pyright: ignore[reportAssignmentType]
+    return given
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from eventkit import Delivery
-from eventkit._core.dispatch import Terms, Turn, attempt
+from eventkit._core.attempts import attempt
+from eventkit._core.dispatch import Terms, Turn
 from eventkit._core.policy import add_note, cancel_requests, failures_in, in_cancelled_scope
 from eventkit._core.stats import Outcome
 

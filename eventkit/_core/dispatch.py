@@ -30,12 +30,11 @@ A handler that has begun never changes its task. This is what keeps the techniqu
 scopes, shields, timeouts and task groups of a handler belong to the task in which the handler
 began, and a worker drives one handler at a time. Only what has not begun is given away.
 
-What all workers of one unit of work share is the *run*: the event at hand, what has not begun of
-it, and its deadline.
+All workers of a unit of work share its *run*: the event at hand, what has not begun, a deadline.
 
-Two things can be told apart from a task per handler. Handlers that do not wait share the task of
-their worker. And a handler that waits is stepped, not awaited: a debugger that follows `cr_await`
-from a task ends at `drive`. `whereabouts` knows where each handler waits.
+Two things differ from a task per handler. Handlers that do not wait share the task of their
+worker. A handler that waits is stepped, not awaited: a debugger that follows `cr_await` ends at
+`drive`. `whereabouts` knows where each handler waits.
 """
 
 from __future__ import annotations
@@ -52,11 +51,12 @@ from typing import Protocol, cast
 from anyio import CancelScope
 from anyio.lowlevel import checkpoint
 
+from eventkit._core.attempts import attempt
 from eventkit._core.events import Delivery
 from eventkit._core.handlers import Handler
 from eventkit._core.limits import run_in_time
 from eventkit._core.loops.tasks import Drive
-from eventkit._core.observers import Observer, watched
+from eventkit._core.observers import Observer
 from eventkit._core.policy import (
     add_note,
     cancel_requests,
@@ -511,49 +511,16 @@ class Worker:
 def _begin(worker: Worker, turn: Turn, index: int) -> tuple[Steps, object] | None:
     """Call a handler and take its first step; None if that was all, else with what it gave."""
     turn.enter((turn, index))
-    handler = turn.handlers[index]
-    if not turn.alike or turn.observers:
-        run = worker.run
+    handler, run = turn.handlers[index], worker.run
+    if turn.observers:
         timed_by = run if turn.alike else None
         steps = attempt(turn, index, run.terms.timeout, worker.requests, timed_by)
+    elif not turn.alike:
+        limit = run.terms.timeout if handler.timeout is ... else handler.timeout
+        steps = run_in_time(handler, turn, limit)
     elif handler.solver is None:
         steps = handler.function(turn.event)
     else:
         steps = handler.with_dependencies(handler.solver, turn.origin, turn.event)
     trap = next(steps.__await__(), _ENDED)
     return None if trap is _ENDED else (steps, trap)
-
-
-async def attempt(
-    turn: Turn, index: int, limit: float | None, requests: int, timed_by: Run | None = None
-) -> None:
-    """Run one handler of any kind, in time, under the eyes of the observers.
-
-    Args:
-        turn: The event.
-        index: Which of its handlers.
-        limit: Seconds that it may take, if it does not say so itself.
-        requests: How often the task was asked to cancel, as far as it knows.
-        timed_by: Who sees to the limit, which all handlers of the event have together then.
-    """
-    handler = turn.handlers[index]
-    if handler.timeout is not ...:
-        limit = handler.timeout
-    with watched(turn.observers, turn, index):
-        try:
-            if timed_by is None:
-                await run_in_time(handler, turn, limit)
-            elif handler.solver is None:  # as in `_begin`
-                await handler.function(turn.event)
-            else:
-                await handler.with_dependencies(handler.solver, turn.origin, turn.event)
-        except Exception:
-            raise
-        except BaseException as error:  # noqa: BLE001 - the policy
-            verdict = verdict_on(error, handler, requests)
-            if timed_by is not None and timed_by.late and failures_in(verdict) is None:
-                verdict = timeout_of(handler, cast("float", limit), error)
-            try:
-                raise verdict from verdict.__cause__
-            finally:
-                del verdict  # or this frame and its traceback keep each other alive

@@ -30,7 +30,7 @@ def verdict_on(error: BaseException, handler: Handler, requests: int) -> BaseExc
     failures = failures_in(error)
     if failures is not None:
         return failures
-    if in_cancelled_scope() or cancel_requests() > requests:
+    if is_asked_to_end(requests):
         return error
     made_up = HandlerCancelledError(handler.name)
     made_up.__cause__ = error
@@ -79,6 +79,11 @@ def is_native(error: BaseException) -> bool:
 def in_cancelled_scope() -> bool:
     """Whether a cancel scope around the caller is cancelled, and no shield is in between."""
     return current_effective_deadline() == -math.inf
+
+
+def is_asked_to_end(requests: int) -> bool:
+    """Whether the caller is cancelled from outside, or was since it counted so many requests."""
+    return in_cancelled_scope() or cancel_requests() > requests
 
 
 def cancel_requests() -> int:

@@ -1,4 +1,7 @@
-"""Owns the bridge between a bus and brokers: what users wire, and what it is made of."""
+"""Owns the bridge between a bus and brokers: what users wire, and how its parts are put together.
+
+Knows nothing of what happens to a single message.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,13 @@ from pydantic_core import CoreSchema, core_schema
 from stamina import AsyncRetryingCaller
 
 from eventkit._core.bus import EventBus, state_of
-from eventkit._core.context import dispatch
 from eventkit._core.durable import Durable, as_durable
-from eventkit._core.events import Incoming
 from eventkit._core.state import BusState
 from eventkit._core.subscriptions import Subscription
 from eventkit._core.turns import together
 from eventkit.exceptions import BridgeError
 from eventkit.faststream._consumer import Consumer, Deliver
-from eventkit.faststream._deliver import ToHandlers, ToKeeper
+from eventkit.faststream._deliver import ToHandlers, ToKeeper, run_handlers
 from eventkit.faststream._forward import Forward
 from eventkit.faststream._wiring import (
     Group,
@@ -42,7 +43,7 @@ E = TypeVar("E")
 _WITHIN = 25.0  # seconds
 _DELIVERIES = 10
 _ATTEMPTS = 4  # after the first one
-_UNKEEPABLE = (ValueError, TypeError)  # of an event or an id that no table can hold
+_UNKEEPABLE = (ValueError, TypeError)  # what an outbox raises if no table can hold the event
 
 
 class Bridge:
@@ -60,12 +61,13 @@ class Bridge:
     JetStream, RabbitMQ, Redis streams, and Kafka by aiokafka. The application starts and stops the
     broker in its lifespan. asyncio only, as FastStream.
 
-    Wire at import, as you subscribe handlers: what would lose messages is refused there, and not by
-    the first message. A bridge holds nothing that is bound to an event loop.
+    Wire at import, as you subscribe handlers: wiring that would lose messages is refused there, and
+    not at the first message. A bridge holds nothing that is bound to an event loop. Wire in one
+    thread.
 
     Args:
-        bus: Whose events they are.
-        source: What this service is called in its messages, a URI reference such as "/orders".
+        bus: The bus that publishes what is sent, and that has the handlers of what is received.
+        source: The name of this service in its messages, a URI reference such as "/orders".
 
     Raises:
         TypeError: `bus` is no EventBus.
@@ -86,7 +88,7 @@ class Bridge:
     def forward(
         self,
         event_type: type[E],
-        publisher: Any,  # Any: one of FastStream's, which has a class for each broker
+        publisher: Any,  # Any: FastStream has a publisher class for each broker
         *,
         key: Callable[[E], str | None] | None = None,
         name: str | None = None,
@@ -97,30 +99,33 @@ class Bridge:
 
             bridge.forward(OrderPlaced, broker.publisher("orders.placed", stream=orders))
 
-        This is a handler like any other: it fails alone, and is logged, counted and explained as
-        others are. It has succeeded when the broker has confirmed the message.
+        The forward is a handler like any other: it fails alone, and is logged, counted and
+        explained like others. It succeeds when the broker has confirmed the message.
 
-        An event is sent at most once. With `durable=` it is sent at least once: again and again
-        until the broker has confirmed it, also after a crash. Events of up to `concurrency`
+        An event is sent at most once. With `durable=` it is sent at least once: the outbox tries
+        again until the broker has confirmed it, also after a crash. Events of up to `concurrency`
         requests are sent at the same time, so the order of requests is not kept. `key` and
         `durable=` together keep it per key.
 
         Args:
-            event_type: Named with `named`. Events of subclasses fail: they have names of their own.
-            publisher: Of a started broker, by the time of the first event.
-            key: Called with the event; returns the same for events that belong together. It is the
-                key of Kafka's record. With `durable=` it is also the key of `Durable`: events with
-                an equal key are sent one at a time, in the order of their commits.
-            name: Of the handler, in logs and stored rows. By default `forward:` and the event's.
-            timeout: Seconds until the broker has to have confirmed.
+            event_type: A class with a name from `named`. An event of a subclass fails: forward the
+                subclass by its own name.
+            publisher: A publisher of FastStream's. Its broker has to be started before the first
+                event.
+            key: Called with the event; returns the same text for events that belong together. The
+                text is the key of Kafka's record. With `durable=` it is also the key of `Durable`:
+                events with an equal key are sent one at a time, in the order of their commits.
+            name: The name of the handler in logs and stored rows. By default `forward:` and the
+                name of the event.
+            timeout: Seconds within which the broker has to confirm.
             durable: As for `EventBus.subscribe`.
 
         Returns:
             The subscription; `cancel()` ends it.
 
         Raises:
-            BridgeError: The class has no name or cannot be written, or is consumed on this bus, or
-                the publisher confirms nothing.
+            BridgeError: The class has no name, or cannot be written as JSON, or is consumed on this
+                bus. Or the publisher's broker confirms nothing.
             TypeError: `key` is no function.
             ValueError: `key` is given here and in `Durable`.
         """
@@ -144,9 +149,9 @@ class Bridge:
 
     def consume(
         self,
-        subscriber: Any,  # Any: as above
+        subscriber: Any,  # Any: as `forward`'s publisher
         *event_types: type,
-        dead_letter: Any,  # Any: as above
+        dead_letter: Any,  # Any: as `forward`'s publisher
         others: Literal["dead", "ignore"] = "dead",
         within: float | None = None,
         retry: AsyncRetryingCaller | None = None,
@@ -154,7 +159,7 @@ class Bridge:
         durable: bool = False,
         deliver: Callable[[Received], Awaitable[object]] | None = None,
     ) -> None:
-        """Give the bus what a subscriber receives; it is acknowledged when the handlers have ended.
+        """Run handlers for what a subscriber receives, and acknowledge it when they have ended.
 
             bridge.consume(subscriber, OrderPlaced, dead_letter=broker.publisher("dead.billing"))
 
@@ -164,35 +169,41 @@ class Bridge:
         hand the message back, so that it comes again. In a handler
         `current_delivery().event_id` is the message's id, and `.received` has its headers.
 
-        With `durable=True` the bus's outbox keeps the event, and the message is acknowledged after
+        With `durable=True` the bus's outbox stores the event, and the message is acknowledged after
         that commit. A message that comes again is dropped. Each durable handler is tried again
         alone, as its `Durable` says; the others run at most once.
 
+        The subscriber and its broker decide how many messages are handled at the same time. They
+        arrive in the broker's order, but one that is handed back comes later than those behind it.
+        A message whose handling is cancelled, as when the process stops, is handed back.
+
         Args:
-            subscriber: One without a handler. Or a list of those that belong together: with Redis
-                one that reads, and one with `min_idle_time`, which takes over from dead processes.
-            event_types: All that may come to the subscriber, each named with `named`.
-            dead_letter: A publisher for what cannot be handled. It has the message as it came, and
-                the headers `eventkit-reason`, `eventkit-error` and `eventkit-consumer`.
-            others: Whether messages of other types become dead letters, or are acknowledged and
-                forgotten.
+            subscriber: A subscriber without a handler. Or a list of subscribers that belong
+                together: with Redis one that reads, and one with `min_idle_time`, which takes over
+                from dead processes.
+            event_types: All classes of events that may come, each with a name from `named`.
+            dead_letter: A publisher for messages that cannot be handled. A dead letter is the
+                message as it came, with the headers `eventkit-reason`, `eventkit-error` and
+                `eventkit-consumer`.
+            others: "dead" makes messages of other types dead letters; "ignore" acknowledges and
+                forgets them.
             within: Seconds for all attempts together, 25 by default. Has to be less than the broker
                 waits before it gives the message to another process.
             retry: The attempts after the first one: how many, and with which pauses. The first of
                 them follows at once. By default four, with stamina's pauses.
-            max_deliveries: How often the broker may give out a message, 10 by default; then it is a
-                dead letter. Crashes and `NackMessage` count alike. Kafka and the classic queues of
-                RabbitMQ do not count.
-            durable: Whether the outbox keeps what comes. Its own retries and dead letters hold
-                then, so `within`, `retry`, `max_deliveries` and `deliver` are refused.
-            deliver: Called with what was read, instead of `bridge.dispatch(received)`: for an
-                inbox of your own. What it raises is an outage: the message comes again, however
-                often, and is never a dead letter.
+            max_deliveries: How often the broker may give out a message, 10 by default; then the
+                message is a dead letter. Crashes and `NackMessage` count alike. Kafka and the
+                classic queues of RabbitMQ do not count.
+            durable: Whether the outbox stores the event. The outbox then has its own retries and
+                dead letters, so `within`, `retry`, `max_deliveries` and `deliver` are refused.
+            deliver: Called with the event and its message, instead of `bridge.dispatch(received)`:
+                for an inbox of your own. What it raises is an outage: the message comes again,
+                however often, and is never a dead letter.
 
         Raises:
-            BridgeError: Something is wired so that messages would be lost, run twice at once, or
-                go round.
-            ValueError: A number or an option is not possible.
+            BridgeError: As wired, messages would be lost, handled twice at the same time, or sent
+                in a circle.
+            ValueError: `others`, `within` or `max_deliveries` has a value that is not possible.
         """
         group = group_of(subscriber)
         check_types(event_types)
@@ -213,8 +224,8 @@ class Bridge:
             within = _WITHIN if within is None else within
             group.check_within(within)
             retry = retry or AsyncRetryingCaller(attempts=_ATTEMPTS)
-            most = _DELIVERIES if max_deliveries is None else max_deliveries
-            delivering = ToHandlers(state, group.name, group.engine, within, retry, most)
+            max_deliveries = _DELIVERIES if max_deliveries is None else max_deliveries
+            delivering = ToHandlers(state, group.name, group.engine, within, retry, max_deliveries)
         note_consumed(self._bus, event_types)
         if durable:
             state.need_keeper(group.name)
@@ -225,15 +236,14 @@ class Bridge:
         _attach(consumer, group, event_types)
 
     async def dispatch(self, received: Received) -> None:
-        """Run the handlers of what was read from a message, as `consume` does: for `deliver=`.
+        """Run the handlers of an event that was read from a message: for `deliver=`.
 
-        As `EventBus.dispatch`, and `current_delivery()` has the message's id and headers.
+        Like `EventBus.dispatch`; in handlers `current_delivery()` has the message's id and headers.
 
         Raises:
             DispatchError: Handlers failed; the group has every failure.
         """
-        incoming = Incoming(received.event_id, received.headers)
-        failures = await dispatch(state_of(self._bus), received.event, incoming)
+        failures = await run_handlers(state_of(self._bus), received)
         try:
             if failures:
                 raise together(failures)
@@ -242,7 +252,7 @@ class Bridge:
 
 
 def _inbox(state: BusState, name: str) -> Callable[[Received], Awaitable[object]]:
-    """What has the outbox of the bus keep events; it may be made later than the consumer."""
+    """Make the function that stores events in the bus's outbox, which may not exist yet."""
 
     async def keep(received: Received) -> None:
         if state.keeper is None:
@@ -287,9 +297,10 @@ def _attach_one(
 
 
 def _whole_message(event_types: Sequence[type]) -> type:
-    """Make a type whose schema in AsyncAPI is that of the events, and of which everything is.
+    """Make a type with the events' schema in AsyncAPI, of which every object is an instance.
 
-    FastStream has pydantic or msgspec convert what a handler takes, and loses what cannot be.
+    FastStream has pydantic or msgspec convert a handler's argument, and loses a message that cannot
+    be converted.
     """
     either: Any = Union[tuple(map(_described, event_types))]  # noqa: UP007 - `|` takes no tuple
 
@@ -302,7 +313,7 @@ def _whole_message(event_types: Sequence[type]) -> type:
 
 
 def _described(event_type: type) -> Any:
-    """Give what pydantic can describe: of msgspec and attrs it knows nothing."""
+    """A type that pydantic can describe: it knows nothing of msgspec and attrs."""
     if language_of(event_type) == "pydantic":
         return event_type
     schema = {"title": event_type.__name__, "type": "object"}

@@ -1,6 +1,6 @@
-"""Owns what becomes of a message: it is read, delivered, and answered.
+"""Owns what becomes of a message: it is read, delivered, and answered. Knows no broker by name.
 
-FastStream runs it as its handler. Each message has one answer:
+FastStream calls the consumer as its handler. Each message has one answer:
 
 | what happens | answer |
 |---|---|
@@ -9,34 +9,38 @@ FastStream runs it as its handler. Each message has one answer:
 | it was given out too often | the same |
 | a handler raises `RejectMessage` | the same, at once |
 | a handler raises `NackMessage` | handed back after a pause |
-| who is to keep it is away: the inbox, or the place of dead letters | handed back after a pause |
+| the inbox, or the destination of dead letters, is not available | handed back after a pause |
 | the process ends meanwhile | handed back |
 
 FastStream's policy decides nothing here: what it does with errors loses messages on some brokers.
-It acknowledges what returns, and hands back what raises `NackMessage`, whatever the policy is.
+It acknowledges what returns, whatever the policy is. What is handed back is answered here: a
+middleware of the user's may swallow what is raised, and FastStream would acknowledge it.
 """
 
 from __future__ import annotations
 
 import logging
+from asyncio import CancelledError
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol, TypedDict
 
-from anyio import move_on_after, sleep
+from anyio import fail_after, move_on_after, sleep
 from faststream.exceptions import NackMessage
 from structlog.contextvars import bind_contextvars, reset_contextvars
 
 from eventkit._core.ambient import carried
 from eventkit._core.log import log
+from eventkit._core.policy import cancel_requests, is_asked_to_end
 from eventkit._core.state import BusState
 from eventkit.exceptions import BadMessageError
-from eventkit.faststream._engines import Engine
+from eventkit.faststream._engines import LONGEST_ID, Engine, plain
 from eventkit.faststream._forward import send
 from eventkit.wire import Received, decode
 
 PAUSE = 1.0  # seconds before a message is handed back
-DEAD_PAUSE = 2.0  # seconds, where the place of dead letters is away
+DEAD_PAUSE = 2.0  # seconds, where a dead letter was not accepted
+_DEAD_WITHIN = 10.0  # seconds until it has to have confirmed one
 _FAREWELL = 2.0  # seconds to hand a message back when its task is cancelled
 _LONGEST = 500  # characters of an error in a header
 _ROUNDS = 10  # how often one message may become a dead letter again
@@ -76,17 +80,17 @@ class HandBackError(Exception):
 
 
 class Deliver(Protocol):
-    """Takes a message's event to its handlers, or to who keeps it."""
+    """Takes a message's event to its handlers, or to an inbox."""
 
     async def refuse(self, message: Any, subscriber: Any) -> Problem | None:
-        """Say why a message is dead before anybody reads it, if it is."""
+        """Say why a message is dead before it is read; None if it is not."""
         ...
 
     async def __call__(self, received: Received, subscriber: Any) -> Problem | None:
-        """Deliver it, and say why it is dead, if it is.
+        """Deliver the event, and say why its message is dead; None if it is not.
 
         Raises:
-            HandBackError: It is to come again.
+            HandBackError: The message is to come again.
         """
         ...
 
@@ -95,13 +99,13 @@ class Consumer:
     """Takes the messages of one consumer of a broker.
 
     Args:
-        state: Of the bus whose handlers run.
-        types: The events that may come.
-        name: The consumer's.
+        state: The state of the bus that has the handlers.
+        types: The classes of events that may come.
+        name: The name of the consumer.
         dead_letter: A publisher of FastStream's. Any: each broker has its own class.
-        dead_engine: Its broker's.
+        dead_engine: The engine of the publisher's broker.
+        deliver: Takes the event of a message that was read.
         ignores: Whether messages of other types are acknowledged, and forgotten.
-        deliver: What becomes of an event that was read.
     """
 
     def __init__(
@@ -124,35 +128,42 @@ class Consumer:
         self._ignores = ignores
 
     async def receive(self, message: Any, subscriber: Any) -> None:
-        """Take one message. Returns where it is to be acknowledged.
+        """Take one message. A return acknowledges it.
 
         Args:
-            message: As FastStream has parsed it.
-            subscriber: Whose it is.
+            message: The message as FastStream has parsed it.
+            subscriber: The subscriber that has received it.
 
         Raises:
-            NackMessage: It is to be handed back.
+            NackMessage: The message was handed back.
         """
+        # FastStream would answer who asks for it, with nothing; where that fails, the message would
+        # be lost, or come again at once, although its handlers have ended well.
+        message.reply_to = ""
         try:
             pause = await self._take(message, subscriber)
-            if pause is not None and subscriber.running:  # else another process is to have it soon
+            if pause is not None and subscriber.running:  # else another process should have it soon
                 await sleep(pause)
-        except BaseException:  # FastStream gives no answer to some, and a wrong one to others
-            with move_on_after(_FAREWELL, shield=True), suppress(Exception):
-                await message.nack()
+        except BaseException:  # FastStream answers some wrongly, and others not at all
+            with move_on_after(_FAREWELL, shield=True):
+                await _hand_back(message)
             raise
         if pause is not None:
+            await _hand_back(message)
             raise NackMessage
 
     async def _take(self, message: Any, subscriber: Any) -> float | None:
         """Deliver or bury a message; the seconds after which it is handed back, or None."""
+        requests = cancel_requests()
         try:
             problem = await self._problem(message, subscriber)
             if problem is not None:
                 await self._bury(message, problem)
         except HandBackError as again:
             return again.pause
-        except Exception as error:  # noqa: BLE001 - whatever it is, the message is not lost
+        except (Exception, CancelledError) as error:  # whatever it is, the message is not lost
+            if isinstance(error, CancelledError) and is_asked_to_end(requests):
+                raise
             log(
                 logging.ERROR,
                 "a message could not be handled, and is handed back",
@@ -163,7 +174,7 @@ class Consumer:
         return None
 
     async def _problem(self, message: Any, subscriber: Any) -> Problem | None:
-        """Deliver a message, and say why it is dead, if it is."""
+        """Deliver a message, and say why it is dead; None if it is not."""
         problem = await self._deliver.refuse(message, subscriber)
         if problem is not None:
             return problem
@@ -186,7 +197,7 @@ class Consumer:
         """Publish a dead letter.
 
         Raises:
-            HandBackError: Nobody takes it.
+            HandBackError: The dead letter was not accepted.
         """
         kept = {
             name: value
@@ -196,18 +207,19 @@ class Consumer:
         rounds = _number(kept.get(_ROUND)) if kept.get(_BY) == self._name else 0
         headers = kept | {
             _REASON: problem.reason,
-            _ERROR: _line(problem.error),
+            _ERROR: plain(problem.error, _LONGEST),
             _BY: self._name,
             _ROUND: str(rounds + 1),
         }
         options = self._dead_engine.dead_options(message, headers)
-        options["correlation_id"] = message.correlation_id
+        options["correlation_id"] = plain(message.correlation_id or "", LONGEST_ID) or None
         try:
             if rounds >= _ROUNDS:
                 raise RecursionError(
                     f"it has been a dead letter {rounds} times: they come back to this consumer"
                 )
-            await send(self._dead_letter, self._dead_engine, message.body or b"", options)
+            with fail_after(_DEAD_WITHIN):
+                await send(self._dead_letter, self._dead_engine, message.body or b"", options)
         except Exception as away:  # noqa: BLE001 - of a broker, or of its client
             log(
                 logging.ERROR,
@@ -230,6 +242,11 @@ class Consumer:
         return {"consumer": self._name, "bus": self._state.name}
 
 
+async def _hand_back(message: Any) -> None:
+    with suppress(Exception):  # the connection is gone, so the message comes again by itself
+        await message.nack()
+
+
 def headers_of(message: Any) -> dict[str, str]:
     """The headers of a message as texts, with the type of its content."""
     headers: Mapping[str, object] = message.headers
@@ -237,16 +254,6 @@ def headers_of(message: Any) -> dict[str, str]:
     if message.content_type and "content-type" not in texts:  # RabbitMQ has it beside them
         texts["content-type"] = message.content_type
     return texts
-
-
-def _line(text: str) -> str:
-    """One line that every broker takes: not all of them take, or give back, what is not ASCII."""
-    line = " ".join(text[:_LONGEST].split())
-    return "".join(each if " " <= each <= "~" else _escaped(each) for each in line)[:_LONGEST]
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
 
 
 def _text(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Owns how the event of a message is delivered: to handlers that run now, or to who keeps it.
+"""Owns how the event of a message is delivered: to handlers that run now, or to an inbox.
 
 Knows nothing of answers to brokers: see the consumer.
 """
@@ -26,23 +26,29 @@ from eventkit.wire import Received
 _SECONDS_BETWEEN_COMPLAINTS = 60.0
 
 
+async def run_handlers(state: BusState, received: Received) -> list[Failure]:
+    """Run the handlers of what was read from a message, once, and return what failed."""
+    incoming = Incoming(received.event_id, received.headers)
+    return await dispatch(state, received.event, incoming)
+
+
 class _FailedError(Exception):
     """Handlers have failed, and may be tried again."""
 
 
 class ToHandlers:
-    """Runs the handlers at once, and again where some fail: all of them each time.
+    """Runs the handlers, and all of them again where some fail.
 
-    The first attempt is followed by one at once, and then by what `retry` says. All of it takes
-    `within` seconds at most: longer, and the broker would give the message to another process.
+    The second attempt follows at once, the others as `retry` says. All attempts together take at
+    most `within` seconds: later, the broker would give the message to another process.
 
     Args:
-        state: Of the bus.
-        name: The consumer's.
-        engine: The broker's.
-        within: Seconds.
-        retry: Says how often, and when.
-        most: How often the broker may give out a message.
+        state: The state of the bus that has the handlers.
+        name: The name of the consumer.
+        engine: The engine of the broker.
+        within: Seconds for all attempts together.
+        retry: The attempts after the first one.
+        max_deliveries: How often the broker may give out a message.
     """
 
     def __init__(
@@ -52,24 +58,24 @@ class ToHandlers:
         engine: Engine,
         within: float,
         retry: AsyncRetryingCaller,
-        most: int,
+        max_deliveries: int,
     ) -> None:
         self._state = state
         self._name = name
         self._engine = engine
         self._within = within
         self._retry = retry
-        self._most = most
+        self._max_deliveries = max_deliveries
 
     async def refuse(self, message: Any, subscriber: Any) -> Problem | None:
-        """Refuse what was given out too often: it ends each process that has it."""
+        """Refuse a message that was given out too often: it may kill each process that runs it."""
         times = await self._engine.deliveries(message, subscriber)
-        if times is None or times <= self._most:
+        if times is None or times <= self._max_deliveries:
             return None
         return Problem("crashed", f"delivered {times} times without an end")
 
     async def __call__(self, received: Received, subscriber: Any) -> Problem | None:
-        """Run them to the end."""
+        """Run the handlers until all have ended well, or the attempts are over."""
         failures: list[Failure] = []
         try:
             with move_on_after(self._within) as scope:
@@ -104,7 +110,7 @@ class ToHandlers:
         )
 
     async def _again(self, received: Received, subscriber: Any, failures: list[Failure]) -> None:
-        """Try it again until nothing fails; leaves what has failed last."""
+        """Run the handlers again until nothing fails; `failures` has what failed last."""
 
         async def attempt() -> None:
             if not subscriber.running:  # the process ends, and another one is to go on
@@ -119,10 +125,9 @@ class ToHandlers:
         """Run the handlers once, and return what failed.
 
         Raises:
-            RejectMessage, NackMessage: A handler did.
+            RejectMessage, NackMessage: A handler has raised it.
         """
-        incoming = Incoming(received.event_id, received.headers)
-        failures = await dispatch(self._state, received.event, incoming)
+        failures = await run_handlers(self._state, received)
         if not failures:
             return failures
         leaves = [*_leaves([failure.error for failure in failures])]
@@ -133,17 +138,17 @@ class ToHandlers:
 
 
 class ToKeeper:
-    """Gives an event to who keeps it: an inbox, which drops what it has seen.
+    """Gives an event to an inbox, which stores it and drops messages that come again.
 
-    What that raises is an outage, and no fault of the message. It is tried again here for some
-    seconds, so that messages keep their order, and then handed back, as often as it takes.
+    What an inbox raises is an outage, and no fault of the message. It is tried again here for some
+    seconds, so that messages keep their order. Then the message is handed back, however often.
 
     Args:
-        state: Of the bus.
-        name: The consumer's.
-        keep: Returns when it is kept.
+        state: The state of the bus.
+        name: The name of the consumer.
+        keep: Stores an event, and returns when it is committed.
         patience: Seconds to try.
-        poison: What `keep` raises where the event is at fault.
+        poison: The exceptions of `keep` that are the fault of the event.
     """
 
     def __init__(
@@ -162,11 +167,11 @@ class ToKeeper:
         self._complained_at = -math.inf
 
     async def refuse(self, message: Any, subscriber: Any) -> Problem | None:
-        """Refuse none: each time that it was handed back counts, too."""
+        """Refuse none: brokers also count how often an outage has handed a message back."""
         return None
 
     async def __call__(self, received: Received, subscriber: Any) -> Problem | None:
-        """Give it away."""
+        """Store the event, and try again while the inbox is not available."""
         last = current_time() + self._patience - PAUSE
         while True:
             try:
@@ -176,6 +181,8 @@ class ToKeeper:
                 return Problem("rejected", "deliver= has raised RejectMessage")
             except NackMessage:
                 raise HandBackError from None
+            except OSError as error:  # some are a ValueError, too: that of TLS certificates
+                self._complain(error)
             except self._poison as error:
                 return Problem("failed", _text_of(error))
             except Exception as error:  # noqa: BLE001 - of a database, or of its driver
@@ -185,7 +192,7 @@ class ToKeeper:
             await sleep(PAUSE)
 
     def _complain(self, error: Exception) -> None:
-        """Say so once per minute."""
+        """Log the outage, at most once per minute."""
         now = current_time()
         if now - self._complained_at >= _SECONDS_BETWEEN_COMPLAINTS:
             self._complained_at = now

@@ -1,6 +1,6 @@
 """Owns the handler that sends an event to a broker, and what of a unit of work goes along.
 
-Knows nothing of those who consume.
+Knows nothing of consumers.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ from eventkit._core.loops.running import on_trio
 from eventkit._core.observers import contained
 from eventkit._core.state import BusState
 from eventkit.exceptions import BridgeError
-from eventkit.faststream._engines import Engine
+from eventkit.faststream._engines import LONGEST_ID, Engine, plain
 from eventkit.wire import encode, wire_name
 
 E = TypeVar("E")
 
-# What log lines of one request have in common, in the order in which it is looked for.
+# The names of the id that all log lines of one request share; the first one found is sent.
 CORRELATION = ("correlation_id", "request_id")
+_LONGEST_CARRIED = 512  # characters; more than the standard has one send of `tracestate`
+_LONGEST_ADDED = 8192  # characters; so long the standard lets baggage be
 
 
 class Forward(Generic[E]):
     """Sends the events of one class: a handler like any other.
 
-    It has succeeded when the broker has confirmed the message.
+    It succeeds when the broker has confirmed the message.
 
     Args:
         event_type: The class. Subclasses have names of their own, and forwards of their own.
-        publisher: One of FastStream's. Any: each broker has its own class.
-        engine: The broker's.
-        source: Who sends.
-        key: What belongs together.
+        publisher: A publisher of FastStream's. Any: each broker has its own class.
+        engine: The engine of the publisher's broker.
+        source: The name of this service in its messages.
+        key: Gives the same text for events that belong together.
         state: Of the bus, whose observers have headers of their own.
     """
 
@@ -60,8 +62,8 @@ class Forward(Generic[E]):
         """Send one event.
 
         Raises:
-            BridgeError: The broker has not taken it.
-            EventEncodingError: It cannot be written as JSON.
+            BridgeError: The broker has not confirmed the message.
+            EventEncodingError: The event cannot be written as JSON.
         """
         if type(event) is not self._event_type:
             kind = type(event).__qualname__
@@ -82,7 +84,7 @@ class Forward(Generic[E]):
             key=None if self._key is None else self._key(event),
             time=None if isinstance(event, DomainEvent) else delivery.published_at,
         )
-        options = self._engine.options(wired, self._carried(event))
+        options = self._engine.options(self._publisher, wired, self._carried(event))
         await send(
             self._publisher,
             self._engine,
@@ -92,23 +94,24 @@ class Forward(Generic[E]):
 
     def _carried(self, event: E) -> dict[str, str]:
         """What goes along with all that comes of a unit of work, and what observers add."""
+        along = {name: plain(value, _LONGEST_CARRIED) for name, value in carried.get().items()}
         added: dict[str, str] = {}
         for observer in self._state.observers.headers:
             with contained(observer):
                 added.update(observer.headers(event))
-        if "traceparent" in added:  # the rest of a trace belongs to its id
-            return {k: v for k, v in carried.get().items() if k != "tracestate"} | added
-        return {**carried.get(), **added}
+        if "traceparent" in added:  # the state of a trace belongs to its id
+            along.pop("tracestate", None)
+        return along | {name: plain(value, _LONGEST_ADDED) for name, value in added.items()}
 
     def __repr__(self) -> str:
         return f"<Forward of {wire_name(self._event_type)} to {self._engine.name}>"
 
 
 async def send(publisher: Any, engine: Engine, body: bytes, options: dict[str, Any]) -> None:
-    """Publish a message, and see that the broker has taken it.
+    """Publish a message, and check that the broker has confirmed it.
 
     Raises:
-        BridgeError: It has not.
+        BridgeError: The broker has not confirmed it, or is not started.
     """
     try:
         result = await publisher.publish(body, **options)
@@ -124,6 +127,10 @@ async def send(publisher: Any, engine: Engine, body: bytes, options: dict[str, A
 
 
 def _correlation_id() -> str | None:
-    """What the unit of work is called in logs; None where nobody has said, and FastStream does."""
+    """The id of the unit of work in logs; None if there is none, so that FastStream makes one.
+
+    It may be a header of a request, which anybody can write.
+    """
     bound = get_contextvars()
-    return next((str(bound[name]) for name in CORRELATION if name in bound), None)
+    ids = (plain(str(bound[name]), LONGEST_ID) for name in CORRELATION if name in bound)
+    return next(ids, None) or None

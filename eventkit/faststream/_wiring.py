@@ -1,21 +1,23 @@
-"""Owns what is refused where a bridge is wired: what would lose messages, or have them go round.
+"""Owns what is refused where a bridge is wired: what would lose messages, or send them in a circle.
 
 Knows nothing of what happens to a message.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 from eventkit._core.bus import EventBus
+from eventkit._core.log import log
 from eventkit.exceptions import BridgeError, InvalidEventTypeError
-from eventkit.faststream._engines import Engine, engine_of, problem_of_policy
+from eventkit.faststream._engines import Engine, engine_of, problem_of_codec, problem_of_policy
 from eventkit.wire import codec_for, is_named, names_of
 
-_LONGEST_IN_PLACE = 25.0  # seconds that who keeps events may be away before one is handed back
+_LONGEST_IN_PLACE = 25.0  # seconds that an inbox may be away before a message is handed back
 
 # By bus: the types that are consumed, and those that are forwarded.
 _consumed: WeakKeyDictionary[EventBus, set[type]] = WeakKeyDictionary()
@@ -27,10 +29,11 @@ class Group:
     """The subscribers of one consumer.
 
     Attributes:
-        subscribers: FastStream's. Any: each broker has its own class.
-        engine: Their broker's.
-        name: The consumer's.
-        patience: Seconds until the broker gives a message to another process; None if it waits.
+        subscribers: Subscribers of FastStream's. Any: each broker has its own class.
+        engine: The engine of their broker.
+        name: The name of the consumer.
+        patience: Seconds until the broker gives a message to another process; None if it never does
+            while the connection lasts.
     """
 
     subscribers: Sequence[Any]
@@ -40,7 +43,7 @@ class Group:
 
     @property
     def seconds_in_place(self) -> float:
-        """How long a message may wait here for who keeps it: well below the broker's patience."""
+        """How long a message may wait here for an inbox: well below the broker's patience."""
         patience = self.patience
         return _LONGEST_IN_PLACE if patience is None else min(_LONGEST_IN_PLACE, patience / 2)
 
@@ -48,8 +51,8 @@ class Group:
         """Refuse a limit that the broker would not wait for.
 
         Raises:
-            BridgeError: It is too long.
-            ValueError: It is not above 0.
+            BridgeError: The limit is too long.
+            ValueError: The limit is not above 0.
         """
         if not within > 0:
             raise ValueError(f"within takes seconds above 0, not {within!r}")
@@ -73,7 +76,9 @@ def group_of(subscriber: Any) -> Group:
     engine = _engine_for(subscribers[0], "subscriber")
     for each in subscribers:
         if _engine_for(each, "subscriber") is not engine:
-            raise BridgeError("the subscribers of one consumer belong to one broker")
+            raise BridgeError(
+                "the subscribers of one consumer belong to one broker: call consume() for each"
+            )
         if each.calls:
             raise BridgeError(
                 "this subscriber has a handler already: give consume() one of its own, and all of "
@@ -83,14 +88,18 @@ def group_of(subscriber: Any) -> Group:
     _refuse(engine.problem_of_subscribers(subscribers))
     waits = [engine.patience(each) for each in subscribers]
     patience = min((seconds for seconds in waits if seconds is not None), default=None)
-    return Group(subscribers, engine, engine.consumer(subscribers[0]), patience)
+    name = engine.consumer(subscribers[0])
+    for each in subscribers:
+        if (doubt := engine.doubt_of_subscriber(each)) is not None:
+            log(logging.WARNING, doubt, consumer=name)
+    return Group(subscribers, engine, name, patience)
 
 
 def check_publisher(publisher: Any) -> Engine:
-    """Give the broker of a publisher whose broker confirms what it takes.
+    """Check that the broker of a publisher confirms what it takes, and give its engine.
 
     Raises:
-        BridgeError: It does not.
+        BridgeError: The broker does not.
     """
     engine = _engine_for(publisher, "publisher")
     _refuse(engine.problem_of_publisher(publisher))
@@ -98,10 +107,11 @@ def check_publisher(publisher: Any) -> Engine:
 
 
 def check_dead_letter(publisher: Any, group: Group) -> Engine:
-    """Do so for the publisher of dead letters, whose place nobody of the group may read.
+    """Check the publisher of dead letters, and give its engine.
 
     Raises:
-        BridgeError: One of the group does, or the broker confirms nothing.
+        BridgeError: A subscriber of the group would read the dead letters, or the broker confirms
+            nothing.
     """
     engine = check_publisher(publisher)
     if engine is group.engine and any(
@@ -115,13 +125,13 @@ def check_dead_letter(publisher: Any, group: Group) -> Engine:
 
 
 def check_type(event_type: type) -> None:
-    """Refuse a class whose events no other service would know, or could read.
+    """Refuse a class whose events another service could not recognise or read.
 
     Raises:
-        BridgeError: It is none, has no name, or cannot be written.
+        BridgeError: It is no class, has no name, or cannot be written as JSON.
     """
     if not isinstance(event_type, type):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise BridgeError(f"{event_type!r} is no class of events")
+        raise BridgeError(f"forward() and consume() take classes of events, not {event_type!r}")
     kind = event_type.__qualname__
     if not is_named(event_type):
         raise BridgeError(
@@ -134,7 +144,7 @@ def check_type(event_type: type) -> None:
 
 
 def check_types(event_types: Sequence[type]) -> None:
-    """Refuse classes that a message could not be told apart by.
+    """Refuse classes that a message's type could not tell apart.
 
     Raises:
         BridgeError: There are none, two have one name, or one cannot be used.
@@ -148,15 +158,15 @@ def check_types(event_types: Sequence[type]) -> None:
             if known.setdefault(name, event_type) is not event_type:
                 raise BridgeError(
                     f"{known[name].__qualname__} and {event_type.__qualname__} are both called "
-                    f"{name!r}: a message could be either"
+                    f"{name!r}, so a message could be either: rename one of them"
                 )
 
 
 def check_options(deliver: object, *, durable: bool, **given: object) -> None:
-    """Refuse options of retries where somebody else retries.
+    """Refuse options for retries where the outbox or `deliver` retries.
 
     Raises:
-        BridgeError: There are some.
+        BridgeError: Such an option is given.
         ValueError: `max_deliveries` is below 1.
     """
     named = [name for name, value in given.items() if value is not None]
@@ -178,10 +188,10 @@ def check_options(deliver: object, *, durable: bool, **given: object) -> None:
 
 
 def note_consumed(bus: EventBus, event_types: Sequence[type]) -> None:
-    """Know that these are consumed on this bus.
+    """Note that these classes are consumed on this bus.
 
     Raises:
-        BridgeError: One of them is forwarded.
+        BridgeError: One of them is forwarded from it.
     """
     for each in event_types:
         for other in _forwarded.get(bus, ()):
@@ -190,10 +200,10 @@ def note_consumed(bus: EventBus, event_types: Sequence[type]) -> None:
 
 
 def note_forwarded(bus: EventBus, event_type: type) -> None:
-    """Know that this is forwarded from this bus.
+    """Note that this class is forwarded from this bus.
 
     Raises:
-        BridgeError: It is consumed.
+        BridgeError: The class is consumed on it.
     """
     for each in _consumed.get(bus, ()):
         _refuse_both(each, event_type)
@@ -215,6 +225,7 @@ def _engine_for(endpoint: object, kind: Literal["publisher", "subscriber"]) -> E
             f"a {kind} of FastStream's NATS, Kafka, RabbitMQ or Redis broker is needed, not "
             f"{endpoint!r}"
         )
+    _refuse(problem_of_codec(endpoint))
     return engine
 
 

@@ -30,6 +30,7 @@ from eventkit.outbox._holdings import Holdings
 from eventkit.outbox._keeper import Keeper
 from eventkit.outbox._receive import receive
 from eventkit.outbox._relay import POLL, run_due, run_until_cancelled
+from eventkit.outbox._rows import LONGEST_INDEXED
 from eventkit.outbox._store import Batch, OutboxStats, Store, StoredDelivery, in_batches
 from eventkit.sqlalchemy import CommitTie, deliver_on_commit
 
@@ -224,7 +225,8 @@ class Outbox:
             True if the message is new, False if it was received before. Acknowledge both.
 
         Raises:
-            ValueError: The consumer or the id is empty or has a null character.
+            ValueError: The consumer or the id is empty, too long, or has a null character. Or the
+                key of a durable handler is, or its function failed.
             EventEncodingError: The event cannot be stored.
             EventDepthError: Called in a handler, too many handlers deep.
             InvalidEventTypeError: As in `EventBus.publish`.
@@ -420,6 +422,11 @@ def _refuse_text(name: str, value: str) -> None:
         raise ValueError(
             f"the {name} {value!r} has a null character, which PostgreSQL does not store: give "
             f"receive() {what}, without one"
+        )
+    if len(value.encode()) > LONGEST_INDEXED:
+        raise ValueError(
+            f"the {name} has more than {LONGEST_INDEXED} bytes, which PostgreSQL does not index: "
+            f"give receive() {what}, or a hash of it"
         )
 
 

@@ -40,7 +40,7 @@ async def receive(
         envelope = _envelope_of(unit, event, incoming)
         del event  # or a traceback that shows local variables shows the payload
         if envelope.plan.durable:
-            keeper.accept(envelope)
+            _accept(keeper, envelope)
         if not await keeper.receive(envelope, consumer, message_id):
             log(
                 logging.DEBUG,
@@ -75,6 +75,21 @@ def _envelope_of(unit: Unit, event: object, incoming: Incoming) -> Envelope:
         caller() if state.debug else None,
         incoming,
     )
+
+
+def _accept(keeper: Keeper, envelope: Envelope) -> None:
+    """Give the event its rows.
+
+    Raises:
+        ValueError, TypeError: It cannot have them, however often the message comes.
+    """
+    try:
+        keeper.accept(envelope)
+    except (ValueError, TypeError):
+        raise
+    except Exception as error:
+        kind = type(error).__qualname__
+        raise ValueError(f"the key of a durable handler cannot be told: {kind}") from error
 
 
 def _stage(unit: Unit, envelope: Envelope) -> None:

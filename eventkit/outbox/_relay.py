@@ -95,6 +95,7 @@ class Relay:
         self._due_at = math.inf  # when a row is due that failed here
         self._looked_at = self._round_at = self._swept_at = self._forgot_at = -math.inf
         self._lapsed: frozenset[str] = frozenset()  # who looked dead the time before
+        self._told_of: frozenset[str] = frozenset()  # who was said to have ended
         self._looks_twice = False  # whether it has to look at them again, soon
         self._unknown: set[tuple[str, str]] = set()  # what was warned of
         self._call_soon = tasks_here("eventkit relay").call_soon
@@ -264,8 +265,11 @@ class Relay:
             return False
         reap = partial(holdings.store.reap, owner=lease.owner, lapsed=lapsed)
         rows = await holdings.database.run(reap)
+        if not rows and lapsed <= self._told_of:  # frozen in a transaction, it is found each time
+            return False
+        self._told_of = lapsed
         log(
-            logging.WARNING if rows else logging.DEBUG,  # again and again, while its row is held
+            logging.WARNING if rows else logging.INFO,
             "a process has ended without a farewell, and its deliveries are run by others",
             bus=self._state.name,
             processes=", ".join(sorted(lapsed)),

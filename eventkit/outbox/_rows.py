@@ -29,6 +29,7 @@ from eventkit.outbox._store import Claimed, NewEvent, NewRow
 
 # What log lines of one request have in common, where an application binds it to structlog.
 _CORRELATION = ("correlation_id", "request_id")
+LONGEST_INDEXED = 1000  # bytes of a text; an index of PostgreSQL takes 2700 of all columns
 _JITTER = 0.2
 _LONGEST_PAUSE = 10 * 365 * 86400.0  # seconds; a time further away may be none that can be shown
 
@@ -284,7 +285,7 @@ def rows_of(
 
     Raises:
         TypeError: `key` of a handler gave something else than a text or None.
-        ValueError: The text has a null character.
+        ValueError: The text has a null character, or is too long.
     """
     plan, event, published_ns = envelope.plan, envelope.event, envelope.published_ns
     # Not those whose subscription was cancelled.
@@ -321,6 +322,11 @@ def key_of(handler: str, durable: Durable, envelope: Envelope) -> str | None:
         raise ValueError(
             f"the key of durable handler {handler} has a null character, which PostgreSQL does not "
             "store"
+        )
+    if isinstance(key, str) and len(key.encode()) > LONGEST_INDEXED:
+        raise ValueError(
+            f"the key of durable handler {handler} has more than {LONGEST_INDEXED} bytes, which "
+            "PostgreSQL does not index: a hash of it orders deliveries as well"
         )
     if key is None or isinstance(key, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         return key

@@ -1,9 +1,10 @@
 """Channels of its own for each test, on each broker; and brokers that tests may kill."""
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import NoReturn
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -12,39 +13,11 @@ pytest.importorskip("faststream")
 from tests.brokers.kinds import KINDS
 from tests.brokers.places import Place, place_on
 from tests.brokers.servers import SERVERS, Server, own
+from tests.conftest import SERVICES, require
 from tests.crash.cluster import Missing
 from tests.crash.nursery import Nursery
 
 ServiceUrl = Callable[[str], str]
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--soak", type=float, default=12.0, metavar="SECONDS", help="how long each soak takes"
-    )
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Tell what soaks have counted, also where they have passed."""
-    for outcome in ("passed", "failed"):
-        for report in terminalreporter.getreports(outcome):
-            for name, value in report.user_properties:
-                if name == "soak":
-                    terminalreporter.write_line(str(value))
-
-
-def require(what: str) -> NoReturn:
-    """Skip the test, or fail where CI wants nothing to be skipped."""
-    if os.environ.get("EVENTKIT_REQUIRE_SERVICES") == "1":
-        pytest.fail(what)
-    pytest.skip(what)
-
-
-@pytest.fixture(scope="session")
-def seconds(request: pytest.FixtureRequest) -> float:
-    """How long each soak takes."""
-    given: float = request.config.getoption("--soak")  # pyright: ignore[reportAssignmentType]
-    return given
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +66,38 @@ def own_servers() -> Iterator[OwnServers]:
 
 @pytest.fixture(scope="session")
 def broker_url(service_url: ServiceUrl, own_servers: OwnServers) -> ServiceUrl:
-    """Give the URL of the broker that all share; of Kafka there is only an own one."""
+    """Give the URL of the broker that all share, or else of an own one, as always for Kafka."""
 
     def find(name: str) -> str:
         name = name.removesuffix("-pull")
-        return own_servers.get(name).url if name == "kafka" else service_url(name)
+        if name == "kafka" or (not is_there(name) and is_installed(name)):
+            return own_servers.get(name).url
+        return service_url(name)
 
     return find
+
+
+def is_there(name: str) -> bool:
+    """Whether it is asked for, or answers where it usually is."""
+    variable, default = SERVICES[name]
+    address = urlsplit(default)
+    return variable in os.environ or answers(address.hostname or "", address.port or 0)
+
+
+def answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def is_installed(name: str) -> bool:
+    try:
+        SERVERS[name].find()
+    except Missing:
+        return False
+    return True
 
 
 def on_each(fact: str) -> pytest.MarkDecorator:
@@ -124,11 +122,10 @@ def param_of_own(name: str) -> object:
     return pytest.param(name, marks=pytest.mark.xdist_group(f"own {name}"))
 
 
-closing = pytest.mark.parametrize(
-    "own_place",
-    [param_of_own(name) for name, kind in SERVERS.items() if kind.closes_connections],
-    indirect=True,
-)
+def on_each_own(fact: str) -> pytest.MarkDecorator:
+    """Run a test on those brokers of its own of which this is true."""
+    names = [name for name, server in SERVERS.items() if getattr(server, fact)]
+    return pytest.mark.parametrize("own_place", [*map(param_of_own, names)], indirect=True)
 
 
 @pytest.fixture(params=[param_of_own(name) for name in SERVERS])

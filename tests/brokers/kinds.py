@@ -75,7 +75,7 @@ class Kind(Protocol):
     can_refuse: bool
     """Whether a place can be taken away, and does not come back by itself."""
 
-    def broker(self, url: str, *, returns_after: float = RETURNS_AFTER) -> Any:
+    def broker(self, url: str) -> Any:
         """Make FastStream's broker, as its users would."""
         ...
 
@@ -124,7 +124,7 @@ class Nats:
     asks_one_by_one = False
     can_refuse = True
 
-    def broker(self, url: str, *, returns_after: float = RETURNS_AFTER) -> Any:
+    def broker(self, url: str) -> Any:
         from faststream.nats import NatsBroker
 
         return NatsBroker(url, max_reconnect_attempts=-1, logger=None)
@@ -234,7 +234,7 @@ class Rabbit:
     asks_one_by_one = True  # or as good as: a message that waits has no time limit
     can_refuse = True
 
-    def broker(self, url: str, *, returns_after: float = RETURNS_AFTER) -> Any:
+    def broker(self, url: str) -> Any:
         from faststream.rabbit import Channel, RabbitBroker
 
         return RabbitBroker(url, default_channel=Channel(prefetch_count=10), logger=None)
@@ -335,7 +335,7 @@ class Redis:
     asks_one_by_one = False
     can_refuse = True
 
-    def broker(self, url: str, *, returns_after: float = RETURNS_AFTER) -> Any:
+    def broker(self, url: str) -> Any:
         from faststream.redis import RedisBroker
 
         options: dict[str, Any] = {"logger": None}  # which its types forget
@@ -435,7 +435,7 @@ class Kafka:
     asks_one_by_one = True  # or as good as: a message that waits has no time limit
     can_refuse = False
 
-    def broker(self, url: str, *, returns_after: float = RETURNS_AFTER) -> Any:
+    def broker(self, url: str) -> Any:
         from faststream.kafka import KafkaBroker
 
         return KafkaBroker(url, logger=None)

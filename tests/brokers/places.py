@@ -2,11 +2,11 @@
 
 import asyncio
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 from uuid import uuid4
 
-from tests.brokers.kinds import Kind, Message
+from tests.brokers.kinds import Kind, Message, Reader
 from tests.brokers.servers import Server
 from tests.crash.nursery import Nursery
 from tests.crash.processes import Process
@@ -57,20 +57,36 @@ class Place:
         process.hear("ready")
         return process
 
+    async def unacknowledged(self, group: str = "billing") -> int:
+        """How many messages a group has not acknowledged. To be asked while nobody consumes."""
+        return await self.kind.left(self.url, self.orders, group)
+
+    async def send(self, *messages: Message) -> None:
+        """Send to the channel of events by a plain client."""
+        await self.kind.send(self.url, self.orders, *messages)
+
+    def read(self) -> AbstractAsyncContextManager[Reader]:
+        """Read the channel of events by a plain client, and leave the messages to the services."""
+        return self.kind.read(self.url, self.orders, "stock")
+
+    def read_dead(self) -> AbstractAsyncContextManager[Reader]:
+        """Read the dead letters by a plain client, and leave them where they are."""
+        return self.kind.read(self.url, self.dead)
+
     # For tests that wait for processes, and so have no event loop
 
     def dead_letters(self, times: int) -> list[Message]:
         """Wait until there are so many dead letters."""
 
         async def read() -> list[Message]:
-            async with self.kind.read(self.url, self.dead) as reader:
+            async with self.read_dead() as reader:
                 return [await reader.next() for _ in range(times)]
 
         return asyncio.run(read())
 
     def left(self, group: str = "billing") -> int:
-        """How many messages are not acknowledged; nobody consumes meanwhile."""
-        return asyncio.run(self.kind.left(self.url, self.orders, group))
+        """As `unacknowledged`."""
+        return asyncio.run(self.unacknowledged(group))
 
     async def prepare(self) -> None:
         await self.kind.prepare(self.url, self.orders, *GROUPS)

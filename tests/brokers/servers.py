@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -41,6 +42,9 @@ class Server:
 
     keeps: ClassVar[bool] = True
     """Whether it has its data after it was killed."""
+
+    lets_go: ClassVar[bool] = True
+    """Whether clients end at once while it is away. Those of Kafka try on for half a minute."""
 
     closes_connections: ClassVar[bool] = False
     """Whether its administrator can close the connections of all clients."""
@@ -196,6 +200,12 @@ class RabbitServer(Server):
             )
         super().start()
 
+    def kill(self) -> None:
+        # It writes down where a quorum queue is half a second after that was declared. Killed
+        # before, it never takes a message for it again.
+        time.sleep(1.5)
+        super().kill()
+
     def close_connections(self) -> None:
         subprocess.run(
             [
@@ -208,7 +218,7 @@ class RabbitServer(Server):
         )
 
     def close(self) -> None:
-        super().close()
+        super().kill()
         if self._epmd is not None:
             self._epmd.kill()
             self._epmd.wait(PATIENCE)
@@ -240,6 +250,7 @@ class KafkaServer(Server):
 
     program = "tansu"
     keeps = False
+    lets_go = False
 
     @classmethod
     def find(cls) -> str:

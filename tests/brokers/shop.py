@@ -5,13 +5,12 @@ Each has a SQLite database and an outbox of its own. The program is one of them,
 
 import argparse
 import asyncio
-import logging
 import os
 import random
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
-import uvicorn
 from fastapi import FastAPI
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
@@ -19,12 +18,11 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from eventkit import Durable, EventBus, current_delivery
 from eventkit.faststream import Bridge
 from eventkit.outbox import Outbox, complete_with
-from eventkit.starlette import EventContextMiddleware
 from tests.brokers.happenings import Placed
 from tests.brokers.kinds import KINDS, import_clients
-from tests.brokers.worker import commands
+from tests.brokers.worker import commands, serve
 from tests.crash.tables import Business, Effect
-from tests.crash.worker import Lines, say
+from tests.crash.worker import say
 
 # As long as the broker is away, and for all that fails at random.
 AGAIN = Durable(attempts=10_000, backoff=lambda attempt, error: 0.2)
@@ -63,8 +61,6 @@ class Service:
 
     async def invoice(self, event: Placed) -> None:
         """Write an effect in the transaction that completes the delivery."""
-        delivery = current_delivery()
-        assert delivery is not None
         if self.random.random() < 0.05:
             raise RuntimeError("at random")
         async with AsyncSession(self.engine) as session:
@@ -74,7 +70,7 @@ class Service:
                     handler="invoice",
                     id=str(event.number),
                     pid=os.getpid(),
-                    attempt=delivery.attempt,
+                    attempt=current_delivery().attempt,
                 )
             )
             await session.commit()
@@ -133,18 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lease", type=float, default=1.5)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    logger = logging.getLogger("eventkit")
-    logger.addHandler(Lines())
-    logger.setLevel(logging.INFO)
-    asyncio.run(serve(options))
-
-
-async def serve(options: argparse.Namespace) -> None:
-    service = Service(options)
-    app = FastAPI(lifespan=service.lifespan)
-    app.add_middleware(EventContextMiddleware, bus=service.bus)
-    config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=10)
-    await uvicorn.Server(config).serve()
+    asyncio.run(serve(partial(Service, options)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from tests.brokers.conftest import closing, on_each
+from tests.brokers.conftest import on_each, on_each_own
 from tests.brokers.places import Place
 from tests.crash.nursery import PATIENCE
 from tests.crash.processes import Process
@@ -140,7 +140,22 @@ def test_a_broker_that_is_killed_and_comes_back_goes_on_with_both_services(
     goes_on(publisher, consumer, first=3)
 
 
-@closing
+@on_each_own("lets_go")
+def test_who_is_told_to_stop_while_the_broker_is_away_stops(own_place: Place) -> None:
+    server = own_place.server
+    assert server is not None
+    publisher = own_place.publisher("--timeout", "2")
+    consumer = own_place.consumer()
+    publisher.tell("publish", number=1)
+    consumer.hear("ends", number=1)
+    server.kill()
+    publisher.tell("publish", number=2)
+    assert not publisher.hear("published", number=2)["taken"]
+    ended_by_sigterm(publisher)
+    ended_by_sigterm(consumer)
+
+
+@on_each_own("closes_connections")
 def test_a_broker_that_closes_all_connections_goes_on_with_both_services(own_place: Place) -> None:
     server = own_place.server
     assert server is not None
@@ -170,9 +185,10 @@ def test_a_network_that_fails_and_comes_back_goes_on_with_both_services(place: P
 
 def goes_on(publisher: Process, consumer: Process, *, first: int) -> None:
     """Publish until the broker takes one, and five more; each that it has taken is handled."""
-    number = first
+    number, deadline = first, time.monotonic() + PATIENCE
     publisher.tell("publish", number=number)
     while not publisher.hear("published", number=number)["taken"]:
+        assert time.monotonic() < deadline, publisher.story()
         number += 1
         publisher.tell("publish", number=number)
     publisher.tell("publish", number=number + 1, times=5)

@@ -60,9 +60,9 @@ async def test_what_cannot_be_read_is_a_dead_letter_that_says_why_and_quotes_not
     seen = Seen[Placed]()
     billing.bus.on(Placed)(seen.add)
     with logged() as log:
-        async with billing, place.kind.read(place.url, place.dead) as dead:
-            await place.kind.send(place.url, place.orders, *sent.values())
-            await place.kind.send(place.url, place.orders, message(place, GOOD))
+        async with billing, place.read_dead() as dead:
+            await place.send(*sent.values())
+            await place.send(message(place, GOOD))
             letters = [await dead.next() for _ in sent]
             await seen.until(1)
         assert SECRET not in log()
@@ -74,7 +74,7 @@ async def test_what_cannot_be_read_is_a_dead_letter_that_says_why_and_quotes_not
         assert letter.headers["eventkit-error"].startswith(problem), name
         assert not any(SECRET in each for each in letter.headers.values()), name
         assert original.headers.items() <= letter.headers.items(), name
-    assert await place.kind.left(place.url, place.orders, "billing") == 0
+    assert await place.unacknowledged() == 0
 
 
 async def test_others_may_be_ignored(place: Place) -> None:
@@ -82,12 +82,12 @@ async def test_others_may_be_ignored(place: Place) -> None:
     billing.consume(Placed, others="ignore")
     seen = Seen[Placed]()
     billing.bus.on(Placed)(seen.add)
-    async with billing, place.kind.read(place.url, place.dead) as dead:
+    async with billing, place.read_dead() as dead:
         other = message(place, {"x": 1}, "shop.other.v1")
-        await place.kind.send(place.url, place.orders, other, message(place, GOOD))
+        await place.send(other, message(place, GOOD))
         await seen.until(1)
     assert dead.waiting == 0
-    assert await place.kind.left(place.url, place.orders, "billing") == 0
+    assert await place.unacknowledged() == 0
 
 
 async def test_what_a_foreign_producer_sends_is_handled(place: Place) -> None:
@@ -97,13 +97,11 @@ async def test_what_a_foreign_producer_sends_is_handled(place: Place) -> None:
 
     @billing.bus.on(Placed)
     async def handle(event: Placed) -> None:
-        delivery = current_delivery()
-        assert delivery is not None
-        await seen.add((event, str(delivery.event_id)))
+        await seen.add((event, str(current_delivery().event_id)))
 
     sent = message(place, GOOD)
     async with billing:
-        await place.kind.send(place.url, place.orders, sent)
+        await place.send(sent)
         ((event, event_id),) = await seen.until(1)
     assert event == Placed(7, customer="bob", total=Decimal("1.50"))
     assert event_id == sent.headers[f"{place.kind.prefix}id"]
@@ -113,7 +111,7 @@ async def test_what_we_send_is_read_by_the_sdk_of_cloudevents(place: Place) -> N
     orders = Service(place, "orders")
     orders.forward(Placed, key=customer_of)
     event = Placed(7)
-    async with orders, place.kind.read(place.url, place.orders, "stock") as reader:
+    async with orders, place.read() as reader:
         await orders.bus.dispatch(event)
         found = await reader.next()
     read = by_the_sdk(place, found)
@@ -170,6 +168,20 @@ async def test_headers_that_are_no_text_do_not_keep_a_message_of_kafka_from_its_
     assert seen.all == [0, 1]
 
 
+@pytest.mark.parametrize("place", ["redis"], indirect=True)
+async def test_entries_of_redis_that_faststream_cannot_read_are_dead_letters(place: Place) -> None:
+    billing = Service(place, "billing")
+    billing.consume(Placed)
+    async with billing, place.kind.read(place.url, place.dead) as dead:
+        client = await billing.broker.connect()
+        await client.xadd(place.orders, {b"odd": b"\xff"})
+        letter = await dead.next()
+
+    assert letter.headers["eventkit-reason"] == "foreign"
+    assert letter.body == rb'{"odd": "\\xff"}'
+    assert await place.kind.left(place.url, place.orders, "billing") == 0
+
+
 @pytest.mark.parametrize("place", ["rabbitmq"], indirect=True)
 async def test_what_rabbitmq_cannot_route_or_does_not_take_fails_the_forward(place: Place) -> None:
     orders = Service(place, "orders")
@@ -196,3 +208,19 @@ async def test_what_rabbitmq_cannot_route_or_does_not_take_fails_the_forward(pla
     assert any("NO_ROUTE" in each for each in texts)
     assert len(texts) == 2
     assert orders.bus.stats.failed == 2
+
+
+@pytest.mark.parametrize("place", ["nats"], indirect=True)
+async def test_one_event_goes_to_two_subjects_of_one_stream_of_nats(place: Place) -> None:
+    from faststream.nats import JStream
+
+    sender = Service(place)
+    stream = JStream(place.orders, subjects=[f"{place.orders}.>"])
+    audited = sender.broker.publisher(f"{place.orders}.audit", stream=stream)
+    sender.forward(Placed)
+    sender.bridge.forward(Placed, audited, name="audit")
+    async with sender:
+        await sender.bus.dispatch(Placed(7))
+        stored = await sender.broker.connection.jetstream().stream_info(place.orders)
+
+    assert stored.state.messages == 2

@@ -5,7 +5,7 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.brokers.conftest import closing
+from tests.brokers.conftest import on_each_own
 from tests.brokers.kinds import Message
 from tests.brokers.places import Place
 from tests.brokers.seen import Seen
@@ -15,7 +15,8 @@ pytestmark = pytest.mark.anyio
 
 def consume(place: Place, broker: Any, seen: Seen[bytes]) -> None:
     async def handle(body: bytes) -> None:  # nothing that is JSON, which FastStream reads
-        await seen.add(body)
+        if body not in seen.all:  # a broker may be killed before it reads that it was handled
+            await seen.add(body)
 
     subscriber: Any = place.kind.subscriber(broker, place.orders, "billing")
     for each in subscriber if isinstance(subscriber, list) else [subscriber]:  # pyright: ignore[reportUnknownVariableType]
@@ -31,18 +32,17 @@ async def test_a_broker_that_was_killed_has_what_it_confirmed_and_consumers_go_o
     consume(own_place, broker, seen)
     async with broker:
         await broker.start()
-        await own_place.kind.send(own_place.url, own_place.orders, Message({}, b"first"))
+        await own_place.send(Message({}, b"first"))
         await seen.until(1)
         await anyio.to_thread.run_sync(server.restart)
         if not server.keeps:
             await own_place.prepare()
-        await own_place.kind.send(own_place.url, own_place.orders, Message({}, b"second"))
+        await own_place.send(Message({}, b"second"))
         await seen.until(2)
-    # The broker may have been killed before it read that the first one was handled.
-    assert [*dict.fromkeys(seen.all)] == [b"first", b"second"]
+    assert seen.all == [b"first", b"second"]
 
 
-@closing
+@on_each_own("closes_connections")
 async def test_consumers_go_on_when_the_broker_has_closed_all_connections(
     own_place: Place,
 ) -> None:
@@ -53,9 +53,9 @@ async def test_consumers_go_on_when_the_broker_has_closed_all_connections(
     async with broker:
         await broker.start()
         for times, body in enumerate([b"first", b"second", b"third"], start=1):
-            await own_place.kind.send(own_place.url, own_place.orders, Message({}, body))
+            await own_place.send(Message({}, body))
             await seen.until(times)
             await anyio.to_thread.run_sync(server.close_connections)
-        await own_place.kind.send(own_place.url, own_place.orders, Message({}, b"last"))
+        await own_place.send(Message({}, b"last"))
         await seen.until(4)
     assert seen.all == [b"first", b"second", b"third", b"last"]

@@ -28,10 +28,10 @@ def soaked(request: pytest.FixtureRequest, own_servers: OwnServers) -> Iterator[
 def test_each_order_that_was_committed_has_its_effect_exactly_once(
     soaked: Place,
     tmp_path: Path,
-    seconds: float,
+    soak_seconds: float,
     record_property: Callable[[str, object], None],
 ) -> None:
-    report = Soak(soaked, tmp_path, seconds).run()
+    report = Soak(soaked, tmp_path, soak_seconds).run()
     record_property("soak", f"{soaked.kind.name}: {report}")
     assert not report.problems(), str(report)
     assert report.orders

@@ -12,9 +12,10 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from typing import Any, Protocol
 
 import stamina
 import uvicorn
@@ -23,7 +24,7 @@ from fastapi import FastAPI
 from eventkit import EventBus, current_delivery
 from eventkit.faststream import Bridge
 from eventkit.starlette import EventContextMiddleware
-from tests.brokers.happenings import Placed
+from tests.brokers.happenings import Placed, customer_of
 from tests.brokers.kinds import KINDS, import_clients
 from tests.crash.worker import Lines, conservation, say
 
@@ -46,7 +47,7 @@ class Service:
             self.bridge.forward(
                 Placed,
                 kind.publisher(self.broker, options.orders),
-                key=lambda event: event.customer,
+                key=customer_of,
                 timeout=options.timeout,
             )
             return
@@ -69,11 +70,9 @@ class Service:
         self.bus.on(Placed)(self.handle)
 
     async def handle(self, event: Placed) -> None:
-        delivery = current_delivery()
-        assert delivery is not None
         self.attempts[event.number] += 1
         facts = {"number": event.number, "attempt": self.attempts[event.number]}
-        say("begins", id=str(delivery.event_id), **facts)
+        say("begins", id=str(current_delivery().event_id), **facts)
         match event.how:
             case "fails twice" if facts["attempt"] < 3:
                 raise RuntimeError("not yet")
@@ -93,13 +92,15 @@ class Service:
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncGenerator[None]:
-        async with self.broker:
-            await self.broker.start()
-            commands = asyncio.create_task(self.obey())
-            say("ready", pid=os.getpid())
-            yield
-            commands.cancel()
-        say("stopped", **conservation(self.bus))
+        try:
+            async with self.broker:
+                await self.broker.start()
+                commands = asyncio.create_task(self.obey())
+                say("ready", pid=os.getpid())
+                yield
+                commands.cancel()
+        finally:  # the client of NATS refuses to close while it reconnects
+            say("stopped", **conservation(self.bus))
 
     async def obey(self) -> None:
         async for command in commands():
@@ -153,14 +154,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--timeout", type=float, default=10.0)
     options = parser.parse_args(arguments)
     stamina.instrumentation.set_on_retry_hooks([])  # they write to the standard output
+    asyncio.run(serve(partial(Service, options)))
+
+
+class Served(Protocol):
+    """What a program is, beside its server."""
+
+    bus: EventBus
+
+    def lifespan(self, app: FastAPI) -> AbstractAsyncContextManager[None]: ...
+
+
+async def serve(make: Callable[[], Served]) -> None:
+    """Serve a service until a signal ends it. What eventkit logs is said, too."""
     logger = logging.getLogger("eventkit")
     logger.addHandler(Lines())
     logger.setLevel(logging.INFO)
-    asyncio.run(serve(options))
-
-
-async def serve(options: argparse.Namespace) -> None:
-    service = Service(options)
+    service = make()
     app = FastAPI(lifespan=service.lifespan)
     app.add_middleware(EventContextMiddleware, bus=service.bus)
     config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=10)

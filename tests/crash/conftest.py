@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
@@ -14,6 +13,7 @@ pytest.importorskip("greenlet")  # compiled: a new Python may be without it
 
 from sqlalchemy import Engine, make_url, text
 
+from tests.conftest import require
 from tests.crash.cluster import Cluster, Missing, cluster, drop_database
 from tests.crash.nursery import PATIENCE, Nursery
 from tests.crash.processes import Process, Workers, workers
@@ -22,28 +22,6 @@ from tests.crash.tables import Count, count, engine_for, prepare
 
 ALL = os.environ.get("EVENTKIT_DRIVERS") == "all"
 DRIVERS = [*LOOPS] if ALL else ["pysqlite", "asyncpg"]
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--soak", type=float, default=12.0, metavar="SECONDS", help="how long each soak takes"
-    )
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Tell what soaks have counted, also where they have passed."""
-    for outcome in ("passed", "failed"):
-        for report in terminalreporter.getreports(outcome):
-            for name, value in report.user_properties:
-                if name == "soak":
-                    terminalreporter.write_line(str(value))
-
-
-def require(what: str) -> NoReturn:
-    """Skip the test, or fail where CI wants nothing to be skipped."""
-    if os.environ.get("EVENTKIT_REQUIRE_SERVICES") == "1":
-        pytest.fail(what)
-    pytest.skip(what)
 
 
 @pytest.fixture(scope="session")
@@ -55,13 +33,6 @@ def server() -> Iterator[Cluster]:
             yield made
     except Missing as error:
         require(str(error))
-
-
-@pytest.fixture(scope="session")
-def seconds(request: pytest.FixtureRequest) -> float:
-    """How long each soak takes."""
-    given: float = request.config.getoption("--soak")  # pyright: ignore[reportAssignmentType]
-    return given
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import make_url
 
+from tests.conftest import require
 from tests.crash.cluster import HOST, USER, Cluster, free_port
-from tests.crash.conftest import Place, require
+from tests.crash.conftest import Place
 from tests.crash.nursery import PATIENCE
 from tests.crash.test_leases import finish
 

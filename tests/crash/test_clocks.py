@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.conftest import Place, require
+from tests.conftest import require
+from tests.crash.conftest import Place
 from tests.crash.processes import Process
 from tests.crash.test_leases import LONG_LEASE, finish, reaped
 

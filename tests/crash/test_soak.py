@@ -16,7 +16,7 @@ def test_nothing_is_lost_made_up_or_done_exactly_once_twice(
     driver: str,
     tmp_path: Path,
     nursery: Nursery,
-    seconds: float,
+    soak_seconds: float,
     request: pytest.FixtureRequest,
     record_property: Callable[[str, object], None],
 ) -> None:
@@ -24,7 +24,7 @@ def test_nothing_is_lost_made_up_or_done_exactly_once_twice(
     name = "" if server is None else server.new_database()
     url = f"sqlite:///{tmp_path / 'soak.db'}" if server is None else server.url(name)
     report = soak(
-        make_url(url).render_as_string(False), driver, seconds, server=server, nursery=nursery
+        make_url(url).render_as_string(False), driver, soak_seconds, server=server, nursery=nursery
     )
     record_property("soak", f"{driver}: {report}")
     assert not report.problems(), str(report)

@@ -3,14 +3,15 @@
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import pytest
 from faststream import AckPolicy, BaseMiddleware
-from faststream.nats import JStream, NatsBroker, TestNatsBroker
-from faststream.rabbit import RabbitBroker, RabbitQueue, TestRabbitBroker
-from faststream.redis import RedisBroker, StreamSub, TestRedisBroker
+from faststream.nats import JStream, NatsBroker
+from faststream.rabbit import RabbitBroker, RabbitQueue
+from faststream.redis import RedisBroker, StreamSub
 from stamina import AsyncRetryingCaller
 
 from eventkit import DomainEvent, EventBus, named
@@ -178,19 +179,10 @@ def kind_of(broker: Any) -> str:
     return str(kind)
 
 
-def in_memory(broker: Any) -> Any:
-    """The broker as a context manager, in which it reaches nobody but its own subscribers."""
-    match kind_of(broker):
-        case "nats":
-            return TestNatsBroker(broker)
-        case "rabbit":
-            return TestRabbitBroker(broker)
-        case "redis":
-            return TestRedisBroker(broker)
-        case _:
-            from faststream.kafka import TestKafkaBroker
-
-            return TestKafkaBroker(broker)
+def in_memory(*brokers: Any) -> Any:
+    """The brokers as a context manager, in which they reach nobody but their own subscribers."""
+    module = import_module(f"faststream.{kind_of(brokers[0])}")
+    return getattr(module, f"Test{type(brokers[0]).__name__}")(*brokers)
 
 
 def publisher_of(broker: Any, place: str, **options: Any) -> Any:

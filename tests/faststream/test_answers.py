@@ -1,6 +1,8 @@
 """What becomes of each message: acknowledged, handed back, or a dead letter. Never nothing."""
 
 import logging
+from asyncio import CancelledError
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -51,6 +53,58 @@ def told(sent: Sent) -> tuple[str, str]:
 def without_content_type(headers: dict[str, str]) -> dict[str, str]:
     """RabbitMQ has it beside the headers."""
     return {name: value for name, value in headers.items() if name != "content-type"}
+
+
+# What others do with a message around the bridge.
+
+
+class Swallows(BaseMiddleware[Any, Any]):
+    """A middleware of the user's, which lets no error through."""
+
+    async def consume_scope(self, call_next: Any, msg: Any) -> Any:
+        with suppress(Exception):
+            return await call_next(msg)
+
+
+async def test_a_middleware_that_swallows_errors_loses_nothing(service: Service) -> None:
+    service.broker.add_middleware(Swallows)
+    service.consume(OrderPlaced)
+    Fails(service, NackMessage())
+    async with service.running():
+        await service.send(OrderPlaced(7))
+
+    assert service.answers == ["NACKED"]
+
+
+class Breaks(BaseMiddleware[Any, Any]):
+    """A middleware of the user's that fails before it is the consumer's turn."""
+
+    async def consume_scope(self, call_next: Any, msg: Any) -> Any:
+        raise OSError("away")
+
+
+async def test_what_a_middleware_fails_on_is_handed_back(service: Service) -> None:
+    service.broker.add_middleware(Breaks)
+    service.consume(OrderPlaced)
+    async with service.running():
+        with suppress(OSError):  # a broker in memory raises it to who publishes
+            await service.send(OrderPlaced(7))
+
+    assert service.answers == ["NACKED"]
+
+
+async def test_nobody_who_asks_for_an_answer_has_one(service: Service) -> None:
+    service.watch.refuse["replies"] = OSError("away")
+    service.consume(OrderPlaced)
+    handler = Fails(service, None)
+    async with service.running():
+        asks: dict[str, Any] = {"reply_to": "replies"}
+        if service.kind == "nats":  # whose own reply is where it acknowledges
+            asks = {"headers": asks}
+        await service.send(OrderPlaced(7), **asks)
+
+    assert handler.attempts == 1
+    assert service.answers == ["ACKED"]
 
 
 # What cannot be read.
@@ -479,6 +533,35 @@ async def test_a_dead_letter_is_the_message_as_it_came_and_says_why(
         assert (sent.options["message_id"], sent.options["persist"]) == ("m-7", True)
 
 
+async def test_headers_that_are_no_ascii_are_kept(service: Service) -> None:
+    letters: list[Received] = []
+
+    async def read(received: Received) -> None:
+        letters.append(received)
+
+    service.consume(OrderPlaced)
+    service.consume(OrderPlaced, place="dead", deliver=read, dead_letter=service.publisher("x"))
+    Fails(service, RejectMessage())
+    given = "zoé".encode() if service.kind == "redis" else "zoé"  # which FastStream measures in one
+    async with service.running():
+        await service.send(OrderPlaced(7), headers={"tenant": given})
+
+    (letter,) = letters
+    assert letter.event == OrderPlaced(7)
+    assert letter.headers["tenant"] == "zoé"
+
+
+async def test_what_identifies_a_message_is_cut_where_rabbitmq_takes_no_more() -> None:
+    service, rabbit = Service("nats"), Service("rabbit")
+    service.consume(OrderPlaced, dead_letter=rabbit.publisher("dead"))
+    async with service.running(), rabbit.running():
+        await service.send(headers={"message_id": "m" * 300}, body=b"", correlation_id="c" * 300)
+
+    (sent,) = rabbit.dead
+    assert sent.options["message_id"] == "m" * 255
+    assert sent.options["correlation_id"] == "c" * 255
+
+
 async def test_a_dead_letter_that_is_not_accepted_stays_where_it_is(
     service: Service, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -495,6 +578,25 @@ async def test_a_dead_letter_that_is_not_accepted_stays_where_it_is(
         "a dead letter was not accepted: the message stays where it is: reason=unknown "
     )
     assert "ConnectionError: away" in caplog.text
+
+
+async def test_so_it_is_where_nobody_answers(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As RabbitMQ does not while it has too little memory."""
+
+    class Hangs(BaseMiddleware[Any, Any]):
+        async def publish_scope(self, call_next: Any, cmd: Any) -> Any:
+            await (call_next(cmd) if cmd.destination == "orders" else anyio.sleep_forever())
+
+    monkeypatch.setattr("eventkit.faststream._consumer._DEAD_WITHIN", 0.01)
+    service.broker.add_middleware(Hangs)
+    service.consume(OrderPlaced)
+    async with service.running():
+        await service.send(BillPaid(7))
+
+    assert service.answers == ["NACKED"]
+    assert "a dead letter was not accepted: the message stays where it is" in caplog.text
 
 
 async def test_so_it_is_where_the_broker_does_not_confirm(
@@ -664,6 +766,30 @@ async def test_a_long_outage_hands_the_message_back_and_is_no_dead_letter(
     assert clock.pauses == [1.0] * (in_place + 1) * 5
     complaints = caplog.text.count("messages cannot be taken in, and wait with their broker")
     assert complaints == 1 + (clock.now - 1) // 60
+
+
+async def test_a_cancellation_that_an_inbox_makes_up_does_not_end_the_subscriber(
+    service: Service,
+) -> None:
+    """It would: a client whose connection is lost cancels those who wait for an answer."""
+
+    async def away(received: Received) -> None:
+        raise CancelledError
+
+    service.consume(OrderPlaced, deliver=away)
+    async with service.running():
+        await service.send(OrderPlaced(7))
+
+    assert service.answers == ["NACKED"]
+
+
+async def test_so_it_is_with_the_place_of_dead_letters(service: Service) -> None:
+    service.watch.refuse["dead"] = CancelledError()
+    service.consume(OrderPlaced)
+    async with service.running():
+        await service.send(BillPaid(7))
+
+    assert service.answers == ["NACKED"]
 
 
 async def test_an_outage_does_not_hold_up_a_subscriber_that_stops(

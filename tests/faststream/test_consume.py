@@ -264,6 +264,29 @@ async def test_records_of_kafka_with_null_headers_or_no_utf_8_are_handled(
     assert parsed == [record] * own_parser
 
 
+@pytest.mark.parametrize(
+    ("fields", "body"),
+    [
+        ({b"__data__": b'{"data": "x", "headers": []}'}, b'{"data": "x", "headers": []}'),
+        ({b"\xff": b"1", b"b": b"\xfe"}, rb'{"\\xff": "1", "b": "\\xfe"}'),
+    ],
+)
+async def test_entries_of_redis_that_faststream_cannot_read_are_dead_letters(
+    fields: dict[bytes, bytes], body: bytes
+) -> None:
+    """FastStream hands them back, and would do so each time that they are claimed."""
+    service = Service("redis")
+    service.consume(OrderPlaced)
+    entry = {"type": "stream", "channel": "orders", "message_ids": [b"1-0"], "data": fields}
+    async with service.running():
+        await service.subscribers[0].process_message(entry)
+
+    (sent,) = service.dead
+    assert sent.headers["eventkit-reason"] == "foreign"
+    assert sent.body == body
+    assert service.answers == ["ACKED"]
+
+
 async def decode_twice(message: Any, original: Any) -> Any:
     await original(message)
     return await original(message)

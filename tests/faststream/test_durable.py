@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from ssl import SSLCertVerificationError
 from typing import Any
 from uuid import UUID
 
@@ -102,6 +103,18 @@ async def test_an_outage_of_the_database_is_waited_for(service: Service, clock: 
     assert len(kept.received) == 1
     assert clock.pauses == [1.0, 1.0]
     assert service.answers == ["ACKED"]
+
+
+async def test_so_is_one_that_is_a_value_error_too(service: Service) -> None:
+    """As it is while the database has a certificate that is out of date."""
+    kept = Rows(service)
+    kept.errors = [SSLCertVerificationError("expired")]
+    service.consume(OrderPlaced, durable=True)
+    async with service.running():
+        await service.send(OrderPlaced(7))
+
+    assert len(kept.received) == 1
+    assert service.dead == []
 
 
 @pytest.mark.parametrize("error", [ValueError("no text"), TypeError("no text")])

@@ -80,7 +80,7 @@ async def test_its_id_and_key_are_told_to_brokers_that_have_a_place_for_them(
     id = str(event.event_id)
     match kind:
         case "nats":
-            assert sent.headers["Nats-Msg-Id"] == id
+            assert sent.headers["Nats-Msg-Id"] == f"{id} orders"
         case "rabbit":
             assert (sent.options["message_id"], sent.options["persist"]) == (id, True)
         case "kafka":
@@ -98,6 +98,18 @@ async def test_two_forwards_of_one_event_send_the_same_id_and_time(service: Serv
     first, copy, second, _ = map(attributes_of, service.watch.sent)
     assert first == copy
     assert first["id"] != second["id"]
+
+
+async def test_nats_takes_it_for_sent_twice_only_where_it_goes_to_one_subject() -> None:
+    service = Service("nats")
+    for number, place in enumerate(("orders.new", "orders.new", "orders.audit")):
+        service.bridge.forward(OrderPlaced, service.publisher(place), name=str(number))
+    async with service.running():
+        await publish(service.bus, OrderPlaced(7))
+
+    ids = {sent.headers["Nats-Msg-Id"] for sent in service.watch.sent}
+    assert len(service.watch.sent) == 3
+    assert len(ids) == 2
 
 
 async def test_one_publisher_may_send_events_of_several_classes(service: Service) -> None:
@@ -323,6 +335,23 @@ async def test_a_correlation_id_of_the_log_and_what_is_carried_go_along(service:
     assert second.options["correlation_id"] == "8"
     assert "traceparent" not in second.headers
     assert third.options["correlation_id"]  # FastStream makes one
+
+
+async def test_an_id_that_anybody_may_have_written_is_sent_so_that_each_broker_takes_it(
+    service: Service,
+) -> None:
+    """RabbitMQ takes 255 bytes, and FastStream's format for Redis is spoilt by what is no ASCII."""
+    service.bridge.forward(BillSent, service.publisher("bills"))
+    async with service.running():
+        for id_ in ("é\r\nNats-Msg-Id: 7", "x" * 300):
+            token = carried.set({"traceparent": id_})
+            with bound_contextvars(correlation_id=id_):
+                await publish(service.bus, BillSent(1))
+            carried.reset(token)
+
+    odd, long = service.watch.sent
+    assert odd.options["correlation_id"] == odd.headers["traceparent"] == r"\xe9 Nats-Msg-Id: 7"
+    assert long.options["correlation_id"] == "x" * 255
 
 
 async def test_a_publisher_of_a_router_is_one_too() -> None:

@@ -10,6 +10,7 @@ from faststream import AckPolicy
 from faststream.nats import JStream, NatsBroker, NatsRouter, PullSub
 from faststream.rabbit import ExchangeType, RabbitBroker, RabbitExchange, RabbitQueue, RabbitRouter
 from faststream.redis import ListSub, RedisBroker, RedisRouter, StreamSub
+from nats.js.api import AckPolicy as NatsAckPolicy
 from nats.js.api import ConsumerConfig
 from stamina import AsyncRetryingCaller
 
@@ -134,15 +135,15 @@ def test_it_can_be_written_as_json() -> None:
 def test_it_is_a_class() -> None:
     publisher = publisher_of(NatsBroker(), "orders")
 
-    assert forwarding(publisher, "x") == "'x' is no class of events"  # type: ignore[arg-type]
-    assert consuming(subscribers_of(NatsBroker(), "orders"), list[int]) == (
-        "list[int] is no class of events"
-    )
+    refused = "forward() and consume() take classes of events, not "
+    assert forwarding(publisher, "x") == f"{refused}'x'"  # type: ignore[arg-type]
+    assert consuming(subscribers_of(NatsBroker(), "orders"), list[int]) == f"{refused}list[int]"
 
 
 def test_two_classes_of_one_consumer_have_two_names() -> None:
     assert consuming(subscribers_of(NatsBroker(), "orders"), OrderPlaced, BillPaid, Copied) == (
-        "BillPaid and Copied are both called 'shop.bill.paid.v1': a message could be either"
+        "BillPaid and Copied are both called 'shop.bill.paid.v1', so a message could be either: "
+        "rename one of them"
     )
     bridge_on().consume(
         subscribers_of(NatsBroker(), "orders"),
@@ -246,7 +247,9 @@ def test_the_subscribers_of_one_consumer_are_of_one_broker() -> None:
         *subscribers_of(RabbitBroker(), "orders"),
     ]
 
-    assert consuming(subscribers) == "the subscribers of one consumer belong to one broker"
+    assert consuming(subscribers) == (
+        "the subscribers of one consumer belong to one broker: call consume() for each"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -281,6 +284,28 @@ def test_that_of_kafka_is_one_by_default() -> None:
         "the subscriber's ack_policy is ACK_FIRST, which loses what a handler fails on: give it "
         "ack_policy=AckPolicy.NACK_ON_ERROR"
     )
+
+
+class Codec:
+    async def encode(self, message: Any, serializer: Any) -> tuple[bytes, str | None]:
+        return b"", None
+
+    async def decode(self, message: Any) -> Any:
+        return message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_codec_is_refused(kind: Kind) -> None:
+    """A sender's would write JSON as something else; with a reader's no broker starts."""
+    broker = broker_of(kind, codec=Codec())
+    text = (
+        "this broker or subscriber has a codec=, which would write and read what is JSON already: "
+        "give events a broker without one"
+    )
+
+    assert forwarding(publisher_of(broker, "orders")) == text
+    assert consuming(subscribers_of(broker, "orders")) == text
+    assert consuming(subscribers_of(broker_of(kind), "orders", codec=Codec())) == text
 
 
 def test_core_nats_is_refused() -> None:
@@ -340,6 +365,44 @@ def test_nats_is_not_to_drop_what_was_handed_out_often() -> None:
         "ConsumerConfig(max_deliver=5) has NATS drop a message that was handed out so often: leave "
         "it out, and give consume() max_deliveries="
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ordered_consumer": True},
+        {"config": ConsumerConfig(ack_policy=NatsAckPolicy.NONE)},
+        {"config": ConsumerConfig(ack_policy=NatsAckPolicy.ALL)},
+    ],
+)
+def test_nats_is_to_wait_for_each_acknowledgement(options: dict[str, Any]) -> None:
+    subscriber = NatsBroker().subscriber("orders", stream=stream_of("orders"), queue="b", **options)
+
+    assert consuming(subscriber) == (
+        "this consumer acknowledges nothing, or more than what was handled: leave "
+        "ordered_consumer= and ConsumerConfig(ack_policy=) out"
+    )
+
+
+@pytest.mark.parametrize("pull", [False, True])
+def test_nats_is_not_to_forget_a_consumer(*, pull: bool) -> None:
+    subscriber = NatsBroker().subscriber(
+        "orders", stream=stream_of("orders"), pull_sub=PullSub() if pull else None
+    )
+
+    assert consuming(subscriber) == (
+        "this consumer is forgotten when its process ends, so what was sent is lost or comes once "
+        "more: give it durable="
+    )
+
+
+def test_it_forgets_one_that_pulls_by_a_queue() -> None:
+    with pytest.warns(RuntimeWarning, match="The `queue` option has no effect"):
+        subscriber = NatsBroker().subscriber(
+            "orders", stream=stream_of("orders"), queue="b", pull_sub=True
+        )
+
+    assert consuming(subscriber).startswith("this consumer is forgotten when its process ends")
 
 
 def test_lists_and_channels_of_redis_are_refused() -> None:
@@ -417,6 +480,8 @@ def test_a_limit_is_shorter_than_the_broker_waits() -> None:
     )
     assert consuming(slow).startswith("the broker hands a message out again after 10 s, ")
     assert "within=25 has to be below that" in consuming(slow)
+    backing_off = ConsumerConfig(ack_wait=60, backoff=[5, 10])  # of which NATS takes the first
+    assert "after 5 s" in consuming(subscribers_of(NatsBroker(), "orders", config=backing_off))
     assert consuming([redis(), redis(min_idle_time=500)], within=0.5) == (
         "the broker hands a message out again after 0.5 s, so it would be handled twice: "
         "within=0.5 has to be below that (StreamSub(min_idle_time=))"
@@ -425,7 +490,14 @@ def test_a_limit_is_shorter_than_the_broker_waits() -> None:
 
 @NEEDS_AIOKAFKA
 def test_that_of_kafka_is_five_minutes() -> None:
-    assert "after 300 s" in consuming(subscribers_of(broker_of("kafka"), "orders"), within=300)
+    broker = broker_of("kafka")
+    less = subscribers_of(broker, "orders", max_poll_interval_ms=20_000)
+
+    assert "after 300 s" in consuming(subscribers_of(broker, "orders"), within=300)
+    assert consuming(less) == (
+        "the broker hands a message out again after 20 s, so it would be handled twice: within=25 "
+        "has to be below that (max_poll_interval_ms=)"
+    )
 
 
 @pytest.mark.parametrize("within", [0, -1, float("nan")])
@@ -586,12 +658,13 @@ def names_of(*subscribers: Any) -> list[str]:
 
 def test_a_consumer_of_nats_is_called_by_its_stream_and_its_durable_name() -> None:
     broker = NatsBroker()
+    config = ConsumerConfig(durable_name="b", filter_subjects=["orders.placed"])
 
     assert names_of(
         broker.subscriber("orders.placed", stream=stream_of("orders"), durable="b", pull_sub=True),
         broker.subscriber("orders.placed", stream=stream_of("orders"), queue="b"),
-        broker.subscriber("orders.placed", stream=stream_of("orders")),
-    ) == ["orders/b", "orders/b", "orders/orders.placed"]
+        broker.subscriber(stream=stream_of("orders"), pull_sub=True, config=config),
+    ) == ["orders/b", "orders/b", "orders/b"]
 
 
 def test_one_of_a_router_is_called_by_the_routers_prefix_too() -> None:
@@ -622,3 +695,21 @@ def test_a_durable_forward_is_checked_as_a_handler_is() -> None:
     with pytest.raises(TypeError):
         service.bridge.forward(OrderPlaced, service.publisher("o"), durable="yes")  # type: ignore[arg-type]
     service.bridge.forward(OrderPlaced, service.publisher("o"), durable=Durable(attempts=1))
+
+
+@pytest.mark.filterwarnings("ignore:The JetStream Push consumer:RuntimeWarning")
+def test_a_push_subscriber_of_nats_that_hoards_messages_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broker = NatsBroker()
+    stream = JStream("orders", subjects=["orders.>"])
+    few = ConsumerConfig(max_ack_pending=10)
+    for subject, config in (("orders.many", None), ("orders.few", few)):
+        subscriber = broker.subscriber(subject, stream=stream, queue=subject, config=config)
+        Bridge(EventBus(), source="/billing").consume(
+            subscriber, OrderPlaced, dead_letter=broker.publisher("dead", stream=stream)
+        )
+
+    (line,) = caplog.messages
+    assert "slow handlers run twice. Give it pull_sub=True" in line
+    assert line.endswith("consumer=orders/orders.many")

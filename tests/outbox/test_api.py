@@ -362,6 +362,8 @@ def test_users_see_of_an_outbox_what_they_are_to_use(outbox: Outbox) -> None:
         "get",
         "healthy",
         "in_memory",
+        "read_stats",
+        "receive",
         "retry",
         "run",
         "run_due",

@@ -4,9 +4,10 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from secrets import token_hex
 from typing import Any
 from uuid import UUID
 
@@ -528,6 +529,8 @@ async def test_nor_is_anything_with_sqlite_in_memory(bus: EventBus, ran: list[st
         ({"consumer": "a\0b"}, r"the consumer 'a\\x00b' has a null character"),
         ({"message_id": ""}, r"an empty message_id: give it an id of the message"),
         ({"message_id": "\0"}, r"the message_id '\\x00' has a null character"),
+        ({"consumer": "é" * 501}, r"the consumer has more than 1000 bytes"),
+        ({"message_id": "é" * 501}, r"the message_id has more than 1000 bytes"),
     ],
 )
 async def test_what_messages_cannot_be_told_by_is_refused(
@@ -548,6 +551,32 @@ async def test_an_event_that_cannot_be_stored_is_refused_before_the_database_is_
         await receive(outbox, event=Placed)
     monkeypatch.undo()
     assert (inbox(scene), ran) == ([], [])
+
+
+async def test_the_longest_names_are_kept(outbox: Outbox, scene: Scene, ran: list[str]) -> None:
+    """None of them is shorter when it is packed, as PostgreSQL packs what it indexes."""
+    consumer, id_, key = (token_hex(500) for _ in range(3))
+    await receive(outbox, id_, Placed(name=key), consumer=consumer)
+
+    assert inbox(scene) == [(consumer, id_)]
+    assert scene.kept() == {"keyed": (State.READY, 0)}
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (lambda _: {}["nobody"], "the key of a durable handler cannot be told: KeyError"),
+        (lambda _: "é" * 501, "the key of durable handler keyed has more than 1000 bytes"),
+    ],
+)
+async def test_a_key_that_nobody_can_tell_or_keep_is_the_fault_of_the_event(
+    bus: EventBus, outbox: Outbox, scene: Scene, key: Callable[[object], str], message: str
+) -> None:
+    seen: list[Placed] = []
+    bus.subscribe(Placed, seen.append, name="keyed", durable=Durable(key=key))
+    with pytest.raises(ValueError, match=message):
+        await receive(outbox)
+    assert (inbox(scene), seen) == ([], [])
 
 
 def lacking(connection: Connection) -> str:

@@ -9,7 +9,7 @@ import pytest
 from anyio import create_task_group
 from starlette.types import Receive, Scope, Send
 
-from benchmarks import behind, bridge, dispatch, outbox, served
+from benchmarks import behind, bridge, brokers, dispatch, outbox, served
 from benchmarks.__main__ import TOPICS, keep, main, page, run, topic
 from benchmarks.harness import (
     FINE_SLACK,
@@ -424,6 +424,15 @@ def test_a_request_without_an_event_is_held_against_the_bare_app_in_microseconds
     assert (verdict.measured, verdict.limit, verdict.stretch) == (2.5, 3.0, 2.0)
 
 
+def test_an_observer_is_held_against_a_bus_without_one_in_microseconds() -> None:
+    rounds = TIMES | {behind.OBSERVED: [48_500, 26_500]}
+    found = Comparison({"loop": "asyncio", "request": str(behind.Work(1))}, rounds)
+
+    *_, verdict = behind.verdicts([found])
+
+    assert (verdict.measured, verdict.limit, verdict.stretch) == (4.5, 5.0, 4.0)
+
+
 @pytest.mark.parametrize(("handlers", "to"), [(3, served.GROUP), (1, served.PEER)])
 def test_on_a_server_what_the_event_adds_is_held_against_what_another_adds(
     handlers: int, to: str
@@ -494,7 +503,7 @@ def test_a_broker_that_does_not_answer_is_left_out_with_a_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("EVENTKIT_NATS_URL", "nats://127.0.0.1:1")
-    monkeypatch.setattr(bridge, "BROKERS", {"NATS": bridge.BROKERS["NATS"]})
+    monkeypatch.setattr(bridge, "BROKERS", {"NATS": brokers.BROKERS["NATS"]})
 
     results = run("bridge", SMALLEST)
 

@@ -22,12 +22,12 @@ import httpx
 from faststream.exceptions import NackMessage, RejectMessage
 
 from eventkit.wire import Wired, decode, encode
+from tests.faststream.services import KINDS, in_memory
 from tests.project.test_docs import FENCED, ROOT, run_page, run_project
 
 SERVICES = ROOT / "docs" / "services.md"
 TITLE = re.compile(r"# (.*)\n")
 MODULES = ("shop_events", "orders", "billing", "readable")
-KINDS = ["nats", "rabbit", "redis", "kafka"]
 NAMES = {"rabbit": "RabbitMQ", "redis": "Redis", "kafka": "Kafka"}
 
 
@@ -101,16 +101,6 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-def memory(kind: str, broker: Any) -> Any:
-    """FastStream's test broker."""
-    name = {"nats": "Nats", "rabbit": "Rabbit", "redis": "Redis", "kafka": "Kafka"}[kind]
-    try:
-        module = importlib.import_module(f"faststream.{kind}")
-    except ImportError as missing:
-        pytest.skip(str(missing))
-    return getattr(module, f"Test{name}Broker")(broker)
-
-
 async def send(kind: str, billing: Any, wired: Wired) -> None:
     """Publish as a sender of the page does."""
     headers = wired.headers("ce_" if kind == "kafka" else "ce-")
@@ -129,12 +119,10 @@ async def send(kind: str, billing: Any, wired: Wired) -> None:
 async def test_orders_sends_and_billing_writes_an_invoice(
     page: Page, capsys: pytest.CaptureFixture[str], kind: str, durable: bool
 ) -> None:
-    if kind == "kafka":
-        pytest.importorskip("aiokafka")
     page.write(kind, durable=durable)
     orders, billing = page.load("orders"), page.load("billing")
 
-    async with memory(kind, orders.broker):
+    async with in_memory(orders.broker):
         transport = httpx.ASGITransport(orders.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://orders") as client:
             answer = await client.post("/orders/7")
@@ -142,7 +130,7 @@ async def test_orders_sends_and_billing_writes_an_invoice(
         orders.placed.mock.assert_called_once()
 
     order = orders.OrderPlaced(7, "ada", Decimal("9.90"))
-    async with memory(kind, billing.broker):
+    async with in_memory(billing.broker):
         await send(kind, billing, encode(order, source="/orders"))
         await send(kind, billing, encode(order, source="/orders"))
 
