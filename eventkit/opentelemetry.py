@@ -93,8 +93,11 @@ def instrument(
     What is counted is read when it is collected. The outbox's two read its whole table then, with
     one statement for both, in the thread that collects: every process reports the same numbers.
 
+    The payload is in no span. An exception is recorded as by other instrumentations, with its
+    message and its traceback: what the message says is up to who raised it.
+
     Args:
-        bus: Whose.
+        bus: Whose. Its events' spans and counters go to each SDK once.
         tracer_provider: By default the global one, also if it is set later.
         meter_provider: As above.
 
@@ -103,6 +106,7 @@ def instrument(
 
     Raises:
         TypeError: It is no EventBus.
+        ValueError: It is instrumented already, with these providers.
     """
     if not isinstance(bus, EventBus):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"instrument() takes an EventBus, not {bus!r}")
@@ -221,7 +225,19 @@ class _Processing:
 
     def __enter__(self) -> None:
         try:
-            self._start()
+            around = links = None
+            if _kept.get() is not None or self._begun.received is not None:
+                around, links = self._origin()
+            name, attributes = self._known
+            self._span = span = self._tracing.tracer.start_span(
+                name, around, SpanKind.CONSUMER, attributes, links
+            )
+            recording = span.is_recording()
+            if recording:
+                span.set_attributes(self._facts())
+            if recording or around is not None or not _is_current(span):
+                self._token = contexts.attach(trace.set_span_in_context(span, around))
+            self._began = perf_counter()
         except Exception as error:  # noqa: BLE001 - of an SDK, or what was plugged into it
             complain(self._tracing, error)
 
@@ -232,42 +248,26 @@ class _Processing:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            self._end(exc)
+            if self._began is not None:
+                seconds = perf_counter() - self._began
+                # While the span is current, so that an exemplar leads to it.
+                attributes = self._known[1] if exc is None else self._fail(exc)
+                self._tracing.durations.record(seconds, attributes)
+            if self._token is not None:
+                contexts.detach(self._token)
+                self._span.end()
+            if self._restored is not None:
+                _kept.reset(self._restored)
         except Exception as error:  # noqa: BLE001 - as above
             complain(self._tracing, error)
 
-    def _start(self) -> None:
-        around = links = None
-        if _kept.get() is not None or self._begun.received is not None:
-            around, links = self._origin()
-        name, attributes = self._known
-        span = self._tracing.tracer.start_span(name, around, SpanKind.CONSUMER, attributes, links)
-        self._span = span
-        recording = span.is_recording()
-        if recording:
-            span.set_attributes(self._facts())
-        if recording or around is not None or not _is_current(span):
-            self._token = contexts.attach(trace.set_span_in_context(span, around))
-        self._began = perf_counter()
-
-    def _end(self, exc: BaseException | None) -> None:
-        if self._began is None:
-            return
-        seconds = perf_counter() - self._began
-        attributes = self._known[1]
-        if exc is not None:
-            kind = f"{type(exc).__module__}.{type(exc).__qualname__}".removeprefix("builtins.")
-            attributes = attributes | {"error.type": kind}
-            self._span.set_attribute("error.type", kind)
-            self._span.record_exception(exc)
-            self._span.set_status(Status(StatusCode.ERROR, kind))
-        # While the span is current, so that an exemplar leads to it.
-        self._tracing.durations.record(seconds, attributes)
-        if self._token is not None:
-            contexts.detach(self._token)
-            self._span.end()
-        if self._restored is not None:
-            _kept.reset(self._restored)
+    def _fail(self, exc: BaseException) -> dict[str, str]:
+        """Say so in the span, and in the attributes of what is measured."""
+        kind = f"{type(exc).__module__}.{type(exc).__qualname__}".removeprefix("builtins.")
+        self._span.set_attribute("error.type", kind)
+        self._span.record_exception(exc)
+        self._span.set_status(Status(StatusCode.ERROR, kind))
+        return self._known[1] | {"error.type": kind}
 
     def _origin(self) -> tuple[Context | None, Sequence[Link] | None]:
         """In which context the span begins, and what it is linked to; None for the current one."""

@@ -125,18 +125,18 @@ class Insider(Observer):
     """An observer of the house, which has a `Delivery` made only where it needs one.
 
     Making it costs two microseconds, and a run of a handler without anybody who watches twenty. Its
-    hooks `published` and `delivery` are never called: it has these instead.
+    hooks `published` and `delivery` are never called: it has these instead. Not an `ABC`, whose
+    `isinstance` costs half a microsecond.
+    """
+
+    surround: Callable[[Begun, int], AbstractContextManager[object]]
+    """What `delivery` gives for a run of the handler at this index.
+
+    Neither this nor the context manager raises.
     """
 
     def accepted(self, accepted: Accepted) -> None:
         """What `published` is told of an event."""
-
-    def surround(self, begun: Begun, index: int) -> AbstractContextManager[object]:
-        """What `delivery` gives for a run of the handler at this index.
-
-        Neither this nor the context manager raises.
-        """
-        return nullcontext()
 
 
 class Observation:
@@ -186,7 +186,7 @@ class Audience:
 
     def __init__(self, everyone: tuple[Observer, ...] = ()) -> None:
         self.everyone = everyone
-        self.published = self._with("published", "accepted")
+        self.published = self._with("published", insiders=True)
         self.released = self._with("released")
         self.withdrawn = self._with("withdrawn")
         self.discarded = self._with("discarded")
@@ -194,17 +194,17 @@ class Audience:
         self.requeued = self._with("requeued")
         self.headers = self._with("headers")
         self.restored = self._with("restored")
-        self.delivery = self._with("delivery", "surround")
+        self.delivery = self._with("delivery", insiders=True)
 
-    def _with(self, hook: str, insiders: str | None = None) -> tuple[Observer, ...]:
-        """Those that have a hook; insiders may have another one in its place."""
-        found: list[Observer] = []
-        for each in self.everyone:
-            base, name = (Insider, insiders) if isinstance(each, Insider) else (Observer, None)
-            name = name or hook
-            if getattr(getattr(each, name), "__func__", None) is not getattr(base, name):
-                found.append(each)
-        return tuple(found)
+    def _with(self, hook: str, *, insiders: bool = False) -> tuple[Observer, ...]:
+        """Those that have a hook; with `insiders` these, too, which have another in its place."""
+        untouched = getattr(Observer, hook)
+        return tuple(
+            each
+            for each in self.everyone
+            if (insiders and isinstance(each, Insider))
+            or getattr(getattr(each, hook), "__func__", None) is not untouched
+        )
 
     @property
     def watches_events(self) -> bool:
