@@ -218,10 +218,12 @@ def package(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """Show the example shop at work; `nox -s demo -- --serve` keeps it open for a browser.
 
-    `nox -s demo -- two-services` shows two services and a broker.
+    `nox -s demo -- two-services` shows two services and a broker. `--trace`, with either, shows one
+    order as OpenTelemetry sees it.
     """
     two_services = "two-services" in session.posargs
-    session.install("-e", ".", *group("two-services" if two_services else "demo"))
+    tracing = group("tracing") if "--trace" in session.posargs else ()
+    session.install("-e", ".", *group("two-services" if two_services else "demo"), *tracing)
     session.run("python", "-m", "examples.demo", *session.posargs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Awaitable, Callable
 from functools import partial
 from io import TextIOWrapper
 from typing import cast
@@ -14,6 +15,7 @@ from rich.console import Console
 from examples.demo.play import play
 from examples.demo.process import until_signal
 from examples.demo.serve import serve
+from examples.demo.traced import play_traced
 
 _WIDTH = 100
 _AS_TOLD, _NOT_AS_TOLD, _INTERRUPTED = 0, 1, 130
@@ -24,24 +26,21 @@ def main() -> int:
     options = _options()
     console = _console()
     if options.what == "two-services":
-        return anyio.run(_play_two_services, console)
-    if options.serve:
+        # Imported when used: it needs FastStream, and the shop does not.
+        from examples.demo.two_services.play import play as play_two_services
+        from examples.demo.two_services.traced import play_traced as play_two_traced
+
+        course = play_two_traced if options.trace else play_two_services
+    elif options.serve:
         return 0 if anyio.run(partial(serve, console, port=options.port)) else 1
-    return anyio.run(_play, console)
+    else:
+        course = play_traced if options.trace else play
+    return anyio.run(_until_told, partial(course, console))
 
 
-async def _play(console: Console) -> int:
+async def _until_told(course: Callable[[], Awaitable[bool]]) -> int:
     async with until_signal():
-        return _AS_TOLD if await play(console) else _NOT_AS_TOLD
-    return _INTERRUPTED
-
-
-async def _play_two_services(console: Console) -> int:
-    # Imported when used: it needs FastStream, and the shop does not.
-    from examples.demo.two_services.play import play as play_two_services
-
-    async with until_signal():
-        return _AS_TOLD if await play_two_services(console) else _NOT_AS_TOLD
+        return _AS_TOLD if await course() else _NOT_AS_TOLD
     return _INTERRUPTED
 
 
@@ -60,11 +59,18 @@ def _options() -> argparse.Namespace:
         "--serve", action="store_true", help="keep the shop running, to try it with curl"
     )
     parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="show one order as OpenTelemetry sees it: a tree of spans, written to a file",
+    )
+    parser.add_argument(
         "--port", type=int, default=8000, help="where to serve (default: %(default)s; 0: any)"
     )
     options = parser.parse_args()
     if options.serve and options.what != "shop":
         parser.error("--serve is for the shop")
+    if options.serve and options.trace:
+        parser.error("--serve and --trace do not go together")
     return options
 
 

@@ -214,12 +214,17 @@ class PaymentProvider(_HttpServer):
 
 @dataclass(frozen=True, slots=True)
 class Neighbourhood:
-    """All that is around a shop, up and running."""
+    """All that is around a shop, up and running.
+
+    Attributes:
+        is_traced: Whether the shop writes its spans.
+    """
 
     mails: MailServer
     warehouse: Warehouse
     payments: PaymentProvider
     directory: Path
+    is_traced: bool = False
 
     @property
     def database(self) -> Path:
@@ -232,6 +237,11 @@ class Neighbourhood:
         return self.directory / "shop.log"
 
     @property
+    def spans(self) -> Path:
+        """Where the shop writes its spans, if it does."""
+        return self.directory / "spans.jsonl"
+
+    @property
     def settings(self) -> Settings:
         """Where the shop finds everything."""
         return Settings(
@@ -240,6 +250,7 @@ class Neighbourhood:
             warehouse_url=f"{self.warehouse.url}/stock",
             payments_url=f"{self.payments.url}/charges",
             lease_seconds=_LEASE_SECONDS,
+            spans=str(self.spans) if self.is_traced else "",
         )
 
 

@@ -31,7 +31,7 @@ from examples.demo.report import Report
 from examples.demo.timeline import Overview, Timeline
 from examples.demo.trace import Trace, clock_ns
 
-_FOR_EVER = 60.0  # seconds, which nobody waits for
+FOR_EVER = 60.0  # seconds, which nobody waits for
 
 
 async def play(console: Console) -> bool:
@@ -52,7 +52,7 @@ async def _play_all(report: Report, around: Neighbourhood, log: IO[str]) -> None
     """Play the cases, and end the shop as a server does that is asked to."""
     trace = Trace()
     shots: list[Shot] = []
-    async with _staged(around, trace, log) as (stage, process):
+    async with staged(around, trace, log) as (stage, process):
         report.opening(f"The shop runs at {_url(trace)} in process {process.pid}.")
         for number, case in enumerate(CASES, start=1):
             played = await case.play(stage)
@@ -80,8 +80,8 @@ async def _play_all(report: Report, around: Neighbourhood, log: IO[str]) -> None
 async def _play_killed(report: Report, around: Neighbourhood, log: IO[str]) -> None:
     """End the shop as a machine does that loses its power, and start it again."""
     trace = Trace()
-    around.mails.delay, usual_delay = _FOR_EVER, around.mails.delay
-    async with _staged(around, trace, log) as (stage, process):
+    around.mails.delay, usual_delay = FOR_EVER, around.mails.delay
+    async with staged(around, trace, log) as (stage, process):
         shot = await stage.start_sign_up("nora")
         on_its_way = await until_its_mail_is_on_its_way(stage, shot)
         killed_ns = clock_ns()
@@ -89,7 +89,7 @@ async def _play_killed(report: Report, around: Neighbourhood, log: IO[str]) -> N
     shot.story.cut_off(killed_ns)
     kept, lapses_ns = _kept(around.database), _lapses_ns(around.database)
     around.mails.delay = usual_delay
-    async with _staged(around, trace, log) as (stage, again):
+    async with staged(around, trace, log) as (stage, again):
         started_ns = clock_ns()
         await until_its_mail_has_arrived(stage, shot)
     moments = {
@@ -113,7 +113,7 @@ async def _play_killed(report: Report, around: Neighbourhood, log: IO[str]) -> N
 
 
 @asynccontextmanager
-async def _staged(
+async def staged(
     around: Neighbourhood, trace: Trace, log: IO[str]
 ) -> AsyncGenerator[tuple[Stage, Process]]:
     """Run the shop during the block, with everything that cases need."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI
 
@@ -36,4 +37,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(EventContextMiddleware, bus=bus)
     app.include_router(user_routes)
     app.include_router(order_routes)
+    if settings.spans:
+        # Imported when used: the shop needs no OpenTelemetry.
+        from examples.shop.telemetry import instrument_shop
+
+        instrument_shop(app, resources, Path(settings.spans))
     return app

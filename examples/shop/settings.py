@@ -19,6 +19,7 @@ class Settings:
         payments_url: Where charges are collected.
         credit_limit_cents: Orders above it are declined.
         lease_seconds: How long nobody else does the work of a process that was killed.
+        spans: A file for what OpenTelemetry sees, in lines of JSON; empty where it is not asked.
     """
 
     database_url: str = "sqlite:///shop.db"
@@ -28,6 +29,7 @@ class Settings:
     payments_url: str = "http://127.0.0.1:8002/charges"
     credit_limit_cents: int = 30_000
     lease_seconds: float = 15.0
+    spans: str = ""
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -43,6 +45,7 @@ class Settings:
                 environ.get("SHOP_CREDIT_LIMIT_CENTS", default.credit_limit_cents)
             ),
             lease_seconds=float(environ.get("SHOP_LEASE_SECONDS", default.lease_seconds)),
+            spans=environ.get("SHOP_SPANS", default.spans),
         )
 
     def to_env(self) -> dict[str, str]:

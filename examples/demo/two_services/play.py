@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sqlite3
 import tempfile
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from eventkit.wire import encode
 from examples.demo.cases import Check
 from examples.demo.process import ShopDidNotStart, kill, telling_process, until_up
 from examples.demo.report import Report
+from examples.demo.spans import SpanFile
 from examples.demo.timeline import JOURNEY_LEGEND, Journey
 from examples.demo.trace import Run, Story, Trace, clock_ns
 from examples.demo.two_services.broker import (
@@ -40,21 +41,36 @@ _HELD = "bob"  # whose invoice is being written when billing is killed
 
 async def play(console: Console) -> bool:
     """Show the two services; True if everything happened as told, or if there is no broker."""
+    return await put_up(console, _play_all)
+
+
+async def put_up(console: Console, course: Course, *, traced: bool = False) -> bool:
+    """Find a broker, run the course, and sum up.
+
+    Args:
+        console: Where it is shown.
+        course: What is shown.
+        traced: Whether the services write their spans.
+
+    Returns:
+        Whether everything happened as told; also True if there is no broker, and none was named.
+    """
     with tempfile.TemporaryDirectory(prefix="eventkit-demo-") as name:
         folder = Path(name)
         try:
             async with broker_at_hand(folder) as at_hand:
-                return await _play(Report(console), at_hand, folder)
+                log = folder / "services.log"
+                with log.open("w") as file:
+                    stage = Stage(at_hand, folder, file, traced=traced)
+                    return await _run(Report(console), stage, course, log)
         except NoBroker as none:
             console.print("", f"Nothing is shown: {none}.", "", MISSING, sep="\n", markup=False)
             return not none.was_named
 
 
-async def _play(report: Report, at_hand: BrokerAtHand, folder: Path) -> bool:
-    log = folder / "services.log"
+async def _run(report: Report, stage: Stage, course: Course, log: Path) -> bool:
     try:
-        with log.open("w") as file:
-            await _play_all(report, Stage(at_hand, folder, file))
+        await course(report, stage)
     except* (ShopDidNotStart, httpx.HTTPError) as errors:
         gone = Check("the services are there and answer", holds=False, found=repr(errors))
         report.results.append(("The services", [gone]))
@@ -69,13 +85,21 @@ class Service:
         trace: What its processes have told.
     """
 
-    def __init__(self, name: str, at_hand: BrokerAtHand, folder: Path, log: IO[str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        at_hand: BrokerAtHand,
+        folder: Path,
+        log: IO[str],
+        environment: Mapping[str, str],
+    ) -> None:
         self.database = folder / f"{name}.db"
         self.trace = Trace()
         self._name = name
         self._log = log
         self._environment = {
             **at_hand.environment,
+            **environment,
             f"{name.upper()}_DATABASE": f"sqlite+aiosqlite:///{self.database}",
             "OUTBOX_LEASE": str(_LEASE),
         }
@@ -114,12 +138,20 @@ class Service:
 
 
 class Stage:
-    """The two services and their broker."""
+    """The two services and their broker.
 
-    def __init__(self, at_hand: BrokerAtHand, folder: Path, log: IO[str]) -> None:
+    Attributes:
+        spans: What OpenTelemetry sees, if the services are traced.
+    """
+
+    def __init__(
+        self, at_hand: BrokerAtHand, folder: Path, log: IO[str], *, traced: bool = False
+    ) -> None:
         self.at_hand = at_hand
-        self.orders = Service("orders", at_hand, folder, log)
-        self.billing = Service("billing", at_hand, folder, log)
+        self.spans = SpanFile(folder / "spans.jsonl")
+        environment = {"DEMO_SPANS": str(self.spans.path)} if traced else {}
+        self.orders = Service("orders", at_hand, folder, log, environment)
+        self.billing = Service("billing", at_hand, folder, log, environment)
 
     async def place(self, name: str, order_id: int) -> Way:
         """Place an order, and leave with the answer while the rest is still to come."""
@@ -198,6 +230,9 @@ class Way:
         """The forward is a handler, and ends well when the broker has confirmed."""
         outcomes = _outcomes(self.ordered, _FORWARD)
         return Check("the broker has confirmed it, at the first attempt", outcomes == ["ok"])
+
+
+Course = Callable[[Report, Stage], Awaitable[None]]
 
 
 async def _play_all(report: Report, stage: Stage) -> None:

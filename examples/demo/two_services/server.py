@@ -3,7 +3,8 @@
     python -m examples.demo.two_services.server billing
 
 Nothing in the services is changed for this. A middleware of FastStream sees the messages.
-`DEMO_HOLDS` names a request whose handlers do not come to their commit here.
+`DEMO_HOLDS` names a request whose handlers do not come to their commit here, `DEMO_SPANS` a file
+for what OpenTelemetry sees.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -49,4 +51,9 @@ if __name__ == "__main__":
     service = import_module(f"examples.two_services.{sys.argv[1]}")
     service.broker.client.add_middleware(Doorman)
     listen(Session, "before_flush", hold)
+    if spans := os.environ.get("DEMO_SPANS"):
+        # Imported when used: it needs OpenTelemetry.
+        from examples.demo.two_services.telemetry import instrument_service
+
+        instrument_service(service, sys.argv[1], Path(spans))
     serve(service.app, service.bus, 0)
