@@ -60,7 +60,8 @@ class Observer:
     def restored(self, headers: Mapping[str, str]) -> None:
         """A delivery is going to run from a table: put back what `headers` gave at publish.
 
-        Called in the delivery's context variables, before `delivery`.
+        Called in the delivery's context variables, before `delivery`. `headers` is empty where
+        nothing was kept.
         """
 
     def delivery(self, delivery: Delivery) -> AbstractContextManager[object]:
