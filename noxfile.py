@@ -188,13 +188,22 @@ def minimums(session: nox.Session) -> None:
 
     Old releases leave resources open, and nobody will mend them: here a warning is only shown.
     """
-    extras = PYPROJECT["project"]["optional-dependencies"].values()
-    bounds = [*PYPROJECT["project"]["dependencies"], *(line for extra in extras for line in extra)]
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    bridge = [bound.replace(">=", "==") for bound in extras.pop("faststream")]
+    bounds = [
+        *PYPROJECT["project"]["dependencies"],
+        *(line for each in extras.values() for line in each),
+    ]
     oldest = [bound.replace(">=", "==") for bound in bounds]
-    # Starlette's test client takes httpx where httpx2, which wants a newer AnyIO, is missing.
-    tools = [line for line in group("test") if not line.startswith("httpx2")]
+    # Starlette's test client takes httpx where httpx2 is missing. That and FastStream want a newer
+    # AnyIO, so the bridge has a run of its own.
+    newer = ("httpx2", "faststream")
+    tools = [line for line in group("test") if not line.startswith(newer)]
     session.install("-e", ".", *oldest, *tools)
     session.run("pytest", "-n", "auto", "-W", "default", *session.posargs)
+    clients = [line for line in group("test") if line.startswith("faststream")]
+    session.install("-e", ".", *clients, *bridge)
+    session.run("pytest", "-n", "auto", "-W", "default", "tests/faststream")
 
 
 @nox.session(reuse_venv=False)
