@@ -3,6 +3,7 @@
 import logging
 from asyncio import CancelledError
 from contextlib import suppress
+from inspect import signature
 from typing import Any
 
 import anyio
