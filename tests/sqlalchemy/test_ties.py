@@ -1029,6 +1029,7 @@ async def test_a_session_to_await_that_is_forgotten_gives_its_connection_back_at
     engine = create_async_engine(async_engine.url, poolclass=AsyncAdaptedQueuePool)
     obey(engine.sync_engine)
     deliver_on_commit(bus, engine)
+    before = threading.enumerate()  # others may have left connections open
 
     async with bus.context():
         session, connection = AsyncSession(engine), await engine.connect()
@@ -1043,7 +1044,11 @@ async def test_a_session_to_await_that_is_forgotten_gives_its_connection_back_at
             weakref.ref(connection.sync_connection),
         ]
         del session, connection
-        drivers = [each for each in threading.enumerate() if "_connection_" in each.name]
+        drivers = [
+            each
+            for each in threading.enumerate()
+            if "_connection_" in each.name and each not in before
+        ]
         with warnings.catch_warnings():  # SQLAlchemy warns of what it has to end unasked
             warnings.simplefilter("ignore", SAWarning)
             gc.collect()
