@@ -266,7 +266,8 @@ IMPORT_ALL = """
 import importlib, pkgutil, sys
 import eventkit
 
-optional = {"click", "fastapi", "pydantic", "pytest", "rich", "sqlalchemy", "trio"}
+optional = {"click", "fastapi", "faststream", "opentelemetry", "pydantic", "pytest", "rich"}
+optional |= {"sqlalchemy", "stamina", "trio"}
 if pulled := optional & sys.modules.keys():
     sys.exit(f"import eventkit pulls in {sorted(pulled)}")
 for module in pkgutil.walk_packages(eventkit.__path__, "eventkit."):

@@ -138,12 +138,14 @@ def test_a_forked_child_has_an_owner_of_its_own(place: Place, killed: bool) -> N
     assert not place.query("select owner from eventkit_process")
 
 
-def test_four_processes_on_one_file_never_find_it_locked(sqlite: Place, seconds: float) -> None:
+def test_four_processes_on_one_file_never_find_it_locked(
+    sqlite: Place, soak_seconds: float
+) -> None:
     four = [sqlite.start("--seed", f"{seed}", "--failures", "0") for seed in range(4)]
     for process in four:
         process.hear("ready")
         process.tell("soak")
-    four[0].ended_within(min(60.0, seconds))  # the time that it takes
+    four[0].ended_within(min(60.0, soak_seconds))  # the time that it takes
     for process in four:
         process.tell("rest")
     for process in four:

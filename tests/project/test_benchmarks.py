@@ -425,7 +425,7 @@ def test_a_request_without_an_event_is_held_against_the_bare_app_in_microseconds
 
 
 def test_an_observer_is_held_against_a_bus_without_one_in_microseconds() -> None:
-    rounds = TIMES | {behind.OBSERVED: [48_500, 26_500]}
+    rounds = TIMES | {behind.OBSERVED: [48_500.0, 26_500.0]}
     found = Comparison({"loop": "asyncio", "request": str(behind.Work(1))}, rounds)
 
     *_, verdict = behind.verdicts([found])
