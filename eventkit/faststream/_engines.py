@@ -87,9 +87,9 @@ class Engine(ABC):
         """Why the publisher cannot be used, and what to do; None if it can."""
         return None
 
+    @abstractmethod
     def problem_of_subscriber(self, subscriber: Any) -> str | None:
         """Why the subscriber cannot be used, and what to do; None if it can."""
-        return None
 
     def doubt_of_subscriber(self, subscriber: Any) -> str | None:
         """Why the subscriber may do more than it should, and what to do."""

@@ -27,9 +27,7 @@ class Names:
     formerly: tuple[tuple[str, Upcast | None], ...] = ()
 
     def steps_from(self, name: str) -> list[tuple[str, Upcast]] | None:
-        """Say what today's dict is made with; None if the class never had this name."""
-        if name == self.current:
-            return []
+        """Say what is called on a dict of a former name; None if the class never had the name."""
         for index, (former, _) in enumerate(self.formerly):
             if former == name:
                 return [(each, step) for each, step in self.formerly[index:] if step is not None]

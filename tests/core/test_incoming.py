@@ -40,6 +40,21 @@ def noting(seen: Seen, bus: EventBus, *event_types: type) -> None:
         bus.on(event_type)(note)
 
 
+async def test_a_unit_of_work_inside_a_handler_is_part_of_its_delivery(bus: EventBus) -> None:
+    seen: list[tuple[Delivery, Delivery]] = []
+
+    @bus.on(int)
+    async def open_one(event: int) -> None:
+        outside = current_delivery()
+        async with bus.context():
+            seen.append((outside, current_delivery()))
+
+    await bus.dispatch(7)
+
+    ((outside, inside),) = seen
+    assert inside is outside
+
+
 @pytest.mark.parametrize("event", [Placed(), 7], ids=["with an id", "without"])
 async def test_a_delivery_has_the_headers_and_the_id_of_the_message(
     bus: EventBus, event: object

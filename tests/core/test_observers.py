@@ -667,10 +667,11 @@ async def test_an_unconfigured_structlog_prints_nothing(
     assert capsys.readouterr().out == ""
 
 
-def test_a_bare_observation_surrounds_with_nothing() -> None:
+def test_a_bare_observer_surrounds_with_nothing_and_adds_nothing() -> None:
     delivery = Delivery(1, "handler", None, 0, 1, 0, (0, 0))
 
     assert isinstance(Observer().delivery(delivery), nullcontext)
+    assert Observer().headers(1) == {}
 
 
 class Deciding(Observer):

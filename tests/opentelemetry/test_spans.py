@@ -384,7 +384,7 @@ class Broken(TracerProvider):
         self.add_span_processor(self)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
         self.at_start = at_start
 
-    def on_start(self, *_: object) -> None:
+    def on_start(self, *_: object, **__: object) -> None:
         if self.at_start:
             raise LookupError
 

@@ -17,7 +17,7 @@ from eventkit.exceptions import OutboxSchemaError
 from eventkit.outbox import Outbox
 from eventkit.outbox import _relay as module
 from eventkit.outbox._relay import Relay
-from eventkit.outbox._store import State
+from eventkit.outbox._store import State, Store
 from tests.outbox.processes import (
     DEAD,
     Clock,
@@ -325,6 +325,27 @@ async def test_a_process_that_left_nothing_is_no_warning(
         await clock.go_on(16)
         await look(relay)
         await look(relay)
+    said = [each for each in caplog.records if "without a farewell" in each.getMessage()]
+    assert [each.levelname for each in said] == ["INFO"]
+
+
+async def test_a_process_that_holds_its_row_is_told_of_once(
+    scene: Scene,
+    bus: EventBus,
+    outbox: Outbox,
+    clock: Clock,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    leave_dead(scene)
+    caplog.set_level("INFO")
+    # As where it stands still in a transaction that has written its row.
+    monkeypatch.setattr(Store, "reap", lambda *_, **__: 0)
+    async with relay_of(bus, outbox) as relay:
+        await look(relay)
+        await clock.go_on(16)
+        for _ in range(3):
+            await look(relay)
     said = [each for each in caplog.records if "without a farewell" in each.getMessage()]
     assert [each.levelname for each in said] == ["INFO"]
 
