@@ -502,6 +502,7 @@ def test_what_the_bridge_adds_to_a_delay_is_held_in_milliseconds_where_the_broke
 def test_a_broker_that_does_not_answer_is_left_out_with_a_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    pytest.importorskip("faststream")
     monkeypatch.setenv("EVENTKIT_NATS_URL", "nats://127.0.0.1:1")
     monkeypatch.setattr(bridge, "BROKERS", {"NATS": brokers.BROKERS["NATS"]})
 
