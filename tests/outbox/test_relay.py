@@ -329,6 +329,10 @@ async def test_a_process_that_left_nothing_is_no_warning(
     assert [each.levelname for each in said] == ["INFO"]
 
 
+def nobody_is_reaped(*_: object, **__: object) -> int:
+    return 0
+
+
 async def test_a_process_that_holds_its_row_is_told_of_once(
     scene: Scene,
     bus: EventBus,
@@ -340,7 +344,7 @@ async def test_a_process_that_holds_its_row_is_told_of_once(
     leave_dead(scene)
     caplog.set_level("INFO")
     # As where it stands still in a transaction that has written its row.
-    monkeypatch.setattr(Store, "reap", lambda *_, **__: 0)
+    monkeypatch.setattr(Store, "reap", nobody_is_reaped)
     async with relay_of(bus, outbox) as relay:
         await look(relay)
         await clock.go_on(16)
