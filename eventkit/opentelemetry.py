@@ -42,10 +42,10 @@ try:
     )
     from opentelemetry.propagate import extract, inject
     from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode, Tracer, TracerProvider
-except ModuleNotFoundError as missing:
-    if not (missing.name or "").startswith("opentelemetry"):
+except ModuleNotFoundError as _missing:
+    if not (_missing.name or "").startswith("opentelemetry"):
         raise
-    raise not_installed("eventkit.opentelemetry", "opentelemetry", "opentelemetry") from missing
+    raise not_installed("eventkit.opentelemetry", "opentelemetry", "opentelemetry") from _missing
 
 __all__ = ["instrument"]
 

@@ -186,16 +186,16 @@ class Audience:
     )
 
     def __init__(self, everyone: tuple[Observer, ...] = ()) -> None:
-        self.everyone = everyone
-        self.published = self._with("published", insiders=True)
-        self.released = self._with("released")
-        self.withdrawn = self._with("withdrawn")
-        self.discarded = self._with("discarded")
-        self.undelivered = self._with("undelivered")
-        self.requeued = self._with("requeued")
-        self.headers = self._with("headers")
-        self.restored = self._with("restored")
-        self.delivery = self._with("delivery", insiders=True)
+        self.everyone: tuple[Observer, ...] = everyone
+        self.published: tuple[Observer, ...] = self._with("published", insiders=True)
+        self.released: tuple[Observer, ...] = self._with("released")
+        self.withdrawn: tuple[Observer, ...] = self._with("withdrawn")
+        self.discarded: tuple[Observer, ...] = self._with("discarded")
+        self.undelivered: tuple[Observer, ...] = self._with("undelivered")
+        self.requeued: tuple[Observer, ...] = self._with("requeued")
+        self.headers: tuple[Observer, ...] = self._with("headers")
+        self.restored: tuple[Observer, ...] = self._with("restored")
+        self.delivery: tuple[Observer, ...] = self._with("delivery", insiders=True)
 
     def _with(self, hook: str, *, insiders: bool = False) -> tuple[Observer, ...]:
         """Those that have a hook; with `insiders` these, too, which have another in its place."""

@@ -10,7 +10,7 @@ from eventkit.exceptions import BridgeError, not_installed
 
 try:
     from eventkit.faststream._bridge import Bridge
-except ModuleNotFoundError as missing:
-    raise not_installed(__name__, missing.name or "faststream", "faststream") from missing
+except ModuleNotFoundError as _missing:
+    raise not_installed(__name__, _missing.name or "faststream", "faststream") from _missing
 
 __all__ = ["Bridge", "BridgeError"]
