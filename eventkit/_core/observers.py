@@ -170,6 +170,8 @@ class Audience:
 
     Attributes:
         everyone: All of them.
+        watches_decisions: Whether somebody is told which events are released and withdrawn, also
+            of those that have no handler.
     """
 
     __slots__ = (
@@ -182,6 +184,7 @@ class Audience:
         "requeued",
         "restored",
         "undelivered",
+        "watches_decisions",
         "withdrawn",
     )
 
@@ -196,6 +199,7 @@ class Audience:
         self.headers: tuple[Observer, ...] = self._with("headers")
         self.restored: tuple[Observer, ...] = self._with("restored")
         self.delivery: tuple[Observer, ...] = self._with("delivery", insiders=True)
+        self.watches_decisions: bool = bool(self.released or self.withdrawn)
 
     def _with(self, hook: str, *, insiders: bool = False) -> tuple[Observer, ...]:
         """Those that have a hook; with `insiders` these, too, which have another in its place."""
@@ -210,7 +214,7 @@ class Audience:
     @property
     def watches_events(self) -> bool:
         """Whether somebody is told of events that have no handler, too."""
-        return bool(self.published or self.released or self.withdrawn)
+        return bool(self.published) or self.watches_decisions
 
 
 NOBODY = Audience()

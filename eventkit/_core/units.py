@@ -266,7 +266,7 @@ class Unit:
             tag = partial(decisions.tag, self)
         told = state.observers
         refusal = self.queue.stage(
-            envelopes, state.max_events, watched=bool(told.released or told.withdrawn), tag=tag
+            envelopes, state.max_events, watched=told.watches_decisions, tag=tag
         )
         if refusal is not None:
             raise self._refused(refusal)

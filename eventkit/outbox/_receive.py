@@ -96,8 +96,9 @@ def _stage(unit: Unit, envelope: Envelope) -> None:
     """Have the event delivered when the unit ends. No transaction takes part."""
     state = unit.state
     told = state.observers
-    watched = bool(told.released or told.withdrawn)
-    refusal = unit.queue.stage([envelope], state.max_events, watched=watched, tag=None)
+    refusal = unit.queue.stage(
+        [envelope], state.max_events, watched=told.watches_decisions, tag=None
+    )
     assert refusal is None, "a unit that is open and empty"
     if told.published:
         announce_published(state, [envelope])
