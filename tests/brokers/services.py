@@ -10,6 +10,7 @@ import stamina
 
 from eventkit import EventBus
 from eventkit.faststream import Bridge
+from tests.brokers.happenings import Placed
 from tests.brokers.places import Place
 
 # As the default, but for the pauses. The first attempt of five is before them.
@@ -60,6 +61,14 @@ class Service:
         traceback: TracebackType | None,
     ) -> None:
         await self._stack.aclose()
+
+
+def connected(place: Place, **options: Any) -> tuple[Service, Service]:
+    """One that sends `Placed`, and one that consumes it with these options."""
+    orders, billing = Service(place, "orders"), Service(place, "billing")
+    orders.forward(Placed)
+    billing.consume(Placed, **options)
+    return orders, billing
 
 
 @contextmanager

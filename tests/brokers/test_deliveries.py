@@ -12,7 +12,7 @@ from tests.brokers.happenings import Invoiced, Placed, customer_of
 from tests.brokers.kinds import Message
 from tests.brokers.places import Place
 from tests.brokers.seen import Seen
-from tests.brokers.services import Service
+from tests.brokers.services import Service, connected
 
 pytestmark = pytest.mark.anyio
 
@@ -37,9 +37,7 @@ async def test_fifty_events_arrive_once_in_order_and_equal_to_what_was_sent(plac
 async def test_a_handler_that_fails_twice_has_handled_it_in_the_third_attempt(
     place: Place,
 ) -> None:
-    orders, billing = Service(place, "orders"), Service(place, "billing")
-    orders.forward(Placed)
-    billing.consume(Placed)
+    orders, billing = connected(place)
     seen = Seen[Placed]()
 
     @billing.bus.on(Placed)
@@ -59,9 +57,7 @@ async def test_a_handler_that_fails_twice_has_handled_it_in_the_third_attempt(
 async def test_poison_is_a_dead_letter_after_five_attempts_and_the_next_is_handled(
     place: Place,
 ) -> None:
-    orders, billing = Service(place, "orders"), Service(place, "billing")
-    orders.forward(Placed)
-    billing.consume(Placed)
+    orders, billing = connected(place)
     seen = Seen[Placed]()
 
     @billing.bus.on(Placed)
@@ -137,9 +133,7 @@ async def test_two_processes_of_a_service_share_its_events(place: Place) -> None
 async def test_what_a_handler_publishes_has_the_correlation_id_of_the_message(
     place: Place,
 ) -> None:
-    orders, billing = Service(place, "orders"), Service(place, "billing")
-    orders.forward(Placed)
-    billing.consume(Placed)
+    orders, billing = connected(place)
     # To any place that has one reader.
     billing.bridge.forward(Invoiced, place.kind.dead_letters(billing.broker, place.dead))
 
@@ -213,9 +207,7 @@ async def test_an_inbox_has_a_message_run_once_that_comes_twice(place: Place) ->
 async def test_who_hands_it_back_has_it_again_and_no_dead_letter_comes_of_it(
     place: Place,
 ) -> None:
-    orders, billing = Service(place, "orders"), Service(place, "billing")
-    orders.forward(Placed)
-    billing.consume(Placed, returns_after=2.0)
+    orders, billing = connected(place, returns_after=2.0)
     seen = Seen[int]()
 
     @billing.bus.on(Placed)
@@ -232,9 +224,7 @@ async def test_who_hands_it_back_has_it_again_and_no_dead_letter_comes_of_it(
 
 
 async def test_who_rejects_it_has_it_once_and_it_is_a_dead_letter(place: Place) -> None:
-    orders, billing = Service(place, "orders"), Service(place, "billing")
-    orders.forward(Placed)
-    billing.consume(Placed)
+    orders, billing = connected(place)
     seen = Seen[int]()
 
     @billing.bus.on(Placed)
@@ -276,9 +266,7 @@ async def test_an_outage_of_what_delivers_loses_nothing_and_makes_no_dead_letter
 
 @on_each("can_refuse")
 async def test_a_message_stays_while_its_dead_letter_is_not_accepted(place: Place) -> None:
-    orders, billing = Service(place, "orders"), Service(place, "billing")
-    orders.forward(Placed)
-    billing.consume(Placed, returns_after=4.0)
+    orders, billing = connected(place, returns_after=4.0)
     seen = Seen[int]()
 
     @billing.bus.on(Placed)
@@ -303,9 +291,7 @@ async def test_a_message_stays_while_its_dead_letter_is_not_accepted(place: Plac
 async def test_a_backlog_that_takes_longer_than_the_brokers_patience_is_handled_once(
     place: Place,
 ) -> None:
-    orders, billing = Service(place, "orders"), Service(place, "billing")
-    orders.forward(Placed)
-    billing.consume(Placed, returns_after=2.0)
+    orders, billing = connected(place, returns_after=2.0)
     seen = Seen[int]()
 
     @billing.bus.on(Placed)
@@ -325,9 +311,7 @@ async def test_a_backlog_that_takes_longer_than_the_brokers_patience_is_handled_
 async def test_handlers_that_do_not_end_in_time_are_cancelled_and_it_is_a_dead_letter(
     place: Place,
 ) -> None:
-    orders, billing = Service(place, "orders"), Service(place, "billing")
-    orders.forward(Placed)
-    billing.consume(Placed, within=0.5)
+    orders, billing = connected(place, within=0.5)
     ended = Seen[str]()
 
     @billing.bus.on(Placed)
