@@ -236,6 +236,17 @@ def demo(session: nox.Session) -> None:
     session.run("python", "-m", "examples.demo", *session.posargs)
 
 
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation site into `site/`, and look at it; `nox -s docs -- --serve` serves it."""
+    session.install("-e", ".", *group("docs"))
+    if "--serve" in session.posargs:
+        session.run("zensical", "serve")
+        return
+    session.run("zensical", "build", "--clean", "--strict")
+    session.run("pytest", *(session.posargs or ["tests/site"]))
+
+
 def wheel_problems(path: Path) -> list[str]:
     """Say what the wheel lacks, and what it holds beside the package and its metadata."""
     with zipfile.ZipFile(path) as archive:
