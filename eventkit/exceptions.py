@@ -220,8 +220,8 @@ class NoRequestError(EventKitError, LookupError):
     def __init__(self, missing: str) -> None:
         if missing == "app":
             reason = (
-                "its unit of work was not opened in a request or in the lifespan of an application "
-                "that has EventContextMiddleware for this bus"
+                "the handler's unit of work was not opened in a request or in the lifespan of an "
+                "application that has EventContextMiddleware for this bus"
             )
         else:
             reason = (
@@ -356,8 +356,8 @@ class HandlerTimeoutError(EventKitError):
 
     def __init__(self, handler: str, timeout: float) -> None:
         super().__init__(
-            f"{handler} was cancelled after {timeout:g} s, which is its time limit. Make the "
-            "handler faster, or raise the limit: timeout= of the subscription, or "
+            f"{handler} was cancelled after {timeout:g} s. This is its time limit: make the "
+            "handler faster, or raise the limit with timeout= of the subscription or "
             "EventBus(handler_timeout=...)"
         )
         self.handler = handler

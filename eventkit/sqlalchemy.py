@@ -113,7 +113,7 @@ class CommitTie:
             elif other is bus and (shared := [each for each in engines if each in tie._engines]):  # noqa: SLF001
                 raise ValueError(
                     f"{bus!r} is tied to {shared[0]!r} already: all sessions and connections of "
-                    "an engine count, so call deliver_on_commit() only once, where you set up the "
+                    "an engine count, so call deliver_on_commit() once, where you set up the "
                     "application"
                 )
         self.detached: bool = False
@@ -477,8 +477,8 @@ class _Watched(Transaction):
             return bool(
                 session.new or session.deleted or any(map(session.is_modified, session.dirty))
             )
-        except Exception:  # noqa: BLE001 - a user's type that cannot be compared, or another thread
-            return True  # has changed the session at this moment
+        except Exception:  # noqa: BLE001 - a user's type cannot be compared, or another thread has
+            return True  # changed the session at this moment
 
     def be_part_of(self, below: _Watched) -> None:
         """Its session has joined the caller's transaction `below`, which decides from now on."""

@@ -46,7 +46,7 @@ _WEBSOCKET = (
     "the websocket must not wait for the handlers"
 )
 _LIFESPAN = (
-    "start-up and shutdown code runs in no request. Open a unit of work: "
+    "start-up and shutdown code belongs to no request. Open a unit of work: "
     "`async with bus.context():`"
 )
 

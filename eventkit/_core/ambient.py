@@ -189,7 +189,7 @@ def why_none() -> str:
         return reason
     if on_event_loop() or in_worker_thread():
         return (
-            "this code runs in no unit of work. In a web application add the middleware: "
+            "no request or job surrounds the caller. In a web application add the middleware: "
             "app.add_middleware(EventContextMiddleware, bus=bus). If it is there, this code runs "
             "outside of it: add it last, because the last middleware added is the outermost. In "
             "other code, and in an exception_handler(Exception), which runs outside of all "
@@ -199,8 +199,8 @@ def why_none() -> str:
     thread = threading.current_thread()
     if thread is not threading.main_thread():
         return (
-            f"the thread {thread.name!r} was started without the context variables of its creator. "
-            "Use anyio.to_thread.run_sync() or asyncio.to_thread(), which pass them on, or open a "
+            f"the thread {thread.name!r} was started without its creator's context variables. Use "
+            " anyio.to_thread.run_sync() or asyncio.to_thread(), which pass them on, or open a "
             "unit of work in the thread: `with bus.context():`"
         )
     return (

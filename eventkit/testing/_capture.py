@@ -72,8 +72,10 @@ class DeliveryList(EventList[object]):
 class FailureList(list[Failure]):
     """The deliveries that failed, with their errors, in the order of their failures.
 
-    [failure] = capevents.failures.by(send_receipt)
-    assert isinstance(failure.error, ConnectionError)
+        [failure] = capevents.failures.by(send_receipt)
+        assert isinstance(failure.error, ConnectionError)
+
+    `by` selects the failures of one handler.
     """
 
     __slots__ = ("_names_of",)
@@ -473,8 +475,8 @@ class EventCapture(Recording):
             return
         if unit.pending:
             raise EventContextUsageError(
-                f"idle() would wait for itself: {len(unit.pending)} deliveries are pending in the "
-                "unit of work around it. Leave this unit first, or deliver them with "
+                "idle() would wait for itself: the unit of work around it is open (pending: "
+                f"{len(unit.pending)}). Leave it first, or deliver its events with "
                 "`await bus.current_context().drain()`"
             )
 

@@ -1248,7 +1248,7 @@ async def test_what_leads_to_no_engine_is_refused(wrong: Any, bus: EventBus) -> 
     with pytest.raises(
         TypeError,
         match=r"deliver_on_commit\(\) takes an Engine or AsyncEngine, or a sessionmaker or "
-        r"async_sessionmaker that has one, not .*: give it the engine itself",
+        r"async_sessionmaker that has one, not .*: pass the engine itself",
     ):
         deliver_on_commit(bus, wrong)
 
