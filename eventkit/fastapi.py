@@ -60,6 +60,7 @@ async def get_bus(connection: HTTPConnection) -> EventBus:
 
 
 Bus = Annotated[EventBus, Depends(get_bus)]
+"""Alias for the only bus of the application, as the type of a parameter: `events: Bus`."""
 
 
 async def get_context(bus: Bus) -> EventContext:
@@ -79,3 +80,4 @@ async def get_context(bus: Bus) -> EventContext:
 
 
 CurrentContext = Annotated[EventContext, Depends(get_context)]
+"""Alias for the active event context, as the type of a parameter: `unit: CurrentContext`."""

@@ -98,6 +98,9 @@ def deliver_on_commit(bus: EventBus, engine: Engine | AsyncEngine | _Sessions) -
 class CommitTie:
     """The handle that `deliver_on_commit` returns: `detach()` ends it. Also a context manager.
 
+        with deliver_on_commit(bus, engine):    # detached at the end of the block
+            ...
+
     Attributes:
         detached: Whether it has ended.
         before_commit: Called right before the driver's COMMIT, with the user's connection and the

@@ -28,6 +28,7 @@ __all__ = ["EventStream", "Overflow", "end_at_shutdown", "stream"]
 E = TypeVar("E")
 
 Overflow = Literal["drop_oldest", "raise"]
+"""The values of the argument `overflow` of `stream`."""
 
 # Only `stream` and `end_at_shutdown` change these sets, in single steps. Signal handlers read them.
 _open: set[EventStream[Any]] = set()  # Any: streams of all types
@@ -88,6 +89,9 @@ async def stream(
 
 class EventStream(Generic[E]):
     """An async iterator of events, opened by `stream`.
+
+        async for event in events:
+            print(event)
 
     The stream ends when its block is left, after `end()`, and at the shutdown of the process (see
     `end_at_shutdown`). A cancellation while waiting for the next event loses no event. Several

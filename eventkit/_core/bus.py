@@ -37,6 +37,9 @@ _buses: WeakValueDictionary[int, EventBus] = WeakValueDictionary()
 class Wiring(TypedDict):
     """One subscription as plain data: an entry in the result of `EventBus.describe`.
 
+        for each in bus.describe():
+            print(each["event_type"], "->", each["handler"])
+
     Attributes:
         event_type: Name of the event class, with its module.
         handler: Name of the handler.
@@ -83,8 +86,8 @@ class EventBus(Subscribing, Aliased):
             replaces it. A plain `def` in a thread has no limit, and `dispatch` sets none.
         max_events: How many events may wait in one event context. Events without a handler do not
             count.
-        max_depth: How deep events may cause events. An event that no handler published has the
-            depth 0. An event that a handler publishes is one deeper than the handler's own event.
+        max_depth: Greatest depth of an event. An event that no handler published has the depth 0.
+            An event that a handler publishes is one deeper than the handler's own event.
         resolver: Gives handlers their dependencies. By default FastAPI's `Depends` does; FastAPI
             is imported when the first handler with dependencies is subscribed.
         debug: Turns on three aids for development. (1) `Delivery.published_from`, and the note on

@@ -39,7 +39,15 @@ Untimed = Callable[[], AbstractContextManager[object]]
 
 
 class Solver(Protocol):
-    """Makes the dependencies of one handler for each delivery. `Resolver.compile` returns it."""
+    """Makes the dependencies of one handler for each delivery. `Resolver.compile` returns it.
+
+        @asynccontextmanager
+        async def solver(origin: object) -> AsyncIterator[Mapping[str, object]]:
+            async with make_mailer() as mailer:
+                yield {"mailer": mailer}
+
+    Any callable with this signature is a solver.
+    """
 
     def __call__(self, origin: object, /) -> AbstractAsyncContextManager[Mapping[str, object]]:
         """Return an async context manager that gives the dependencies, by parameter name.

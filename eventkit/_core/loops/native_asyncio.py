@@ -67,7 +67,7 @@ class NativeTasks:
         self.time = self._loop.time
 
     def open(self, group: TaskGroup, over: Event) -> None:
-        """Nothing has to own native tasks."""
+        """Do nothing: on asyncio a native task needs no task group."""
 
     def spawn(self, run: Any, worker: Any) -> None:  # Any: `tasks.Workplace`, and its worker
         steps = run.work(worker)
