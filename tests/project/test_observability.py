@@ -475,10 +475,8 @@ def test_sentry_alone_sees_no_failure_that_structlog_prints(folder: Folder) -> N
 
 def test_with_sentry_alone_the_handlers_of_a_request_share_a_scope(folder: Folder) -> None:
     write_sentry_alone(folder)
-    crumbs = CLIENT.replace('set_tag("of", "first")', 'set_tag("of", "first"); leave_crumb()')
-    crumbs = crumbs.replace(
-        "class Placed", "def leave_crumb(): sentry_sdk.add_breadcrumb(message='first')\n\nclass Placed"
-    )
+    crumb = 'sentry_sdk.add_breadcrumb(message="first")\n    raise ValueError("first")'
+    crumbs = CLIENT.replace('raise ValueError("first")', crumb)
 
     _, second = events(folder.run(crumbs + PUBLISH, "unconfigured"))
 
