@@ -56,7 +56,8 @@ class Wired:
 
         Args:
             prefix: "ce-" for NATS, RabbitMQ, Redis and HTTP, "ce_" for Kafka, "cloudEvents:" for
-                AMQP 1.0. Values after "ce-" are percent-encoded, as the HTTP binding of CloudEvents says.
+                AMQP 1.0. Values after "ce-" are percent-encoded, by the HTTP binding of
+                CloudEvents.
         """
         headers = {f"{prefix}{name}": value for name, value in self.attributes.items()}
         if prefix == _ESCAPING:

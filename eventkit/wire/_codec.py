@@ -189,9 +189,7 @@ def codec_for(event_type: type[E]) -> Codec[E]:
     known = vars(event_type).get(_ATTRIBUTE) if _is_class(event_type) else None
     if isinstance(known, Codec):
         codec = cast("Codec[E]", known)
-        if (
-            codec.event_type is event_type
-        ):  # a decorator that makes a new class copies the codec, too
+        if codec.event_type is event_type:  # a new class by a decorator has a copy of it
             return codec
     return _BUILTIN.get(event_type) or _made(event_type)
 

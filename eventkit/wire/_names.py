@@ -37,14 +37,14 @@ class Names:
 def named(name: str, *, formerly: Mapping[str, Upcast | None] = {}) -> Callable[[C], C]:
     """Give an event class its name for stored rows and for the wire.
 
-    Without `named`, the name is `module:qualname`. Then a class that is moved or renamed has another
-    name, and nobody can read its old rows. A version is part of the name. A subclass does not
-    inherit the name.
+    Without `named`, the name is `module:qualname`. Then a class that is moved or renamed has
+    another name, and nobody can read its old rows. A version is part of the name. A subclass does
+    not inherit the name.
 
-    `formerly` lists the former names of the class, oldest first. Each former name has a function, or
-    None if only the name was changed. The function takes a dict that was stored under its name, and
-    returns the dict of the next name in the list. The last function returns the dict of the current
-    name. So a row with the oldest of two former names goes through two functions:
+    `formerly` lists the former names of the class, oldest first. Each former name has a function,
+    or None if only the name was changed. The function takes a dict that was stored under its name,
+    and returns the dict of the next name in the list. The last function returns the dict of the
+    current name. So a row with the oldest of two former names goes through two functions:
 
         def with_currency(stored: dict[str, Any]) -> dict[str, Any]:  # v1 -> v2
             return {**stored, "currency": "EUR"}
@@ -73,8 +73,8 @@ def named(name: str, *, formerly: Mapping[str, Upcast | None] = {}) -> Callable[
         `@attrs.define` and similar decorators.
 
     Raises:
-        TypeError: `name` or a key of `formerly` is no str, a value of `formerly` is neither callable
-            nor None, or the decorated object is not a class of the application.
+        TypeError: `name` or a key of `formerly` is no str, a value of `formerly` is neither
+            callable nor None, or the decorated object is not a class of the application.
         ValueError: A name cannot be used or appears twice, or the class has a name already.
     """
     names = Names(_usable(name), _history(name, formerly))
