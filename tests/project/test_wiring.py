@@ -23,7 +23,7 @@ def test_explain_answers_as_the_page_has_it(
     program = FENCED.findall(text)[0]
     (quoted,) = re.findall(r"^```text\n(shop\.OrderPaid reaches .*?)^```", text, re.M | re.S)
     (tmp_path / "shop.py").write_text(program)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "shop", raising=False)
     shop = importlib.import_module("shop")
 
