@@ -17,8 +17,11 @@ REPOSITORY = "https://github.com/fastapi-eventkit/fastapi-eventkit"
 RAW = "https://raw.githubusercontent.com/fastapi-eventkit/fastapi-eventkit/main/"
 # Pages that the host of the repository makes.
 MADE_BY_THE_HOST = {"", "/issues", "/security/advisories/new", "/discussions"}
-FRONT = ["README.md", "pyproject.toml", "zensical.toml"]
-LINKING = [*FRONT, *(str(page.relative_to(ROOT)) for page in ROOT.glob("docs/**/*.md"))]
+LINKING = [
+    str(path.relative_to(ROOT))
+    for pattern in ("*.md", "*.toml", "docs/**/*.md", ".github/**/*.*")
+    for path in sorted(ROOT.glob(pattern))
+]
 
 
 def file_of(url: str) -> tuple[Path, str] | None:
