@@ -89,6 +89,8 @@ __all__ = [
     "named",
 ]
 
+__version__ = "0.1.0"
+
 # The repr of a public name, and tracebacks, show the module that users import the name from.
 for _name in __all__:
     if globals()[_name].__module__.startswith(("eventkit._core", "eventkit.wire")):
