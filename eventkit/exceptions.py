@@ -356,9 +356,8 @@ class HandlerTimeoutError(EventKitError):
 
     def __init__(self, handler: str, timeout: float) -> None:
         super().__init__(
-            f"{handler} was cancelled after {timeout:g} s. This is its time limit: make the "
-            "handler faster, or raise the limit with timeout= of the subscription or "
-            "EventBus(handler_timeout=...)"
+            f"{handler} was cancelled after {timeout:g} s. Make it faster, or allow it more "
+            "with timeout= when subscribing or EventBus(handler_timeout=...)"
         )
         self.handler = handler
         self.timeout = timeout
