@@ -73,7 +73,7 @@ def deliver_on_commit(bus: EventBus, engine: Engine | AsyncEngine | _Sessions) -
             engines that its sessions are bound to later.
 
     Returns:
-        A handle: `detach()` ends it. Used as a context manager, it ends with the block.
+        A handle with a method `detach()`. Used as a context manager, it ends with the block.
 
     Raises:
         TypeError: An argument has the wrong type.

@@ -350,11 +350,11 @@ class EventBus(Subscribing, Aliased):
         It is for code outside of requests, such as jobs, scripts and websocket messages. The end of
         the block delivers the events, and waits until their handlers have ended. An exception in
         the block discards the events. If the block is cancelled while handlers run, the handlers
-        are cancelled. They, and the deliveries that have not started, are undelivered. Inside
-        another context of this bus the block works like a savepoint: see `EventContext`.
+        are cancelled. Their deliveries are undelivered, and so are those that have not started.
+        Inside another context of this bus the block works like a savepoint: see `EventContext`.
 
-        `with` is for threads that have no event loop. The handlers run on the first of these loops
-        that there is:
+        `with` is for threads that have no event loop. The handlers run on the first loop in this
+        list that exists:
 
         1. the loop that the thread works for, in a worker thread of AnyIO or trio;
         2. the loop of the unit of work in the thread's context variables;
@@ -454,8 +454,8 @@ class EventBus(Subscribing, Aliased):
             observer: An instance of a subclass of `Observer`.
 
         Returns:
-            A handle: `detach()` ends the observation. Used as a context manager, it ends with the
-                block.
+            A handle with a method `detach()` that ends the observation. Used as a context manager,
+            it ends with the block.
 
         Raises:
             TypeError: `observer` is not an instance of `Observer`.
