@@ -200,7 +200,7 @@ def why_none() -> str:
     if thread is not threading.main_thread():
         return (
             f"the thread {thread.name!r} was started without its creator's context variables. Use "
-            " anyio.to_thread.run_sync() or asyncio.to_thread(), which pass them on, or open a "
+            "anyio.to_thread.run_sync() or asyncio.to_thread(), which pass them on, or open a "
             "unit of work in the thread: `with bus.context():`"
         )
     return (
