@@ -509,7 +509,9 @@ def test_the_lines_that_the_durable_page_has_of_the_log_are_written() -> None:
         for node in ast.walk(ast.parse(source.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
-    table = re.findall(r"^\| (?:INFO|WARNING|ERROR) \| (.*?) \|", OPERATIONS.read_text(), re.MULTILINE)
+    table = re.findall(
+        r"^\| (?:INFO|WARNING|ERROR) \| (.*?) \|", OPERATIONS.read_text(), re.MULTILINE
+    )
     lines = [line.removesuffix("...").rstrip() for cell in table for line in cell.split("`")[1::2]]
 
     assert len(lines) > 15
