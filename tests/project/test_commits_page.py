@@ -26,7 +26,7 @@ def heroes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     (block,) = [each for each in blocks if each.startswith(TITLE)]
     (tmp_path / "heroes.py").write_text(block)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     module = importlib.import_module("heroes")
     yield module
