@@ -1,24 +1,40 @@
 """The pages for those who come from elsewhere: both programs run, and what changes is compared."""
 
+import inspect
+import json
 import re
 import smtplib
 import sqlite3
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextvars import Context, ContextVar
+from dataclasses import dataclass
 from email.message import EmailMessage
+from enum import Enum
 from functools import partial
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Self
+from typing import Annotated, Any, Self, TypeVar, cast
 
+import anyio
+import anyio.lowlevel
 import httpx
 import pytest
+from fastapi import Depends, FastAPI, HTTPException, Response, WebSocket
+from pydantic import BaseModel, ValidationError
 from starlette.testclient import TestClient
 
+from eventkit import EventBus, EventKitError, NoEventContextError
+from eventkit.starlette import EventContextMiddleware
 from tests.project.test_docs import A_FILE, FENCED, ROOT, run_project
 
 TASKS = ROOT / "docs" / "from-background-tasks.md"
+EVENTS = ROOT / "docs" / "from-fastapi-events.md"
+
+
+Handler = TypeVar("Handler", bound=Callable[[Any], Awaitable[None]])
 
 
 def files(page: Path) -> dict[str, str]:
@@ -116,9 +132,7 @@ def invoices(request: pytest.FixtureRequest, project: Path) -> ModuleType:
     return load(project, name, joined(files(TASKS), f"{name}.py"))
 
 
-def test_both_programs_mail_audit_and_call_the_webhook(
-    invoices: ModuleType, world: World
-) -> None:
+def test_both_programs_mail_audit_and_call_the_webhook(invoices: ModuleType, world: World) -> None:
     world.hook_fails = 2
     assert invoiced(invoices, world, **{"x-user": "ada"}) == 200
 
@@ -158,9 +172,7 @@ def test_the_tests_of_the_program_after_run(
     run_project(pytester, monkeypatch, passed=1)
 
 
-def test_the_durable_webhook_is_called_again_with_the_same_key(
-    project: Path, world: World
-) -> None:
+def test_the_durable_webhook_is_called_again_with_the_same_key(project: Path, world: World) -> None:
     pytest.importorskip("greenlet")
     parts = files(TASKS)
     source = joined(parts, "after.py")
@@ -187,3 +199,417 @@ def test_the_durable_webhook_is_called_again_with_the_same_key(
     assert len(world.hooks) == 2
     assert len({hook.headers["idempotency-key"] for hook in world.hooks}) == 1
     assert world.rows("eventkit_outbox") == []
+
+
+# ---- fastapi-events: both programs, and each row of the table of what changes.
+
+
+def theirs() -> tuple[FastAPI, Any]:  # Any: fastapi-events may be missing
+    """An application of fastapi-events, and its handlers."""
+    local = pytest.importorskip("fastapi_events.handlers.local").LocalHandler()
+    middleware = pytest.importorskip("fastapi_events.middleware").EventHandlerASGIMiddleware
+    app = FastAPI()
+    app.add_middleware(middleware, handlers=[local])
+    return app, local
+
+
+def registering(local: Any, name: str) -> Callable[[Handler], Handler]:
+    return cast("Callable[[Handler], Handler]", local.register(event_name=name))
+
+
+def dispatch(*arguments: object, **options: object) -> None:
+    import_module("fastapi_events.dispatcher").dispatch(*arguments, **options)
+
+
+def ours() -> tuple[FastAPI, EventBus]:
+    app, bus = FastAPI(), EventBus()
+    app.add_middleware(EventContextMiddleware, bus=bus)
+    return app, bus
+
+
+@dataclass(frozen=True)
+class Said:
+    name: str = "said"
+    payload: object = None
+
+
+@pytest.fixture(params=["theirs", "ours"])
+def library(request: pytest.FixtureRequest) -> "Library":
+    return Library(request.param)
+
+
+class Library:
+    """One of the two, with handlers that note what they get, for the same program in both."""
+
+    def __init__(self, name: str) -> None:
+        self.is_theirs = name == "theirs"
+        self.log: list[str] = []
+        self.local: Any = None
+        if self.is_theirs:
+            self.app, self.local = theirs()
+        else:
+            self.app, self.bus = ours()
+
+    def on(self, handler: Any) -> Any:
+        if self.is_theirs:
+            return self.local.register(event_name="*")(handler)
+        return self.bus.on(Said)(handler)
+
+    def say(self, name: str = "said") -> None:
+        if self.is_theirs:
+            dispatch(name, {})
+        else:
+            self.bus.publish(Said(name))
+
+    def get(self, path: str = "/") -> int:
+        with TestClient(self.app, raise_server_exceptions=False) as client:
+            return client.get(path).status_code
+
+    def note(self) -> None:
+        @self.on
+        async def note(event: object) -> None:
+            self.log.append("noted")
+
+
+def test_the_same_requests_reach_these_handlers_before_and_after(project: Path) -> None:
+    pytest.importorskip("fastapi_events")
+    before = load(project, "before", files(EVENTS)["before.py"])
+    for method, path in (
+        ("POST", "/users?email=ada@example.com"),
+        ("DELETE", "/users/1"),
+        ("POST", "/carts/1/checkout"),
+        ("POST", "/carts/2/checkout?fail=1"),
+    ):
+        TestClient(before.app).request(method, path)
+
+    assert [(who, str(event[0])) for who, event in before.seen] == [
+        ("all", "Events.USER_CREATED"),  # and neither "welcome" nor "audit"
+        ("audit", "user.deleted"),
+        ("all", "user.deleted"),
+        ("all", "Events.CART_CHECKED_OUT"),
+        ("all", "Events.CART_CHECKED_OUT"),  # of the 409
+    ]
+
+
+@pytest.mark.parametrize("how", ["raised", "returned", "error", "commit"])
+def test_a_failed_request_delivers_there_and_not_here(library: Library, how: str) -> None:
+    library.note()
+
+    async def commit() -> AsyncIterator[None]:
+        yield
+        if how == "commit":
+            raise RuntimeError("the commit fails")
+
+    @library.app.get("/", dependencies=[Depends(commit)])
+    async def fail() -> Response:
+        library.say()
+        if how == "raised":
+            raise HTTPException(409)
+        if how == "error":
+            raise RuntimeError("a fault")
+        return Response(status_code=409 if how == "returned" else 200)
+
+    library.get()
+    assert library.log == (["noted"] if library.is_theirs else [])
+
+
+def test_a_failing_handler_there_skips_the_next_one_and_leaves_the_application(
+    library: Library,
+) -> None:
+    @library.on
+    async def fail(event: object) -> None:
+        raise ValueError("no mail today")
+
+    library.note()
+    library.app.get("/")(library.say)
+    if library.is_theirs:
+        with pytest.raises(ValueError, match="no mail today"):
+            TestClient(library.app).get("/")
+        assert library.log == []
+    else:
+        assert TestClient(library.app).get("/").status_code == 200
+        assert library.log == ["noted"]
+
+
+def test_events_run_at_the_same_time_there_and_handlers_here(library: Library) -> None:
+    def waits(name: str) -> None:
+        async def handler(event: Any) -> None:
+            library.log.append(f"{name} begins")
+            await anyio.lowlevel.checkpoint()
+            library.log.append(f"{name} ends")
+
+        library.on(handler)
+
+    waits("first")
+    waits("second")
+
+    @library.app.get("/")
+    async def say_two() -> None:
+        library.say("one")
+        library.say("two")
+
+    library.get()
+    of_two_events = ["first begins", "first begins"]
+    of_one_event = ["first begins", "second begins"]
+    assert library.log[:2] == (of_two_events if library.is_theirs else of_one_event)
+
+
+def test_a_plain_def_there_gets_neither_its_dependency_nor_context_variables(
+    library: Library,
+) -> None:
+    variable = ContextVar("variable", default="nothing")
+    got: list[object] = []
+
+    async def five() -> int:
+        return 5
+
+    @library.on
+    def plain(event: object, number: object = Depends(five)) -> None:
+        got.extend([number, variable.get()])
+
+    @library.app.get("/")
+    async def say() -> None:
+        variable.set("set")
+        library.say()
+
+    library.get()
+    if library.is_theirs:
+        assert [repr(got[0]).partition("(")[0], got[1]] == ["Depends", "nothing"]
+    else:
+        assert got == [5, "set"]
+
+
+def test_dependencies_there_know_no_annotated_no_yield_and_no_overrides(library: Library) -> None:
+    got: list[object] = []
+
+    async def five() -> int:
+        return 5
+
+    async def yields() -> AsyncIterator[int]:
+        yield 6
+
+    @library.on
+    async def by_default(event: object, number: object = Depends(five)) -> None:
+        got.append(number)
+
+    @library.on
+    async def by_yield(event: object, number: object = Depends(yields)) -> None:
+        got.append(number)
+
+    @library.on
+    async def annotated(event: object, number: Annotated[int, Depends(five)]) -> None:
+        got.append(number)
+
+    async def seven() -> int:
+        return 7
+
+    library.app.dependency_overrides[five] = seven
+    library.app.get("/")(library.say)
+    if library.is_theirs:
+        with pytest.raises(TypeError, match="number"):
+            TestClient(library.app).get("/")
+        assert got[0] == 5
+        assert inspect.isasyncgen(got[1])
+    else:
+        assert library.get() == 200
+        assert sorted(map(str, got)) == ["6", "7", "7"]
+
+
+def test_an_event_of_a_handler_is_waited_for_here_alone(library: Library) -> None:
+    @library.on
+    async def follow(event: Any) -> None:
+        name = event[0] if library.is_theirs else event.name
+        library.log.append(f"{name} begins")
+        if name == "said":
+            library.say("followed")
+        for _ in range(500 if name == "followed" else 1):
+            await anyio.lowlevel.checkpoint()
+        library.log.append(f"{name} ends")
+
+    library.app.get("/")(library.say)
+    TestClient(library.app).get("/")
+    assert ("followed ends" in library.log) is not library.is_theirs
+
+
+def test_a_websocket_delivers_there_when_it_is_closed_and_here_per_message(
+    library: Library,
+) -> None:
+    library.note()
+
+    @library.app.websocket("/")
+    async def echo(socket: WebSocket) -> None:
+        await socket.accept()
+        async for _ in socket.iter_text():
+            if library.is_theirs:
+                library.say()
+            else:
+                with pytest.raises(NoEventContextError, match="Open one per message"):
+                    library.say()
+                async with library.bus.context():
+                    library.say()
+            await socket.send_json(library.log)
+
+    messages = [
+        {"type": "websocket.connect"},
+        {"type": "websocket.receive", "text": "hello"},
+        {"type": "websocket.disconnect", "code": 1000},
+    ]
+    sent: list[Any] = []  # messages, as ASGI defines them
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "websocket", "path": "/", "headers": [], "query_string": b"", "asgi": {}}
+    anyio.run(library.app, scope, receive, send)
+    assert json.loads(sent[-1]["text"]) == ([] if library.is_theirs else ["noted"])
+    assert library.log == ["noted"]
+
+
+def test_outside_of_a_request_there_is_an_error_in_both(library: Library) -> None:
+    library.note()
+    with pytest.raises(LookupError if library.is_theirs else NoEventContextError):
+        Context().run(library.say)
+
+
+def test_the_innermost_middleware_gets_the_event_there_whatever_its_id() -> None:
+    app, inner = theirs()
+    handlers = import_module("fastapi_events.handlers.local")
+    middleware = import_module("fastapi_events.middleware").EventHandlerASGIMiddleware
+    outer, got = handlers.LocalHandler(), list[str]()
+    app.add_middleware(middleware, handlers=[outer], middleware_id=7)
+
+    @registering(inner, "*")
+    async def in_inner(event: object) -> None:
+        got.append("inner")
+
+    @registering(outer, "*")
+    async def in_outer(event: object) -> None:
+        got.append("outer")
+
+    @app.get("/")
+    async def say() -> None:
+        dispatch("said", {}, middleware_id=7)
+
+    TestClient(app).get("/")
+    assert got == ["inner"]
+
+
+def test_a_schema_there_drops_defaults_and_is_found_by_its_own_kind_of_name() -> None:
+    app, local = theirs()
+    registry_of = import_module("fastapi_events.registry.payload_schema")
+    registry, got = registry_of.EventPayloadSchemaRegistry(), list[object]()
+
+    class Names(Enum):
+        SAID = "said"
+
+    class Schema(BaseModel):
+        number: int
+        unit: str = "EUR"
+
+    registry.register(Schema, event_name=Names.SAID)
+
+    @registering(local, "*")
+    async def note(event: tuple[object, object]) -> None:
+        got.append(event[1])
+
+    @app.get("/{number}")
+    async def say(number: str, text: bool = False) -> None:
+        name = Names.SAID.value if text else Names.SAID
+        dispatch(name, {"number": number}, payload_schema_registry=registry)
+
+    client = TestClient(app)
+    client.get("/3")
+    client.get("/no-number?text=1")  # and nobody checks it
+    with pytest.raises(ValidationError):
+        client.get("/no-number")
+    assert got == [{"number": 3}, {"number": "no-number"}]
+
+
+def test_a_trace_is_written_into_the_payload_there() -> None:
+    app, _ = theirs()
+    trace = pytest.importorskip("opentelemetry.sdk.trace")
+    payload: dict[str, object] = {"user_id": 1}
+
+    @app.get("/")
+    async def say() -> None:
+        with trace.TracerProvider().get_tracer("test").start_as_current_span("request"):
+            dispatch("said", payload)
+
+    TestClient(app).get("/")
+    assert [*payload] == ["user_id", "traceparent"]
+
+
+def test_not_all_errors_there_are_exceptions() -> None:
+    errors = pytest.importorskip("fastapi_events.errors")
+    assert not issubclass(errors.MissingEventNameDuringDispatch, Exception)
+    assert issubclass(EventKitError, Exception)
+
+
+def test_both_libraries_side_by_side_run_each_handler_once(project: Path) -> None:
+    pytest.importorskip("fastapi_events")
+    moving = load(project, "moving", files(EVENTS)["moving.py"])
+    with TestClient(moving.app) as client:
+        client.delete("/users/1")
+        assert sorted(moving.seen) == ["audit 1", "goodbye 1"]
+        moving.seen.clear()
+        client.delete("/users/2?fail=1")
+        assert moving.seen == ["goodbye 2"]
+
+
+@pytest.mark.parametrize("outside", ["theirs", "ours"])
+def test_a_failing_handler_of_theirs_takes_events_along_if_their_middleware_is_inside(
+    outside: str,
+) -> None:
+    app, bus = FastAPI(), EventBus()
+    local = pytest.importorskip("fastapi_events.handlers.local").LocalHandler()
+    middleware = import_module("fastapi_events.middleware").EventHandlerASGIMiddleware
+    got: list[object] = []
+    if outside == "theirs":
+        app.add_middleware(EventContextMiddleware, bus=bus)
+    app.add_middleware(middleware, handlers=[local])
+    if outside == "ours":
+        app.add_middleware(EventContextMiddleware, bus=bus)
+
+    @registering(local, "said")
+    async def fail(event: object) -> None:
+        raise ValueError("no mail today")
+
+    @bus.on(Said)
+    async def note(event: Said) -> None:
+        got.append(event)
+
+    @app.get("/")
+    async def say() -> None:
+        bus.publish(Said())
+        dispatch("said", {})
+
+    TestClient(app, raise_server_exceptions=False).get("/")
+    assert got == ([Said()] if outside == "theirs" else [])
+
+
+def test_a_handler_here_that_dispatches_there_is_lost() -> None:
+    app, bus = FastAPI(), EventBus()
+    local = pytest.importorskip("fastapi_events.handlers.local").LocalHandler()
+    middleware = import_module("fastapi_events.middleware").EventHandlerASGIMiddleware
+    app.add_middleware(middleware, handlers=[local])
+    app.add_middleware(EventContextMiddleware, bus=bus)  # so it is behind a real response
+    got: list[str] = []
+
+    @registering(local, "*")
+    async def note(event: object) -> None:
+        got.append("theirs")
+
+    @bus.on(Said)
+    async def dispatch_there(event: Said) -> None:
+        got.append("ours")
+        dispatch("followed", {})
+
+    @app.get("/")
+    async def say() -> None:
+        bus.publish(Said())
+
+    TestClient(app).get("/")
+    assert got == ["ours"]
