@@ -1,5 +1,6 @@
 """The pages for those who come from elsewhere: both programs run, and what changes is compared."""
 
+import gc
 import inspect
 import json
 import re
@@ -613,3 +614,80 @@ def test_a_handler_here_that_dispatches_there_is_lost() -> None:
 
     TestClient(app).get("/")
     assert got == ["ours"]
+
+
+# ---- blinker. What the page says of Django needs Django, which is too much for these tests.
+
+
+@pytest.fixture
+def signal() -> Any:  # blinker may be missing
+    return pytest.importorskip("blinker").Signal()
+
+
+def test_blinker_forgets_a_lambda_and_calls_a_receiver_once_that_is_connected_twice(
+    signal: Any,
+) -> None:
+    got: list[str] = []
+
+    def receiver(sender: object) -> None:
+        got.append("receiver")
+
+    signal.connect(receiver)
+    signal.connect(receiver)
+    signal.connect(lambda sender: got.append("lambda"))
+    gc.collect()
+    signal.send()
+    assert got == ["receiver"]
+
+
+def test_blinker_returns_values_and_stops_at_the_first_failure(signal: Any) -> None:
+    def five(sender: object) -> int:
+        return 5
+
+    def fail(sender: object) -> None:
+        raise ValueError("no mail today")
+
+    signal.connect(five)
+    assert signal.send() == [(five, 5)]
+    signal.connect(fail)
+    with pytest.raises(ValueError, match="no mail today"):
+        signal.send()
+
+
+def test_blinker_refuses_receivers_of_both_kinds(signal: Any) -> None:
+    async def waits(sender: object) -> None: ...
+    def blocks(sender: object) -> None: ...
+
+    signal.connect(waits)
+    with pytest.raises(RuntimeError, match="coroutine function"):
+        signal.send()
+    signal.connect(blocks)
+    with pytest.raises(RuntimeError, match="non-coroutine function"):
+        anyio.run(signal.send_async)
+
+
+def test_a_receiver_of_a_signal_publishes_into_the_request_or_the_job(signal: Any) -> None:
+    app, bus = ours()
+    got: list[str] = []
+
+    @bus.on(Said)
+    async def note(event: Said) -> None:
+        got.append(event.name)
+
+    def republish(sender: object, name: str) -> None:
+        bus.publish(Said(name))
+
+    signal.connect(republish)
+
+    @app.get("/")
+    async def send(fail: bool = False) -> None:
+        signal.send(name="in a request")
+        if fail:
+            raise HTTPException(409)
+
+    TestClient(app).get("/?fail=1")
+    assert got == []
+    TestClient(app).get("/")
+    with bus.context():
+        signal.send(name="in a job")
+    assert got == ["in a request", "in a job"]
