@@ -216,7 +216,7 @@ async def test_a_key_that_is_no_text_fails_that_delivery(service: Service, key: 
     async with service.running():
         (failure,) = await failures_of(service.bus, BillSent(7))
 
-    assert str(failure) == "key has to be a text that is not empty"
+    assert str(failure) == "key has to be a str that is not empty"
 
 
 async def failures_of(bus: EventBus, event: object) -> list[Exception]:
