@@ -14,6 +14,7 @@ from email.message import EmailMessage
 from enum import Enum
 from functools import partial
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,7 @@ from eventkit import EventBus, EventKitError, NoEventContextError
 from eventkit.starlette import EventContextMiddleware
 from tests.project.test_docs import A_FILE, FENCED, ROOT, run_project
 
+FASTAPI = tuple(map(int, version("fastapi").split(".")[:2]))
 TASKS = ROOT / "docs" / "from-background-tasks.md"
 EVENTS = ROOT / "docs" / "from-fastapi-events.md"
 
@@ -157,7 +159,8 @@ def test_a_mail_server_that_is_away_costs_the_tasks_the_invoice_and_the_handlers
     assert invoiced(invoices, world, **{"x-user": "ada"}) == 200
 
     there = 1 if invoices.__name__ == "after" else 0
-    assert [len(world.rows(table)) for table in ("invoices", "audit")] == [there, there]
+    written = there if FASTAPI >= (0, 118) else 1  # dependencies ended before the response
+    assert [len(world.rows(table)) for table in ("invoices", "audit")] == [written, there]
     assert len(world.hooks) == there
 
 
@@ -591,12 +594,15 @@ def test_a_failing_handler_of_theirs_takes_events_along_if_their_middleware_is_i
     assert got == ([Said()] if outside == "theirs" else [])
 
 
-def test_a_handler_here_that_dispatches_there_is_lost() -> None:
+@pytest.mark.parametrize("background", [None, True])
+def test_a_handler_here_that_dispatches_there_is_lost_and_no_test_client_shows_it(
+    background: bool | None,
+) -> None:
     app, bus = FastAPI(), EventBus()
     local = pytest.importorskip("fastapi_events.handlers.local").LocalHandler()
     middleware = import_module("fastapi_events.middleware").EventHandlerASGIMiddleware
+    app.add_middleware(EventContextMiddleware, bus=bus, background=background)
     app.add_middleware(middleware, handlers=[local])
-    app.add_middleware(EventContextMiddleware, bus=bus)  # so it is behind a real response
     got: list[str] = []
 
     @registering(local, "*")
@@ -605,6 +611,8 @@ def test_a_handler_here_that_dispatches_there_is_lost() -> None:
 
     @bus.on(Said)
     async def dispatch_there(event: Said) -> None:
+        if background:
+            await over.wait()
         got.append("ours")
         dispatch("followed", {})
 
@@ -612,8 +620,12 @@ def test_a_handler_here_that_dispatches_there_is_lost() -> None:
     async def say() -> None:
         bus.publish(Said())
 
-    TestClient(app).get("/")
-    assert got == ["ours"]
+    with TestClient(app) as client:
+        over = anyio.Event()
+        client.get("/")
+        assert client.portal is not None
+        client.portal.call(over.set)
+    assert got == (["ours"] if background else ["ours", "theirs"])
 
 
 # ---- blinker. What the page says of Django needs Django, which is too much for these tests.
