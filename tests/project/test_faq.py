@@ -4,7 +4,7 @@ import ast
 import asyncio
 import re
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +183,7 @@ def test_each_place_without_a_unit_of_work_is_named_in_the_message(bus: EventBus
             told[name] = str(refused)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         attempt("lifespan")
         yield
 
@@ -301,7 +301,13 @@ def test_where_the_loop_stops_after_each_response_only_background_false_delivers
         bus.publish(Said(5))
 
     asgi = {"version": "3.0", "spec_version": "2.0"}
-    scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""}
+    scope: Scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/",
+        "headers": [],
+        "query_string": b"",
+    }
     wanted: list[str] = []
 
     async def call() -> list[int]:

@@ -27,6 +27,7 @@ import pytest
 from fastapi import Depends, FastAPI, HTTPException, Response, WebSocket
 from pydantic import BaseModel, ValidationError
 from starlette.testclient import TestClient
+from starlette.types import Scope
 
 from eventkit import EventBus, EventKitError, NoEventContextError
 from eventkit.starlette import EventContextMiddleware
@@ -466,7 +467,13 @@ def test_a_websocket_delivers_there_when_it_is_closed_and_here_per_message(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "websocket", "path": "/", "headers": [], "query_string": b"", "asgi": {}}
+    scope: Scope = {
+        "type": "websocket",
+        "path": "/",
+        "headers": [],
+        "query_string": b"",
+        "asgi": {},
+    }
     anyio.run(library.app, scope, receive, send)
     assert json.loads(sent[-1]["text"]) == ([] if library.is_theirs else ["noted"])
     assert library.log == ["noted"]
@@ -645,7 +652,7 @@ def signal() -> Any:  # blinker may be missing
     return pytest.importorskip("blinker").Signal()
 
 
-def test_blinker_forgets_a_lambda_and_calls_a_receiver_once_that_is_connected_twice(
+def test_blinker_forgets_an_inner_function_and_calls_a_receiver_once_that_is_connected_twice(
     signal: Any,
 ) -> None:
     got: list[str] = []
@@ -653,9 +660,15 @@ def test_blinker_forgets_a_lambda_and_calls_a_receiver_once_that_is_connected_tw
     def receiver(sender: object) -> None:
         got.append("receiver")
 
+    def connect_what_nobody_holds() -> None:
+        def inner(sender: object) -> None:
+            got.append("inner")
+
+        signal.connect(inner)
+
     signal.connect(receiver)
     signal.connect(receiver)
-    signal.connect(lambda sender: got.append("lambda"))
+    connect_what_nobody_holds()
     gc.collect()
     signal.send()
     assert got == ["receiver"]
