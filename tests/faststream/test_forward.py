@@ -201,7 +201,7 @@ def test_a_key_is_a_function_and_is_given_once(service: Service) -> None:
     def key(event: BillSent) -> str:
         return "k"
 
-    with pytest.raises(TypeError, match="key takes a function from the event to a text, not 'id'"):
+    with pytest.raises(TypeError, match="key has to be a function that takes the event, not 'id'"):
         service.bridge.forward(BillSent, service.publisher("bills"), key="id")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"key is given twice: to forward\(\), and to Durable\(\)"):
         service.bridge.forward(
