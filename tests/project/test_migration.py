@@ -595,9 +595,9 @@ def test_a_handler_of_theirs_may_tell_both_and_its_failure_takes_no_event_along(
     with TestClient(app, raise_server_exceptions=False) as client:
         assert client.get("/empty").status_code == 200
         assert "audit 3" in moving.seen
-        moving.seen.clear()
         assert client.get("/fail").status_code == 500
-        assert moving.seen == ["goodbye 4"]
+        assert "goodbye 4" in moving.seen
+        assert "audit 4" not in moving.seen
 
 
 def test_a_failing_handler_of_theirs_takes_events_along_without_a_rule() -> None:
