@@ -1,0 +1,127 @@
+"""Prepares docstrings for the reference of the site: Griffe loads this file, `zensical.toml` names it.
+
+In the source a docstring is plain text. On the site a block of code is highlighted, and a public
+name or a page that is written as code is a link.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import griffe
+
+# Modules with public names. A name that two of them have belongs to the first one.
+PUBLIC = [
+    "eventkit",
+    "eventkit.exceptions",
+    "eventkit.starlette",
+    "eventkit.fastapi",
+    "eventkit.sqlalchemy",
+    "eventkit.outbox",
+    "eventkit.streams",
+    "eventkit.wire",
+    "eventkit.faststream",
+    "eventkit.opentelemetry",
+    "eventkit.testing",
+]
+
+_DOCS = Path(__file__).parent / "docs"
+_SECTION = re.compile(r"[A-Z]\w+:$")
+_NAME = re.compile(r"(?<!`)`([A-Za-z_][\w.]*)(\(\))?`(?!`)")
+_PAGE = re.compile(r"`docs/(\w+)\.md`")
+
+
+class Docstrings(griffe.Extension):
+    """Highlights the code of docstrings, and links names and pages."""
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        """Change all docstrings of the package, once all of it is loaded."""
+        if pkg.path == "eventkit":
+            names = public_names(pkg)
+            for each in objects_of(pkg):
+                if each.docstring is not None:
+                    each.docstring.value = prepared(each.docstring.value, each, names)
+
+
+def public_names(package: griffe.Module) -> dict[str, str]:
+    """Public names and their members, as docstrings write them; each with its full name."""
+    names: dict[str, str] = {}
+    for path in PUBLIC:
+        module = package if path == "eventkit" else package[path.removeprefix("eventkit.")]
+        for export in module.exports or ():
+            name = str(export)
+            target = module[name]
+            names.setdefault(name, f"{path}.{name}")
+            names.setdefault(f"{path}.{name}", names[name])
+            if target.is_class:
+                for member, each in target.all_members.items():
+                    if not member.startswith("_"):  # an attribute alone is told of by its class
+                        full = f"{names[name]}.{member}" if each.has_docstring else names[name]
+                        names.setdefault(f"{name}.{member}", full)
+    return names
+
+
+def objects_of(module: griffe.Object) -> list[griffe.Object]:
+    """The module and all that is in it, imported names left out."""
+    found = [module]
+    for member in module.members.values():
+        if isinstance(member, griffe.Object):
+            found += objects_of(member)
+    return found
+
+
+def prepared(text: str, owner: griffe.Object, names: Mapping[str, str]) -> str:
+    """The docstring as the site has it."""
+    lines = []
+    for line, is_code in marked(text.splitlines()):
+        lines.append(line if is_code else linked(line, owner, names))
+    return "\n".join(lines)
+
+
+def marked(lines: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Put fences around the code: what is indented, and stands in no section as `Args:`.
+
+    Yields each line, and whether it belongs to code.
+    """
+    in_section = in_code = False
+    blank: list[str] = []
+    for line in lines:
+        if not line.strip():
+            blank.append(line)
+            continue
+        if not line.startswith("    "):
+            in_section = _SECTION.match(line) is not None
+        starts = line.startswith("    ") and not in_section
+        if in_code and not starts:
+            yield "```", True
+        yield from ((each, True) for each in blank)
+        blank.clear()
+        if starts and not in_code:
+            yield "```python", True
+        in_code = starts
+        yield line.removeprefix("    ") if in_code else line, in_code
+    if in_code:
+        yield "```", True
+
+
+def linked(line: str, owner: griffe.Object, names: Mapping[str, str]) -> str:
+    """Make links of the public names and of the pages that are written as code."""
+
+    def link_name(found: re.Match[str]) -> str:
+        name, call = found[1], found[2]
+        near = owner if owner.is_class else owner.parent
+        member = f"{near.name}.{name}" if near is not None else name
+        if call and member in names:
+            name = member
+        if name not in names or (name[0].islower() and "." not in name and not call):
+            return found[0]
+        if name.split(".")[-1] == owner.name:  # itself
+            return found[0]
+        return f"[{found[0]}][{names[name]}]"
+
+    def link_page(found: re.Match[str]) -> str:
+        first = (_DOCS / f"{found[1]}.md").read_text(encoding="utf-8").partition("\n")[0]
+        return f"[{first.removeprefix('# ')}](../{found[1]}.md)"
+
+    return _NAME.sub(link_name, _PAGE.sub(link_page, line))
