@@ -32,6 +32,28 @@ _NAME = re.compile(r"(?<!`)`([A-Za-z_][\w.]*)(\(\))?`(?!`)")
 _PAGE = re.compile(r"`docs/(\w+)\.md`")
 
 
+# What eventkit makes and users only read: how it is made is of no interest to them.
+_READ_ALONE = {
+    "CommitTie",
+    "Declaration",
+    "Delivery",
+    "DrainReport",
+    "EventContext",
+    "EventStream",
+    "Failure",
+    "Observation",
+    "Outcome",
+    "Origin",
+    "OutboxStats",
+    "Received",
+    "Stats",
+    "StoredDelivery",
+    "Subscription",
+    "Wired",
+}
+_LABELS = {"dataclass", "module-attribute"}
+
+
 class Docstrings(griffe.Extension):
     """Highlights the code of docstrings, and links names and pages."""
 
@@ -42,6 +64,9 @@ class Docstrings(griffe.Extension):
             for each in objects_of(pkg):
                 if each.docstring is not None:
                     each.docstring.value = prepared(each.docstring.value, each, names)
+                each.labels -= _LABELS
+                if isinstance(each, griffe.Class):
+                    simplify(each)
 
 
 def public_names(package: griffe.Module) -> dict[str, str]:
@@ -69,6 +94,17 @@ def objects_of(module: griffe.Object) -> list[griffe.Object]:
         if isinstance(member, griffe.Object):
             found += objects_of(member)
     return found
+
+
+def simplify(cls: griffe.Class) -> None:
+    """Leave out how it is made if users do not make it; else what a default is computed by."""
+    made = cls.members.get("__init__")
+    if cls.name in _READ_ALONE or cls.name.endswith(("Error", "UnexpectedFailures")):
+        cls.members.pop("__init__", None)
+    elif isinstance(made, griffe.Function):
+        for parameter in made.parameters:
+            if isinstance(parameter.default, griffe.Expr):
+                parameter.default = "..."
 
 
 def prepared(text: str, owner: griffe.Object, names: Mapping[str, str]) -> str:
@@ -108,16 +144,19 @@ def marked(lines: Iterable[str]) -> Iterator[tuple[str, bool]]:
 def linked(line: str, owner: griffe.Object, names: Mapping[str, str]) -> str:
     """Make links of the public names and of the pages that are written as code."""
 
+    near = owner if owner.is_class else owner.parent
+    made = owner.members.get("__init__", owner) if owner.is_class else owner
+    arguments = {each.name for each in getattr(made, "parameters", ())}
+
     def link_name(found: re.Match[str]) -> str:
         name, call = found[1], found[2]
-        near = owner if owner.is_class else owner.parent
-        member = f"{near.name}.{name}" if near is not None else name
-        if call and member in names:
-            name = member
-        if name not in names or (name[0].islower() and "." not in name and not call):
+        if near is not None and near.is_class and name not in arguments:
+            member = f"{near.name}.{name}"
+            name = member if member in names else name
+        if name not in names or not (name[0].isupper() or "." in name or call):
             return found[0]
-        if name.split(".")[-1] == owner.name:  # itself
-            return found[0]
+        if names[name].endswith(f".{near.name}.{owner.name}" if near is not None else owner.name):
+            return found[0]  # itself
         return f"[{found[0]}][{names[name]}]"
 
     def link_page(found: re.Match[str]) -> str:
