@@ -52,6 +52,10 @@ _READ_ALONE = {
     "Wired",
 }
 _LABELS = {"dataclass", "module-attribute"}
+# Types that have a name in the source alone.
+_SPELLED = {
+    "_Sessions": "sessionmaker | async_sessionmaker | scoped_session | async_scoped_session",
+}
 
 
 class Docstrings(griffe.Extension):
@@ -65,8 +69,7 @@ class Docstrings(griffe.Extension):
                 if each.docstring is not None:
                     each.docstring.value = prepared(each.docstring.value, each, names)
                 each.labels -= _LABELS
-                if isinstance(each, griffe.Class):
-                    simplify(each)
+                simplify(each)
 
 
 def public_names(package: griffe.Module) -> dict[str, str]:
@@ -96,15 +99,20 @@ def objects_of(module: griffe.Object) -> list[griffe.Object]:
     return found
 
 
-def simplify(cls: griffe.Class) -> None:
-    """Leave out how it is made if users do not make it; else what a default is computed by."""
-    made = cls.members.get("__init__")
-    if cls.name in _READ_ALONE or cls.name.endswith(("Error", "UnexpectedFailures")):
-        cls.members.pop("__init__", None)
-    elif isinstance(made, griffe.Function):
-        for parameter in made.parameters:
-            if isinstance(parameter.default, griffe.Expr):
-                parameter.default = "..."
+def simplify(owner: griffe.Object) -> None:
+    """Leave out of a signature what helps no user."""
+    if isinstance(owner, griffe.Class):
+        if owner.name in _READ_ALONE or owner.name.endswith(("Error", "UnexpectedFailures")):
+            owner.members.pop("__init__", None)
+            owner.decorators.clear()  # or Griffe makes one for a dataclass
+        for each in owner.attributes.values():
+            if "default_factory" in str(each.value):
+                each.value = "..."
+    if isinstance(owner, griffe.Function):
+        for parameter in owner.parameters:
+            for name, spelled in _SPELLED.items():
+                if name in str(parameter.annotation):
+                    parameter.annotation = str(parameter.annotation).replace(name, spelled)
 
 
 def prepared(text: str, owner: griffe.Object, names: Mapping[str, str]) -> str:
@@ -153,7 +161,7 @@ def linked(line: str, owner: griffe.Object, names: Mapping[str, str]) -> str:
         if near is not None and near.is_class and name not in arguments:
             member = f"{near.name}.{name}"
             name = member if member in names else name
-        if name not in names or not (name[0].isupper() or "." in name or call):
+        if name not in names or not (name[0].isupper() or {*"._"} & {*name} or call):
             return found[0]
         if names[name].endswith(f".{near.name}.{owner.name}" if near is not None else owner.name):
             return found[0]  # itself
