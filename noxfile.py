@@ -30,7 +30,15 @@ LOOP_TESTS = [
     "tests/web/test_lifespan.py",
     "tests/web/test_streams.py",
 ]
-CHECKED = ["eventkit", "eventkit_pytest.py", "tests", "examples", "benchmarks", "noxfile.py"]
+CHECKED = [
+    "eventkit",
+    "eventkit_pytest.py",
+    "tests",
+    "examples",
+    "benchmarks",
+    "noxfile.py",
+    "zensical_docstrings.py",
+]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 

@@ -1,4 +1,4 @@
-"""Prepares docstrings for the reference of the site: Griffe loads this file, `zensical.toml` names it.
+"""Prepares docstrings for the reference. `zensical.toml` names this file, and Griffe loads it.
 
 In the source a docstring is plain text. On the site a block of code is highlighted, and a public
 name or a page that is written as code is a link.
@@ -29,7 +29,7 @@ PUBLIC = [
 _DOCS = Path(__file__).parent / "docs"
 _SECTION = re.compile(r"[A-Z]\w+:$")
 _NAME = re.compile(r"(?<!`)`([A-Za-z_][\w.]*)(\(\))?`(?!`)")
-_PAGE = re.compile(r"`docs/(\w+)\.md`")
+_PAGE = re.compile(r"`docs/([\w-]+)\.md`")
 
 
 # What eventkit makes and users only read: how it is made is of no interest to them.
@@ -117,10 +117,10 @@ def simplify(owner: griffe.Object) -> None:
 
 def prepared(text: str, owner: griffe.Object, names: Mapping[str, str]) -> str:
     """The docstring as the site has it."""
-    lines = []
-    for line, is_code in marked(text.splitlines()):
-        lines.append(line if is_code else linked(line, owner, names))
-    return "\n".join(lines)
+    return "\n".join(
+        line if is_code else linked(line, owner, names)
+        for line, is_code in marked(text.splitlines())
+    )
 
 
 def marked(lines: Iterable[str]) -> Iterator[tuple[str, bool]]:

@@ -46,7 +46,7 @@ async def get_bus(connection: HTTPConnection) -> EventBus:
 
 
 Bus = Annotated[EventBus, Depends(get_bus)]
-"""The bus of the application, as a parameter of an endpoint, a dependency or a handler: `events: Bus`."""
+"""The bus of the application, as a parameter of an endpoint or a handler: `events: Bus`."""
 
 
 async def get_context(bus: Bus) -> EventContext:
