@@ -250,7 +250,7 @@ def docs(session: nox.Session) -> None:
     """Build the documentation into `site/` and test it; `nox -s docs -- --serve` serves it."""
     session.install("-e", ".", *group("docs"))
     if "--serve" in session.posargs:
-        session.run("zensical", "serve")
+        session.run("zensical", "serve", *(each for each in session.posargs if each != "--serve"))
         return
     session.run("zensical", "build", "--clean", "--strict")
     session.run("pytest", *(session.posargs or ["tests/site"]))

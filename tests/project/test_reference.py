@@ -41,6 +41,18 @@ def test_a_page_of_the_reference_has_no_program_that_nobody_runs(page: Path) -> 
     assert FENCED.findall(page.read_text()) == []
 
 
+def test_the_first_page_has_each_name_of_the_front_door() -> None:
+    named = re.findall(r"\]\[eventkit\.(\w+)\]", (REFERENCE / "index.md").read_text())
+    values = {name: getattr(eventkit, name) for name in eventkit.__all__}
+    exceptions = {
+        name
+        for name, each in values.items()
+        if inspect.isclass(each) and issubclass(each, Exception)
+    }
+
+    assert sorted(named) == sorted({*values} - exceptions)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_a_name_that_came_after_the_first_release_says_when(name: str) -> None:
     names = names_of(imported(name))
