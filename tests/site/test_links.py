@@ -31,7 +31,7 @@ def test_each_link_leads_somewhere(pages: dict[Path, Page]) -> None:
     ]
 
     assert len(pages) > 20
-    assert broken == []
+    assert not broken, "\n".join(broken)
 
 
 def test_what_a_page_loads_is_a_file_of_the_site(pages: dict[Path, Page]) -> None:
@@ -43,7 +43,7 @@ def test_what_a_page_loads_is_a_file_of_the_site(pages: dict[Path, Page]) -> Non
     ]
 
     assert all(page.loaded for page in pages.values())
-    assert foreign == []
+    assert not foreign, "\n".join(foreign)
 
 
 def test_what_a_style_sheet_loads_is_a_file_of_the_site() -> None:
@@ -56,7 +56,7 @@ def test_what_a_style_sheet_loads_is_a_file_of_the_site() -> None:
     ]
 
     assert sheets
-    assert foreign == []
+    assert not foreign, "\n".join(foreign)
 
 
 def is_ours(url: str) -> bool:
@@ -93,7 +93,7 @@ def test_what_files_of_the_project_name_on_the_site_and_in_the_repository_exists
     ]
 
     assert "README.md" in listed
-    assert broken == []
+    assert not broken, "\n".join(broken)
 
 
 @pytest.mark.parametrize(
