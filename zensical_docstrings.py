@@ -1,12 +1,11 @@
 """Prepares docstrings for the reference. `zensical.toml` names this file, and Griffe loads it.
 
 In the source a docstring is plain text. On the site a block of code is highlighted, and a public
-name or a page that is written as code is a link.
+name that is written as code is a link, as is the address of a page.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import griffe
@@ -26,10 +25,9 @@ PUBLIC = [
     "eventkit.testing",
 ]
 
-_DOCS = Path(__file__).parent / "docs"
 _SECTION = re.compile(r"[A-Z]\w+:$")
 _NAME = re.compile(r"(?<!`)`([A-Za-z_][\w.]*)(\(\))?`(?!`)")
-_PAGE = re.compile(r"`docs/([\w-]+)\.md`")
+_ADDRESS = re.compile(r"(?<![<(`])https://fastapi-eventkit\.readthedocs\.io/([\w-]+)/(#[\w-]+)?")
 
 
 # What eventkit makes and users only read: how it is made is of no interest to them.
@@ -150,7 +148,7 @@ def marked(lines: Iterable[str]) -> Iterator[tuple[str, bool]]:
 
 
 def linked(line: str, owner: griffe.Object, names: Mapping[str, str]) -> str:
-    """Make links of the public names and of the pages that are written as code."""
+    """Make links of public names that are written as code, and of addresses of the site."""
 
     near = owner if owner.is_class else owner.parent
     made = owner.members.get("__init__", owner) if owner.is_class else owner
@@ -167,8 +165,5 @@ def linked(line: str, owner: griffe.Object, names: Mapping[str, str]) -> str:
             return found[0]  # itself
         return f"[{found[0]}][{names[name]}]"
 
-    def link_page(found: re.Match[str]) -> str:
-        first = (_DOCS / f"{found[1]}.md").read_text(encoding="utf-8").partition("\n")[0]
-        return f"[{first.removeprefix('# ')}](../{found[1]}.md)"
-
-    return _NAME.sub(link_name, _PAGE.sub(link_page, line))
+    line = _ADDRESS.sub(lambda found: f"[{found[0]}](../{found[1]}.md{found[2] or ''})", line)
+    return _NAME.sub(link_name, line)

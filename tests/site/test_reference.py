@@ -2,11 +2,11 @@
 
 import ast
 import zlib
-from pathlib import Path
 
 import griffe
 import pytest
 
+import zensical_docstrings
 from tests.site.built import ROOT, SITE
 
 PUBLIC = [
@@ -107,9 +107,46 @@ def test_the_pages_are_newer_than_their_sources() -> None:
     assert newer == [], "build the site first: zensical build --clean --strict"
 
 
-def test_docstrings_are_prepared() -> None:
-    html = Path(SITE / "reference/bus/index.html").read_text(encoding="utf-8")
+DOCSTRING = """\
+Does `release()`, as `EventBus.publish` and `Silent` do.
 
-    assert 'class="language-python highlight"' in html
-    assert '<a href="../../dispatch/"' in html
-    assert "docs/dispatch.md" not in html
+    code = `EventBus`
+
+    more
+
+See https://fastapi-eventkit.readthedocs.io/commits/#tests.
+
+Args:
+    events: Of `DomainEvent`.
+
+    All of them.
+"""
+
+PREPARED = """\
+Does [`release()`][eventkit.EventContext.release], as \
+[`EventBus.publish`][eventkit.EventBus.publish] and `Silent` do.
+
+```python
+code = `EventBus`
+
+more
+```
+
+See [https://fastapi-eventkit.readthedocs.io/commits/#tests](../commits.md#tests).
+
+Args:
+    events: Of [`DomainEvent`][eventkit.DomainEvent].
+
+    All of them."""
+
+
+def test_docstrings_are_prepared(package: griffe.Module) -> None:
+    owner = package["EventContext"]
+    assert isinstance(owner, griffe.Alias)
+    names = zensical_docstrings.public_names(package)
+
+    assert zensical_docstrings.prepared(DOCSTRING, owner.final_target, names) == PREPARED
+
+
+def test_links_are_made_of_the_names_of_all_public_modules() -> None:
+    assert {*zensical_docstrings.PUBLIC, "eventkit_pytest"} == {*PUBLIC}
