@@ -17,9 +17,14 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 from uuid import uuid4
 
+import anyio
 import pytest
+import structlog
+from fastapi import FastAPI
+from starlette.testclient import TestClient
 
 pytest.importorskip("uvicorn")
 
@@ -157,12 +162,6 @@ class Reader:
             (self.folder / name).unlink(missing_ok=True)
         else:
             self._printed += self._call(command, arguments)
-
-    def lines(self, having: str) -> list[str]:
-        """The lines of the shop's log that have a text, once there is one."""
-        _, server = self._servers["shop.main:app"]
-        server.wait_for(having)
-        return [line for line in server.output.splitlines() if having in line]
 
     def _edited(self, text: str) -> str:
         for old, new in self.edits.items():
@@ -323,35 +322,6 @@ def test_the_engine_of_the_tutorial_may_be_made_in_the_lifespan(reader: Reader) 
     reader.follow([block for block in blocks_of(run_it) if block.language != "python"])
 
 
-@pytest.mark.parametrize("line", ["app.add_middleware(RequestId)"])
-def test_what_ends_the_request_has_its_id_because_the_middleware_is_outside(
-    reader: Reader, line: str
-) -> None:
-    """In the wrong order the line of the discarded events has no id: the table of step 4."""
-    needs(4)
-    reader.write_all(STEPS[:4])
-    path = reader.folder / "shop" / "app.py"
-    text = path.read_text()
-    events = "app.add_middleware(EventContextMiddleware, bus=bus)"
-    swapped = text.replace(line, "LINE").replace(events, line).replace("LINE", events)
-    # Without a database nothing but the end of the request decides.
-    swapped = swapped.replace("    deliver_on_commit(bus, engine)\n", "")
-    path.write_text(swapped)
-    conflict = ["-X", "POST", "-H", "X-Request-ID: r2", "localhost:8000/orders/7?email=a"]
-
-    reader.run("uvicorn shop.main:app")
-    for _ in range(2):
-        reader.ask(conflict)
-    (discarded,) = reader.lines("deliveries discarded")
-    assert "request_id" not in discarded
-
-    path.write_text(text.replace("    deliver_on_commit(bus, engine)\n", ""))
-    reader.run("uvicorn shop.main:app")
-    reader.ask(conflict)
-    (discarded,) = reader.lines("deliveries discarded")
-    assert "request_id=r2" in discarded
-
-
 def test_the_whole_tutorial_has_the_files_of_its_tree(reader: Reader) -> None:
     reader.write_all(STEPS)
     written = {path.relative_to(reader.folder).as_posix() for path in reader.folder.rglob("*.py")}
@@ -371,8 +341,8 @@ def test_the_whole_tutorial_has_the_files_of_its_tree(reader: Reader) -> None:
 def test_type_checkers_find_nothing_in_the_tutorial(reader: Reader) -> None:
     pytest.importorskip("mypy")
     needs(6)
-    for step in STEPS:
-        reader.write_all([step])
+    for steps in (STEPS[:2], STEPS[2:4], STEPS[4:]):
+        reader.write_all(steps)
         done = subprocess.run(
             [sys.executable, "-m", "mypy", "--strict", "."],
             cwd=reader.folder,
@@ -381,41 +351,115 @@ def test_type_checkers_find_nothing_in_the_tutorial(reader: Reader) -> None:
             text=True,
             check=False,
         )
-        assert done.returncode == 0, f"{step.name}: {done.stdout}{done.stderr}"
+        assert done.returncode == 0, f"{steps[-1].name}: {done.stdout}{done.stderr}"
+
+
+Load = Callable[[str], Any]  # Any: what the pages define
 
 
 @pytest.fixture
-def module(
-    reader: Reader, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[str], Any]]:  # Any: what the pages define
-    """Imports modules of the whole tutorial."""
-    needs(6)
-    reader.write_all(STEPS)
+def load(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+    """Imports modules of the reader's folder."""
     monkeypatch.setattr(sys, "path", [str(reader.folder), *sys.path])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     yield importlib.import_module
     for name in [*sys.modules]:
         if name.partition(".")[0] in ("shop", "billing"):
             del sys.modules[name]
+    structlog.reset_defaults()
+
+
+def swapped(text: str, one: str, other: str) -> str:
+    """The text with two of its lines in each other's place."""
+    assert text.count(one) == text.count(other) == 1
+    return text.replace(one, "\0").replace(other, one).replace("\0", other)
+
+
+EVENTS = "app.add_middleware(EventContextMiddleware, bus=bus)\n"
+IDS = "app.add_middleware(RequestId)\n"
+CORS = 'app.add_middleware(CORSMiddleware, allow_origins=["https://shop.example"])\n'
+
+
+def shop_of_step_4(
+    reader: Reader, load: Load, inside: str | None, edits: Mapping[str, str]
+) -> FastAPI:
+    """The application of step 4, with one middleware in the wrong place."""
+    needs(4)
+    reader.write_all(STEPS[:4])
+    path = reader.folder / "shop" / "app.py"
+    text = path.read_text()
+    if inside is not None:
+        text = swapped(text, EVENTS, inside)
+    for old, new in edits.items():
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    load("shop.logs").configure_log()
+    settings = load("shop.settings").Settings(f"sqlite+aiosqlite:///{reader.folder}/shop.db")
+    app: FastAPI = load("shop.app").create_app(settings)
+    return app
+
+
+@pytest.mark.parametrize("inside", [None, IDS], ids=["as shown", "inside"])
+def test_the_line_of_discarded_events_has_an_id_if_its_middleware_is_outside(
+    reader: Reader, load: Load, capsys: pytest.CaptureFixture[str], inside: str | None
+) -> None:
+    # Without transactions it is the end of the request that decides.
+    app = shop_of_step_4(reader, load, inside, {"    deliver_on_commit(bus, engine)\n": ""})
+    app.dependency_overrides[load("shop.dependencies").get_mailer] = AsyncMock
+    with TestClient(app) as client:
+        for _ in range(2):
+            client.post("/orders/7?email=ada@example.org", headers={"X-Request-ID": "r2"})
+
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if "discarded  " in each]
+    assert ("request_id=r2" in line) == (inside is None)
+
+
+@pytest.mark.parametrize("inside", [None, CORS], ids=["as shown", "inside"])
+def test_a_page_may_read_the_503_of_an_overload_if_cors_is_outside(
+    reader: Reader, load: Load, inside: str | None
+) -> None:
+    bounds = "bus=bus, background=True, concurrency=1, max_pending=1, overload_timeout=0.01"
+    app = shop_of_step_4(reader, load, inside, {"Middleware, bus=bus": f"Middleware, {bounds}"})
+    sent = anyio.Event()
+
+    class Mailer:
+        async def send(self, to: str, text: str) -> None:
+            await sent.wait()
+
+    app.dependency_overrides[load("shop.dependencies").get_mailer] = Mailer
+    page = {"Origin": "https://shop.example"}
+    with TestClient(app) as client:
+        for number in range(3):  # one is delivered, one waits, and one is refused
+            answer = client.post(f"/orders/{number}?email=a", headers=page)
+            if answer.status_code == 503:
+                break
+        assert client.portal is not None
+        client.portal.call(sent.set)
+
+    assert answer.status_code == 503
+    assert ("access-control-allow-origin" in answer.headers) == (inside is None)
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_the_second_service_reads_what_the_shop_forwards(
-    module: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
+    reader: Reader, load: Load, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without a broker: FastStream's test broker stands for it."""
+    needs(6)
+    reader.write_all(STEPS)
     from tests.faststream.services import in_memory
 
     bus = EventBus()
-    broker = module("shop.broker").connect(bus, "nats://localhost:4222")
-    event: object = module("shop.events").OrderPlaced(8, "ada@example.org")
+    broker = load("shop.broker").connect(bus, "nats://localhost:4222")
+    event: object = load("shop.events").OrderPlaced(8, "ada@example.org")
     async with in_memory(broker):
         await bus.dispatch(event)
         (placed,) = broker.publishers
         placed.mock.assert_called_once()
 
-    billing = module("billing.main")
+    billing = load("billing.main")
     sent = encode(event, source="/shop")
     async with in_memory(billing.broker):
         await billing.broker.publish(
