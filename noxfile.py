@@ -166,11 +166,12 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, formatting, and that imports go downwards only."""
+    """Check style, formatting, that imports go downwards only, and the workflows' security."""
     session.install("-e", ".", *group("lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("lint-imports")
+    session.run("zizmor", "--offline", "--quiet", ".")
 
 
 @nox.session
@@ -238,7 +239,7 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation site into `site/`, and look at it; `nox -s docs -- --serve` serves it."""
+    """Build the documentation into `site/` and test it; `nox -s docs -- --serve` serves it."""
     session.install("-e", ".", *group("docs"))
     if "--serve" in session.posargs:
         session.run("zensical", "serve")

@@ -1,10 +1,10 @@
-"""Owns what OpenTelemetry is told of a bus: spans of publishes and deliveries, and counters.
+"""Owns the OpenTelemetry spans and metrics of a bus.
 
-Needs OpenTelemetry's API alone, which does nothing until an application has set up an SDK. Knows
-nothing of exporters. Names follow the semantic conventions of messaging:
+Needs only the API of OpenTelemetry. The API does nothing until the application sets up an SDK. This
+module knows no exporter. Names follow the semantic conventions of messaging:
 https://opentelemetry.io/docs/specs/semconv/messaging/
 
-Events are never written into a span, only their ids and the names of their classes.
+A span has the id of an event and the name of its class, and never the event itself.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ except ModuleNotFoundError as _missing:
 __all__ = ["instrument"]
 
 _SYSTEM = {"messaging.system": "eventkit"}
-_SECONDS_OF_A_LOOK = 1.0  # for which one look into an outbox's table is enough
-# Those that the conventions give: https://opentelemetry.io/docs/specs/semconv/messaging/messaging-metrics/
+_SECONDS_OF_A_LOOK = 1.0  # for so long the result of one look into an outbox's table is used again
+# The bounds of the conventions: https://opentelemetry.io/docs/specs/semconv/messaging/messaging-metrics/
 _BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 _ENDED = ("handled", "failed", "discarded", "undelivered", "requeued")
 _KEPT = ("ready", "leased", "dead", "unreadable")
 
-# Of a run from an outbox's table: the context that was kept with the row.
+# For a run from an outbox's table: the context that was stored with the row.
 _kept: ContextVar[Context | None] = ContextVar("eventkit_opentelemetry_kept", default=None)
 
 
@@ -66,15 +66,18 @@ def instrument(
     tracer_provider: TracerProvider | None = None,
     meter_provider: MeterProvider | None = None,
 ) -> Observation:
-    """Give OpenTelemetry spans and metrics of a bus, from now on.
+    """Make OpenTelemetry spans and metrics of a bus, from now on.
 
         instrument(bus)  # once, where the application is wired
 
-    **Spans.** `publish <event>` for each publish, and `process <event>` for each run of a handler,
-    current in the handler and in what it awaits. The parent is the span in which the event was
-    published, behind the response, too. A run from an outbox's table, and one of a message of
-    another service, may be long after: it begins a trace of its own, with a link to the publisher's
-    span. A message that FastStream's middleware has a span for is its child.
+    **Spans.** There is a span `publish <event>` for each publish, and a span `process <event>` for
+    each run of a handler. That span is the current span of the handler. Its parent is the span in
+    which the event was published, also behind the response.
+
+    Two kinds of runs may come much later: a run from an outbox's table, and a run for a message of
+    another service. Such a run begins a trace of its own. Its span has a link to the span of the
+    publisher. If FastStream's own middleware has made a span for the message, that span is the
+    parent instead.
 
     **Metrics**, each with the bus's name:
 
@@ -90,23 +93,27 @@ def instrument(
     | `eventkit.outbox.deliveries` | gauge, by `eventkit.state` and handler | deliveries |
     | `eventkit.outbox.oldest_due` | gauge | s |
 
-    What is counted is read when it is collected. The outbox's two read its whole table then, with
-    one statement for both, in the thread that collects: every process reports the same numbers.
+    Counters are read when the SDK collects them. The two gauges of the outbox read its whole table
+    then, with one statement for both, in the thread that collects. So every process reports the
+    same numbers.
 
-    The payload is in no span. An exception is recorded as by other instrumentations, with its
-    message and its traceback: what the message says is up to who raised it.
+    No span has the payload of an event. An exception is recorded with its message and its
+    traceback, as other instrumentations do it. If a message has private data, the span has it, too.
+
+    Safe to call from any thread.
 
     Args:
-        bus: Whose. Its events' spans and counters go to each SDK once.
-        tracer_provider: By default the global one, also if it is set later.
-        meter_provider: As above.
+        bus: The bus to watch.
+        tracer_provider: Makes the spans. By default the global provider, also if the application
+            sets it later.
+        meter_provider: Makes the metrics. By default the global provider, as above.
 
     Returns:
-        The tie; `detach()` ends it. OpenTelemetry keeps the instruments, which report nothing then.
+        The tie. Its `detach()` ends the spans and the metrics of this bus.
 
     Raises:
-        TypeError: It is no EventBus.
-        ValueError: It is instrumented already, with these providers.
+        TypeError: `bus` is no EventBus.
+        ValueError: The bus has been instrumented with these providers before.
     """
     if not isinstance(bus, EventBus):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"instrument() takes an EventBus, not {bus!r}")
@@ -135,9 +142,9 @@ class _Tracing(Insider):
     """Makes the spans, and measures the runs.
 
     Attributes:
-        providers: Whose spans and metrics they are.
+        providers: The two arguments of `instrument`, to find a second call.
         tracer: Makes the spans.
-        durations: Of the runs.
+        durations: The histogram of the runs.
     """
 
     def __init__(
@@ -157,12 +164,12 @@ class _Tracing(Insider):
             explicit_bucket_boundaries_advisory=_BOUNDS,
         )
         self._bus = bus
-        self._counts = counts  # nobody else keeps them
+        self._counts = counts  # the only strong reference
         self._of_publish: dict[type, tuple[str, dict[str, str]]] = {}
         self._of_run: dict[tuple[type, str], tuple[str, dict[str, str]]] = {}
 
     def accepted(self, accepted: Accepted) -> None:
-        """A span of no length: publishing waits for nothing."""
+        """Make a span of no length: a publish waits for nothing."""
         event_type = type(accepted.event)
         known = self._of_publish.get(event_type)
         if known is None:
@@ -177,17 +184,17 @@ class _Tracing(Insider):
             span.end()
 
     def headers(self, event: object) -> Mapping[str, str]:
-        """What an outbox keeps beside the event, and a bridge sends with it."""
+        """Return the context as headers: an outbox stores them, and a bridge sends them."""
         carrier: dict[str, str] = {}
         inject(carrier)
         return carrier
 
     def restored(self, headers: Mapping[str, str]) -> None:
-        """The next run is one from a table."""
+        """Note the context of the next run, which comes from a table."""
         _kept.set(extract(headers, Context()))
 
     def surround(self, begun: Begun, index: int) -> AbstractContextManager[object]:
-        """A span around one run."""
+        """Return a span around one run."""
         key = type(begun.event), begun.handlers[index].name
         known = self._of_run.get(key)
         if known is None:
@@ -207,9 +214,9 @@ class _Tracing(Insider):
 
 
 class _Processing:
-    """One run of a handler: the span that is current in it, and how long it took."""
+    """One run of a handler: its current span, and its duration."""
 
-    # Here and not in `__init__`, for this is made once for every run.
+    # Defaults of the class cost less than `__init__`: there is one object for each run.
     _restored: Token[Context | None] | None = None
     _token: Token[Context] | None = None
     _span: Span = trace.INVALID_SPAN
@@ -238,7 +245,7 @@ class _Processing:
             if recording or around is not None or not _is_current(span):
                 self._token = contexts.attach(trace.set_span_in_context(span, around))
             self._began = perf_counter()
-        except Exception as error:  # noqa: BLE001 - of an SDK, or what was plugged into it
+        except Exception as error:  # noqa: BLE001 - an SDK and its plug-ins raise anything
             complain(self._tracing, error)
 
     def __exit__(
@@ -250,7 +257,7 @@ class _Processing:
         try:
             if self._began is not None:
                 seconds = perf_counter() - self._began
-                # While the span is current, so that an exemplar leads to it.
+                # The span has to be current here: an exemplar refers to it.
                 attributes = self._known[1] if exc is None else self._fail(exc)
                 self._tracing.durations.record(seconds, attributes)
             if self._token is not None:
@@ -262,7 +269,7 @@ class _Processing:
             complain(self._tracing, error)
 
     def _fail(self, exc: BaseException) -> dict[str, str]:
-        """Say so in the span, and in the attributes of what is measured."""
+        """Note the failure in the span, and return the attributes of the measurement."""
         kind = f"{type(exc).__module__}.{type(exc).__qualname__}".removeprefix("builtins.")
         self._span.set_attribute("error.type", kind)
         self._span.record_exception(exc)
@@ -270,10 +277,10 @@ class _Processing:
         return self._known[1] | {"error.type": kind}
 
     def _origin(self) -> tuple[Context | None, Sequence[Link] | None]:
-        """In which context the span begins, and what it is linked to; None for the current one."""
+        """Return the context in which the span begins, and its links; None: the current context."""
         found, received = _kept.get(), self._begun.received
         if found is not None:
-            # What the handler publishes is published here, and not by what was kept.
+            # A publish in the handler belongs to this run, and not to the stored context.
             self._restored = _kept.set(None)
             if received is not None and not _span_of(found).is_valid:
                 found = extract(received, found)
@@ -282,7 +289,7 @@ class _Processing:
         if found is None:
             return None, None
         origin = _span_of(found)
-        around = trace.set_span_in_context(trace.INVALID_SPAN, found)  # what else it has, it keeps
+        around = trace.set_span_in_context(trace.INVALID_SPAN, found)  # keeps baggage
         return around, [Link(origin)] if origin.is_valid else None
 
     def _facts(self) -> dict[str, str | int]:
@@ -295,26 +302,26 @@ class _Processing:
 
 
 class _Counts:
-    """Reads the counters of one bus, and of its outbox, when they are collected."""
+    """Reads the counters of one bus and of its outbox, when the SDK collects them."""
 
     def __init__(self, state: BusState) -> None:
         self._state = state
         self._bus = {"eventkit.bus": state.name}
         self._looked_at = -_SECONDS_OF_A_LOOK
-        self._seen: Any = None  # Any: an `OutboxStats`, of a sibling of this module
+        self._seen: Any = None  # Any: an `OutboxStats`, which this module must not import
 
     def count(self, name: str) -> Iterator[Measurement]:
-        """One of the counters."""
+        """Read one of the counters."""
         yield Measurement(getattr(self._state.tally.snapshot(), name), self._bus)
 
     def outcomes(self) -> Iterator[Measurement]:
-        """How many deliveries have ended in which way."""
+        """Count the ended deliveries, by outcome."""
         stats = self._state.tally.snapshot()
         for outcome in _ENDED:
             yield Measurement(getattr(stats, outcome), self._bus | {"eventkit.outcome": outcome})
 
     def rows(self) -> Iterator[Measurement]:
-        """How many deliveries the outbox has, in which state."""
+        """Count the deliveries in the outbox, by state."""
         stats = self._look()
         for handler, kept in () if stats is None else stats.handlers.items():
             for state in _KEPT:
@@ -322,13 +329,13 @@ class _Counts:
                 yield Measurement(getattr(kept, state), self._bus | attributes)
 
     def oldest(self) -> Iterator[Measurement]:
-        """For how long the oldest due delivery of the outbox has been due."""
+        """Measure for how long the oldest due delivery of the outbox has been due."""
         stats = self._look()
         if stats is not None:
             yield Measurement(stats.oldest_due or 0.0, self._bus)
 
     def _look(self) -> Any:
-        """What is in the outbox's table; None where there is no outbox, or it was just away."""
+        """Read the outbox's table; None if there is no outbox, or its database did not answer."""
         keeper = self._state.keeper
         if keeper is None:
             return None
@@ -336,7 +343,7 @@ class _Counts:
             self._seen, self._looked_at = None, monotonic()
             try:
                 self._seen = keeper.outbox.read_stats()
-            finally:  # a database that is away may take its time to say so: asked once, too
+            finally:  # a database that is away may answer late: it is asked once, too
                 self._looked_at = monotonic()
         return self._seen
 
@@ -345,13 +352,13 @@ Read = Callable[[_Counts], Iterable[Measurement]]
 
 
 class _Instruments:
-    """The instruments of one meter provider, and the buses whose counters they report.
+    """The instruments of one meter provider, and the buses that they report.
 
-    An SDK takes an instrument's callbacks once, by its name: all buses have them together.
+    An SDK takes the callbacks of an instrument only once for each name. So all buses share them.
     """
 
     def __init__(self, meter: Meter) -> None:
-        self._counts: tuple[ref[_Counts], ...] = ()  # of buses that somebody else has to keep
+        self._counts: tuple[ref[_Counts], ...] = ()  # weak: the buses keep them
         self._lock = new_lock()
         counter, up_down = meter.create_observable_counter, meter.create_observable_up_down_counter
         gauge, of = meter.create_observable_gauge, self._count
@@ -366,12 +373,12 @@ class _Instruments:
         gauge("eventkit.outbox.oldest_due", self._each(_Counts.oldest), "s")
 
     def add(self, counts: _Counts) -> None:
-        """Report these from now on."""
+        """Report these counters from now on."""
         with self._lock:
             self._counts = (*(each for each in self._counts if each() is not None), ref(counts))
 
     def remove(self, counts: _Counts) -> None:
-        """Report these no longer."""
+        """Stop reporting these counters."""
         with self._lock:
             self._counts = tuple(each for each in self._counts if each() is not counts)
 
@@ -388,13 +395,13 @@ class _Instruments:
         return [read_all]
 
 
-_of_the_global: list[_Instruments] = []  # at most one: also of the provider that is set later
+_of_the_global: list[_Instruments] = []  # at most one; also for a provider that is set later
 _of_others: WeakKeyDictionary[MeterProvider, _Instruments] = WeakKeyDictionary()
 _making = new_lock()
 
 
 def _instruments_of(provider: MeterProvider | None, meter: Meter) -> _Instruments:
-    """Those that there are, or new ones; None for the global provider, whoever that will be."""
+    """Return the instruments of a provider, made at the first call; None: the global provider."""
     given = get_meter_provider() if provider is None else provider
     with _making:
         if given in _of_others:
@@ -411,7 +418,7 @@ def _span_of(context: Context | None) -> trace.SpanContext:
 
 
 def _is_current(span: Span) -> bool:
-    """Whether a span that records nothing only stands for the one that is current, or for none."""
+    """Say whether a span that records nothing stands for the current span, or for none."""
     if span is trace.INVALID_SPAN:
         return True
     return span.get_span_context() == trace.get_current_span().get_span_context()

@@ -1,4 +1,4 @@
-"""Owns the command `eventkit`, and what it says where its extra is not installed."""
+"""Owns the entry of the command `eventkit`, and its message for a missing extra."""
 
 import sys
 

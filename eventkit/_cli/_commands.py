@@ -1,4 +1,4 @@
-"""Owns the commands and their options. What they do is in the outbox; how it looks, in `_show`."""
+"""Owns the commands and their options. The outbox does the work, and `_show` prints it."""
 
 from __future__ import annotations
 
@@ -39,40 +39,40 @@ def _age(context: click.Context, option: click.Parameter, value: str | None) -> 
     found = _AGE.fullmatch(value)
     if found is None:
         raise click.BadParameter(
-            f"'{value}' is not a number with one of the units s, m, h, d and w, as 30d is"
+            f"'{value}' is no age: give a number and a unit (s, m, h, d or w), such as 30d"
         )
     return float(found[1]) * _SECONDS[found[2]]
 
 
 _target = click.argument("target", metavar="MODULE:ATTR")
 _ids = click.argument("ids", metavar="[ID]...", type=click.UUID, nargs=-1)
-_handler = click.option("--handler", metavar="NAME", help="Those of this handler.")
+_handler = click.option("--handler", metavar="NAME", help="Only deliveries to this handler.")
 _before = click.option(
     "--before",
     metavar="AGE",
     callback=_age,
-    help="Those published at least so long ago: 90s, 15m, 6h, 30d, 2w.",
+    help="Only events older than this: 90s, 15m, 6h, 30d, 2w.",
 )
 _json = click.option("--json", "json", is_flag=True, help="Write one JSON document.")
 
 
 @click.group(context_settings=_SETTINGS, epilog=EXIT_CODES)
 def eventkit() -> None:
-    """Run and look after deliveries that an outbox keeps.
+    """Run and manage the durable deliveries of an outbox.
 
-    MODULE:ATTR names the outbox, as shop.main:outbox does, or the ASGI app that has it. The module
-    is imported, from the current directory, too.
+    MODULE:ATTR is the outbox, such as shop.main:outbox, or the ASGI app of the outbox. The command
+    imports the module. The current directory is searched, too.
     """
 
 
 @eventkit.command(epilog=EXIT_CODES)
 @_target
-@click.option("--concurrency", type=click.IntRange(min=1), help="Deliveries that run at once.")
+@click.option("--concurrency", type=click.IntRange(min=1), help="How many deliveries run at once.")
 @click.option(
     "--shutdown-timeout",
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
-    help="For how long what runs may go on at the end. By default what the app says, or 20.",
+    help="Time for running handlers at the end. Default: the timeout of the app, or 20.",
 )
 @click.option(
     "--loop",
@@ -82,10 +82,11 @@ def eventkit() -> None:
     help="The event loop.",
 )
 def relay(target: str, concurrency: int | None, shutdown_timeout: float | None, loop: str) -> None:
-    """Run what is due, until SIGTERM or Ctrl-C.
+    """Run due deliveries, until SIGTERM or Ctrl-C.
 
-    Of an app only the lifespan is run: handlers get their dependencies as there. Then what runs may
-    end, and the rest is given back to the table. A second signal ends the process at once.
+    Give an app if handlers need its lifespan: the command runs the lifespan and serves no requests.
+    At the end, running handlers may finish. The other deliveries go back to the table. A second
+    signal ends the process at once.
     """
     try:
         with _relay.interruptible():
@@ -102,7 +103,7 @@ def relay(target: str, concurrency: int | None, shutdown_timeout: float | None, 
 
 @eventkit.group(epilog=EXIT_CODES)
 def outbox() -> None:
-    """Look at what is kept, try it again, or drop it."""
+    """Show stored deliveries, retry them, or drop them."""
 
 
 @outbox.command(epilog=EXIT_CODES)
@@ -111,7 +112,7 @@ def outbox() -> None:
 def stats(target: str, json: bool) -> None:
     """Count deliveries by state and handler.
 
-    "unknown" are those that are due, and whose handler or event nobody here knows.
+    "unknown" counts due deliveries with a handler or an event that this program does not have.
     """
     with outbox_of(target) as box:
         found = _ask(box, box.stats)
@@ -129,17 +130,17 @@ def stats(target: str, json: bool) -> None:
     type=click.Choice([*_STATES, "all"]),
     default="dead",
     show_default=True,
-    help="Those in this state.",
+    help="Only deliveries in this state.",
 )
 @_handler
 @click.option(
-    "--limit", type=click.IntRange(min=1), default=100, show_default=True, help="So many at most."
+    "--limit", type=click.IntRange(min=1), default=100, show_default=True, help="How many at most."
 )
 @_json
 def list_(target: str, state: str, handler: str | None, limit: int, json: bool) -> None:
     """List deliveries, the longest due first.
 
-    What the events say is not shown.
+    The list does not show the contents of events.
     """
     with outbox_of(target) as box:
         chosen = None if state == "all" else state
@@ -149,22 +150,22 @@ def list_(target: str, state: str, handler: str | None, limit: int, json: bool) 
     elif found:
         _show.show_list(found)
     else:
-        click.echo("no such deliveries", err=True)
+        click.echo("there are no such deliveries", err=True)
     if len(found) == limit:
-        click.echo(f"there may be more than {limit}: --limit", err=True)
+        click.echo(f"there may be more than {limit}: give a higher --limit", err=True)
 
 
 @outbox.command(epilog=EXIT_CODES)
 @_target
 @click.argument("id", type=click.UUID)
-@click.option("--payload", is_flag=True, help="Also what the event says, as it is stored.")
+@click.option("--payload", is_flag=True, help="Also show the stored event.")
 @_json
 def show(target: str, id: UUID, payload: bool, json: bool) -> None:
     """Show one delivery."""
     with outbox_of(target) as box:
         found = _ask(box, lambda: box.get(id))
     if found is None:
-        raise Failure(f"there is no delivery {id}: it is done, or was dropped")
+        raise Failure(f"there is no delivery {id}: it has ended, or was dropped")
     if json:
         _show.as_json(_show.delivery_document(found, payload=payload))
     else:
@@ -180,9 +181,9 @@ def show(target: str, id: UUID, payload: bool, json: bool) -> None:
 def retry(
     target: str, ids: tuple[UUID, ...], handler: str | None, before: float | None, json: bool
 ) -> None:
-    """Have deliveries tried again.
+    """Retry dead and unreadable deliveries.
 
-    Dead and unreadable ones are, from the first attempt on. Others run or will run by themselves.
+    Their attempts are counted from one again. Other deliveries run or will run by themselves.
     """
     chosen = _chosen("retry", ids, handler=handler, before=before)
     with outbox_of(target) as box:
@@ -201,9 +202,9 @@ def retry(
 @click.option(
     "--state",
     type=click.Choice([each for each in _STATES if each != "leased"]),
-    help="Those in this state alone.",
+    help="Only deliveries in this state.",
 )
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @_json
 def drop(
     target: str,
@@ -214,13 +215,13 @@ def drop(
     yes: bool,
     json: bool,
 ) -> None:
-    """Delete deliveries for good.
+    """Delete deliveries permanently.
 
-    Says how many of which, and asks. Those that run now stay.
+    The command shows the numbers, and asks. Running deliveries stay.
     """
     chosen = _chosen("drop", ids, handler=handler, before=before)
     if not yes and not _can_ask():
-        raise Mistake("drop asks before it deletes, and there is no terminal to ask on: --yes")
+        raise Mistake("drop asks before it deletes, and there is no terminal: give --yes")
     with outbox_of(target) as box:
         counts = _ask(box, lambda: box.count(**chosen))
         wanted = {
@@ -231,7 +232,7 @@ def drop(
         dropped, total = 0, sum(wanted.values())
         if total and not yes:
             _show.show_counts(wanted)
-            click.confirm(f"Delete these {total} for good?", abort=True, err=True)
+            click.confirm(f"Delete these {total} permanently?", abort=True, err=True)
         if total:
             with _show.progress("dropping", total) as tell:
                 dropped = _ask(box, lambda: box.drop(**chosen, state=state, progress=tell))
@@ -242,7 +243,7 @@ def drop(
 @_target
 @_json
 def schema(target: str, json: bool) -> None:
-    """Print the statements that make the tables."""
+    """Print the SQL statements that make the tables."""
     with outbox_of(target) as box:
         statements = box.schema()
     if json:
@@ -252,12 +253,12 @@ def schema(target: str, json: bool) -> None:
 
 
 def _ask(box: Outbox, question: Callable[[], Awaitable[_Result]]) -> _Result:
-    """Ask the outbox on an event loop of its own, once its tables are known to be there."""
+    """Check the tables, and ask the outbox, on an event loop of its own."""
     from eventkit.outbox._outbox import holdings_of
 
     async def ask() -> _Result:
         if holdings_of(box).database.is_in_memory:
-            raise Mistake("this outbox has SQLite in memory, where nothing is kept")
+            raise Mistake("this outbox has SQLite in memory, which belongs to another process")
         await holdings_of(box).check()
         return await question()
 
@@ -266,26 +267,26 @@ def _ask(box: Outbox, question: Callable[[], Awaitable[_Result]]) -> _Result:
 
 
 def _can_ask() -> bool:
-    """Whether somebody may answer."""
+    """Say whether there is a terminal to ask on."""
     return sys.stdin.isatty()
 
 
 def _chosen(operation: str, ids: Iterable[UUID], **others: object) -> dict[str, Any]:
-    """What says which deliveries are meant. Any: of several types."""
+    """Return the chosen deliveries as arguments. Any: they have several types."""
     chosen: dict[str, Any] = {"ids": [*ids] or None, **others}
     if all(value is None for value in chosen.values()):
         raise Mistake(
-            f"{operation} which deliveries? Give IDs, --handler or --before; --before 0s is all"
+            f"{operation} which deliveries? Give IDs, --handler or --before. --before 0s means all"
         )
     return chosen
 
 
 def _report(json: bool, done: str, count: int, ids: Iterable[UUID], why_not: str) -> None:
-    """Say how many; those that were named and are not among them are a failure."""
+    """Print the number; fail if some of the given ids are not among them."""
     if json:
         _show.as_json({done: count})
     else:
         click.echo(f"{done} {count}")
     missing = len({*ids}) - count
     if missing > 0:
-        raise Failure(f"{missing} of those that were named: {why_not}, or no longer kept")
+        raise Failure(f"{missing} of the given deliveries: {why_not}, or no longer stored")

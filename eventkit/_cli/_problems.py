@@ -1,4 +1,4 @@
-"""Owns what becomes of mistakes: one line on stderr, without a traceback, and the exit code."""
+"""Owns the report of a mistake: one line on stderr, no traceback, and the exit code."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from eventkit.exceptions import OutboxSchemaError
 
 EXIT_CODES = """\b
 Exit codes:
-  0  done; for `relay`, told to end
-  1  nothing was found of what was named, or something failed
-  2  wrong usage: nothing was done
-  3  the database: out of reach, or its tables are missing
+  0  done; for `relay`: ended by a signal
+  1  a given delivery was not found, or something failed
+  2  wrong usage; nothing was done
+  3  the database does not answer, or its tables are missing
 """
 
 
@@ -25,22 +25,22 @@ class Failure(ClickException):
 
 
 class Mistake(ClickException):
-    """It was started in a way that cannot work."""
+    """The command was given wrong arguments."""
 
     exit_code = 2
 
 
 class DatabaseProblem(ClickException):
-    """The database is out of reach, or is not as it should be."""
+    """The database does not answer, or its tables are missing."""
 
     exit_code = 3
 
 
 @contextmanager
 def asking_the_database() -> Generator[None]:
-    """What fails in the block is the database's fault, and is said in one line.
+    """Turn each failure in the block into one line about the database.
 
-    Drivers have errors of their own, which not all are SQLAlchemy's or the system's.
+    Not all errors of drivers derive from those of SQLAlchemy or of the system.
     """
     try:
         yield
@@ -53,14 +53,14 @@ def asking_the_database() -> Generator[None]:
 
 
 def schema_problem(error: OutboxSchemaError) -> DatabaseProblem:
-    """What is said where tables are missing."""
+    """Return the failure for missing tables."""
     return DatabaseProblem(
         f"{error}. `eventkit outbox schema` prints the statements that make the tables"
     )
 
 
 def in_one_line(error: BaseException) -> str:
-    """The class of an error, and what it says first; never the parameters of a statement."""
+    """Return the class and first line of an error, without the parameters of a statement."""
     original = getattr(error, "orig", None)  # SQLAlchemy's text has the parameters
     said = str(error if original is None else original).strip()
     first, *_ = said.splitlines() or [""]
@@ -68,6 +68,6 @@ def in_one_line(error: BaseException) -> str:
 
 
 def only(error: BaseException) -> BaseException:
-    """What a group of one exception stands for."""
+    """Return the exception in groups of one."""
     exceptions: Sequence[BaseException] = getattr(error, "exceptions", ())
     return only(exceptions[0]) if len(exceptions) == 1 else error

@@ -2,9 +2,9 @@
 
 | moment | what a SIGTERM or Ctrl-C does |
 |---|---|
-| before the event loop runs | the system ends the process: nothing has begun |
-| the relay runs | it stops: what runs may go on for a while, the rest is given back |
-| it stops | the system ends the process; what it has leased lapses |
+| before the event loop runs | the system ends the process; nothing has begun |
+| the relay runs | the relay stops: running handlers may finish, the other deliveries go back |
+| the relay stops | the system ends the process; its leases expire |
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ def run(
     """Be a relay until a signal comes.
 
     Args:
-        name: What was named.
-        target: What that leads to.
+        name: The argument `module:attr`.
+        target: The outboxes behind the name.
         loop: asyncio, trio or uvloop.
-        concurrency: How many deliveries run at once; None for what the outbox or the app says.
-        shutdown_timeout: Seconds that what runs may go on; None for what the app says, or 20.
+        concurrency: How many deliveries run at once. None: the option of the outbox or the app.
+        shutdown_timeout: Seconds for running handlers at the end. None: the app's option, or 20.
 
     Raises:
-        Mistake: Nothing would ever be run.
+        Mistake: There is nothing to run.
         Failure: The app fails.
-        OutboxSchemaError: The tables are missing, or of another version.
+        OutboxSchemaError: The tables are missing, or have another version.
     """
     _check_loop(loop, target)
     _log_to_stderr()
@@ -90,7 +90,7 @@ def _check_loop(loop: str, target: Target) -> None:
 
 
 def _log_to_stderr() -> None:
-    """Have lines be seen where nobody has said what becomes of them."""
+    """Show the log on stderr, unless the application has configured logging."""
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.INFO, format=_LINE, stream=sys.stderr)
 
@@ -101,8 +101,8 @@ def _become_relay(name: str, outbox: Outbox, patience: float | None) -> None:
     holdings = holdings_of(outbox)
     if holdings.database.is_in_memory:
         raise Mistake(
-            f"{name} has SQLite in memory, where nothing is kept: a relay needs a database that "
-            "it shares with those who publish"
+            f"{name} has SQLite in memory, which belongs to one process: a relay needs a database "
+            "that it shares with the processes that publish"
         )
     holdings.become_relay()
     holdings.patience = patience
@@ -111,8 +111,8 @@ def _become_relay(name: str, outbox: Outbox, patience: float | None) -> None:
 def _refuse_idleness(name: str, outboxes: Sequence[Outbox]) -> None:
     if not any(map(_durable_handlers, outboxes)):
         raise Mistake(
-            f"no durable handler is subscribed once {name} is imported, so there is nothing to "
-            "run: name it in a module that includes the routers"
+            f"{name} has no durable handler, so there is nothing to run: name an outbox or an app "
+            "in a module that includes the routers"
         )
 
 
@@ -155,15 +155,15 @@ async def _run_app(name: str, app: ASGIApp, outboxes: Sequence[Outbox]) -> None:
 
 
 def _check_relays(name: str, outboxes: Sequence[Outbox]) -> None:
-    """Say what runs, once the app is ready; what runs nothing is refused."""
+    """Log the running relays of the started app; refuse an app without one."""
     from eventkit.outbox._outbox import holdings_of
 
     _refuse_idleness(name, outboxes)
     serving = [each for each in outboxes if holdings_of(each).looking]
     if not serving:
         raise Mistake(
-            f"{name} has started, and runs no relay: app.add_middleware(EventContextMiddleware, "
-            "bus=bus), with the bus of its outbox"
+            f"{name} has started, and runs no relay: add the middleware with the bus of the "
+            "outbox, app.add_middleware(EventContextMiddleware, bus=bus)"
         )
     _say_begin(serving)
 
@@ -172,9 +172,9 @@ class _Lifespan:
     """The lifespan of an app, without a server.
 
     Attributes:
-        stop: Set to have the app shut down.
-        over: The app has said that it is shut down, or has ended.
-        ended: It has ended.
+        stop: To be set; the app shuts down then.
+        over: Set when the app has announced its shutdown, or has ended.
+        ended: Set when the app has ended.
     """
 
     def __init__(self, app: ASGIApp, ready: Callable[[], None]) -> None:
@@ -188,7 +188,7 @@ class _Lifespan:
         self._problem: BaseException | None = None
 
     async def run(self) -> None:
-        """Run it to its end; what fails is kept."""
+        """Run the lifespan to its end, and keep its failure."""
         scope = {
             "type": "lifespan",
             "asgi": {"version": "3.0", "spec_version": "2.0"},
@@ -196,7 +196,7 @@ class _Lifespan:
         }
         try:
             await self._app(scope, self._receive, self._send)
-        except Exception as error:  # noqa: BLE001 - of the app; raised by `raise_problem`
+        except Exception as error:  # noqa: BLE001 - the app raises anything; see `raise_problem`
             self._problem = self._problem or error
         finally:
             self.over.set()
@@ -221,7 +221,7 @@ class _Lifespan:
             self.over.set()
 
     def raise_problem(self, name: str) -> None:
-        """Raise what went wrong, if something did."""
+        """Raise the failure, if there is one."""
         problem, self._problem = self._problem, None
         if problem is None and self._started:
             return
@@ -237,9 +237,9 @@ class _Lifespan:
 
 @contextmanager
 def interruptible() -> Generator[None]:
-    """Ctrl-C ends the process while modules are imported.
+    """Let Ctrl-C end the process while modules are imported.
 
-    Python's way is an exception, which is swallowed where it meets a callback of the collector.
+    Python raises an exception instead. That exception is lost in a callback of the collector.
     """
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -250,10 +250,10 @@ def interruptible() -> Generator[None]:
 
 @contextmanager
 def _told_to_stop(stop: Callable[[], object]) -> Generator[None]:
-    """The first signal calls `stop` on the event loop; the next one ends the process at once.
+    """Call `stop` on the event loop at the first signal; end the process at the next one.
 
-    The handlers are Python's and not the event loop's, which a handler of the user's may block:
-    then the second signal has to work all the same.
+    The signal handlers are those of Python, not of the event loop: a user's handler may block the
+    event loop, and the second signal has to work then, too.
     """
     call_soon = tasks_here("eventkit relay").call_soon
     heard: list[str] = []
@@ -267,8 +267,8 @@ def _told_to_stop(stop: Callable[[], object]) -> Generator[None]:
     def obey() -> None:
         log(
             logging.INFO,
-            "the relay stops: what runs may end, and what waits is given back. Another signal ends "
-            "it at once",
+            "the relay stops: running handlers may finish, the other deliveries go back to the "
+            "table. Another signal ends the process at once",
             signal=heard[0],
         )
         stop()
@@ -311,7 +311,7 @@ def _say_end(outboxes: Sequence[Outbox]) -> None:
 
 
 def _leave_behind() -> None:
-    """End the process although handlers go on: nobody can stop a thread from outside."""
-    log(logging.ERROR, "the process ends with handlers that could not be stopped: they run again")
+    """End the process while handlers still run: a thread cannot be stopped from outside."""
+    log(logging.ERROR, "the process ends while handlers still run: their deliveries run again")
     logging.shutdown()
     os._exit(1)

@@ -1,7 +1,7 @@
-"""Owns how deliveries look: tables for a terminal, plain columns elsewhere, and JSON.
+"""Owns the output of the command: tables on a terminal, plain columns elsewhere, and JSON.
 
-Elsewhere each row is one line, however wide, without lines or colours. What comes from the table
-is shown with its control characters escaped: a key may be what a client has sent.
+Plain columns have one line for each row, and no colours. Control characters of stored texts are
+escaped: a key may come from a client.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from eventkit.outbox import OutboxStats, StoredDelivery
 
-_MANY = 1000  # deliveries that are changed at once; a bar is of use for more
+_MANY = 1000  # deliveries in one statement; a progress bar helps with more
 _COUNTS = ("ready", "leased", "unreadable", "dead", "unknown")
 _COLOURS = {"dead": "red", "unreadable": "yellow", "leased": "cyan", "ready": "green"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -38,13 +38,13 @@ def as_json(document: object) -> None:
 
 
 def stats_document(stats: OutboxStats) -> dict[str, Any]:  # Any: a count, a time or documents
-    """What `stats --json` gives. `lost` is what a process counts of itself, so it is left out."""
+    """Return the JSON of `stats`, without `lost`: each process counts its own."""
     counts = {name: getattr(stats, name) for name in _COUNTS}
     return {**counts, "oldest_due": stats.oldest_due}
 
 
 def delivery_document(delivery: StoredDelivery, *, payload: bool) -> dict[str, object]:
-    """What `list --json` and `show --json` give of each."""
+    """Return the JSON of one delivery in `list` and `show`."""
     facts = {name: _plainly(value) for name, value in asdict(delivery).items()}
     if not payload:
         del facts["payload"]
@@ -58,7 +58,7 @@ def _plainly(value: object) -> object:
 
 
 def show_stats(stats: OutboxStats) -> None:
-    """One line per handler, and one for all."""
+    """Print one line for each handler, and one for all."""
     everything = {"all handlers": stats}
     rows = [
         [
@@ -72,13 +72,13 @@ def show_stats(stats: OutboxStats) -> None:
 
 
 def show_counts(counts: Mapping[tuple[str, str], int]) -> None:
-    """How many of which, on stderr."""
+    """Print the counts on stderr."""
     rows = [[_clean(handler), state, str(n)] for (handler, state), n in counts.items()]
     _show_table(["handler", "state", "deliveries"], rows, right=["deliveries"], err=True)
 
 
 def show_list(deliveries: Iterable[StoredDelivery]) -> None:
-    """A line for each; on a terminal the id, the handler and the error stand below each other."""
+    """Print a row for each; a terminal has the handler and the error below the id."""
     now = datetime.now(UTC)
     rows = [
         [
@@ -102,7 +102,7 @@ def show_list(deliveries: Iterable[StoredDelivery]) -> None:
 
 
 def show_delivery(delivery: StoredDelivery, *, payload: bool) -> None:
-    """One line for each fact that there is."""
+    """Print one line for each known fact."""
     facts = delivery_document(delivery, payload=payload)
     width = max(map(len, facts))
     for name, value in facts.items():
@@ -121,9 +121,9 @@ def _show_table(
     """Write rows below their columns.
 
     Args:
-        columns: Their headings.
+        columns: The headings.
         rows: The cells of each row.
-        right: Which columns are set flush right.
+        right: The columns that are set flush right.
         err: Whether to write to stderr.
         leading: Whether an empty line stands between rows.
     """
@@ -154,7 +154,7 @@ def _in_columns(rows: Sequence[Sequence[str]], flush_right: Sequence[bool]) -> s
 
 @contextmanager
 def progress(what: str, total: int) -> Generator[Callable[[int], object]]:
-    """A bar on stderr, where that is a terminal and there is much to do."""
+    """Show a progress bar on stderr, if it is a terminal and there are many deliveries."""
     console = _console(err=True)
     if total <= _MANY or not console.is_interactive:
         yield lambda done: None
@@ -166,7 +166,7 @@ def progress(what: str, total: int) -> Generator[Callable[[int], object]]:
 
 
 def _console(*, err: bool = False) -> Console:
-    """Made when it is needed: it looks at the stream, and at NO_COLOR, of that moment."""
+    """Make a console. It reads the stream and NO_COLOR when it is made, so none is kept."""
     return Console(stderr=err, highlight=False)
 
 
@@ -179,7 +179,7 @@ def _when(seconds: float) -> str:
 
 
 def _span(seconds: float) -> str:
-    """A time in its largest unit, rounded down: 90 s is 1 m."""
+    """Return a time in its largest unit, rounded down: 90 s is 1 m."""
     whole = math.floor(seconds)
     for unit, size in _UNITS:
         if whole >= size:

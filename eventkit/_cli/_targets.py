@@ -1,4 +1,4 @@
-"""Owns what `module:attr` leads to: an outbox, or an ASGI app with its outboxes."""
+"""Owns the search for `module:attr`: an outbox, or an ASGI app with its outboxes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class Target(NamedTuple):
-    """What was named.
+    """The object behind `module:attr`.
 
     Attributes:
-        outboxes: That one; of an app, all that this process has. At least one.
+        outboxes: The outbox, or for an app all outboxes of this process. At least one.
         app: The app; None for an outbox.
     """
 
@@ -35,27 +35,29 @@ class Target(NamedTuple):
 
 
 def outbox_of(name: str) -> Outbox:
-    """The outbox that is named, or the one that belongs to a named app.
+    """Return the outbox of a name, or of a named app.
 
     Raises:
-        Mistake: There is none, or there are several.
+        Mistake: There is no outbox, or there are several.
     """
     outbox, *others = find(name).outboxes
     if others:
         buses = ", ".join(repr(each.bus.name) for each in (outbox, *others))
-        raise Mistake(f"{name} has several outboxes, of buses {buses}: name one as module:attr")
+        raise Mistake(
+            f"{name} has several outboxes, of the buses {buses}: name one of them as module:attr"
+        )
     return outbox
 
 
 def find(name: str) -> Target:
-    """Import what is named, with the current directory among the places to import from.
+    """Import a name, also from the current directory.
 
     Raises:
-        Mistake: It leads to nothing that has an outbox.
+        Mistake: The name leads to nothing with an outbox.
     """
     module_name, _, path = name.partition(":")
     if not module_name or not path:
-        raise Mistake(f"'{name}' is not module:attr, as shop.main:outbox is")
+        raise Mistake(f"'{name}' is not of the form module:attr, such as shop.main:outbox")
     module = _imported(module_name)
     try:
         found: object = reduce(getattr, path.split("."), module)
@@ -65,7 +67,7 @@ def find(name: str) -> Target:
 
 
 def _imported(name: str) -> ModuleType:
-    """Import a module; what it prints is no output of the command."""
+    """Import a module; its prints go to stderr, and not into the output of the command."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -76,8 +78,8 @@ def _imported(name: str) -> ModuleType:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise Mistake(_import_failed(name, error)) from error
         raise Mistake(
-            f"there is no module '{error.name}': give the dotted name that `import` takes, and "
-            "start the command where that import works"
+            f"there is no module '{error.name}': give its dotted name, as in an import statement, "
+            "and start the command in a directory where this import works"
         ) from None
     except (Exception, SystemExit) as error:
         raise Mistake(_import_failed(name, error)) from error
@@ -89,7 +91,7 @@ def _import_failed(name: str, error: BaseException) -> str:
 
 
 def _instead(module: ModuleType) -> str:
-    """Which of the module's names would do."""
+    """List the outboxes of a module."""
     from eventkit.outbox import Outbox
 
     names = [name for name, value in vars(module).items() if isinstance(value, Outbox)]
@@ -100,7 +102,7 @@ def _target(name: str, found: object) -> Target:
     try:
         from eventkit.outbox import Outbox
         from eventkit.outbox._outbox import outbox_of as found_on
-    except ModuleNotFoundError as missing:  # an app may do without
+    except ModuleNotFoundError as missing:  # an app may need no outbox
         raise Mistake(str(missing)) from None
     if isinstance(found, Outbox):
         return Target([found], None)
@@ -112,13 +114,14 @@ def _target(name: str, found: object) -> Target:
     outboxes = [each for each in map(found_on, all_buses()) if each is not None]
     if not outboxes:
         raise Mistake(
-            f"{name} has no outbox: Outbox(bus, engine), in what is imported with the application"
+            f"{name} has no outbox: make one with Outbox(bus, engine), in a module that the "
+            "application imports"
         )
     return Target(outboxes, cast("ASGIApp", found))
 
 
 def _is_app(found: object) -> bool:
-    """Whether it can be called as ASGI defines it; a factory of apps cannot."""
+    """Say whether it takes the three arguments of ASGI; a factory of apps does not."""
     if not callable(found) or isinstance(found, type):
         return False
     try:

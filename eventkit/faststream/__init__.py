@@ -3,7 +3,8 @@
     bridge = Bridge(bus, source="/orders")
     bridge.forward(OrderPlaced, broker.publisher("orders.placed", stream=orders))
 
-Runs on asyncio alone, as FastStream does; on trio, `eventkit.wire` and a client of your own do it.
+It runs on asyncio only, because FastStream does. On trio, use `eventkit.wire` and a client of your
+choice.
 """
 
 from eventkit.exceptions import BridgeError, not_installed

@@ -1,6 +1,6 @@
-"""Owns the bridge between a bus and brokers: what users wire, and how its parts are put together.
+"""Owns the bridge between a bus and brokers, as users wire it.
 
-Knows nothing of what happens to a single message.
+Knows nothing of a single message.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _UNKEEPABLE = (ValueError, TypeError)  # what an outbox raises if no table can h
 
 
 class Bridge:
-    """Sends events of a bus to brokers, and gives it events of other services.
+    """Sends events of a bus to brokers, and delivers events of other services to its handlers.
 
         bridge = Bridge(bus, source="/orders")
         bridge.forward(OrderPlaced, broker.publisher("orders.placed", stream=orders))
@@ -57,21 +57,21 @@ class Bridge:
             dead_letter=broker.publisher("dead.orders", stream=dead),
         )
 
-    Publishers and subscribers are FastStream's own, with all of its options: those of NATS
-    JetStream, RabbitMQ, Redis streams, and Kafka by aiokafka. The application starts and stops the
-    broker in its lifespan. asyncio only, as FastStream.
+    Publishers and subscribers are those of FastStream, with all of their options: for NATS
+    JetStream, RabbitMQ, Redis streams, and Kafka with aiokafka. The application starts and stops
+    the broker in its lifespan. A bridge works on asyncio only, because FastStream does.
 
-    Wire at import, as you subscribe handlers: wiring that would lose messages is refused there, and
-    not at the first message. A bridge holds nothing that is bound to an event loop. Wire in one
-    thread.
+    Wire the bridge at import, where handlers are subscribed. Wiring that would lose messages is
+    refused then, and not at the first message. A bridge holds nothing of an event loop. Its methods
+    are not thread-safe: wire in one thread.
 
     Args:
-        bus: The bus that publishes what is sent, and that has the handlers of what is received.
+        bus: The bus of the events to send, and of the handlers for received events.
         source: The name of this service in its messages, a URI reference such as "/orders".
 
     Raises:
         TypeError: `bus` is no EventBus.
-        ValueError: `source` is no text, or empty.
+        ValueError: `source` is no `str`, or empty.
     """
 
     def __init__(self, bus: EventBus, *, source: str) -> None:
@@ -99,40 +99,41 @@ class Bridge:
 
             bridge.forward(OrderPlaced, broker.publisher("orders.placed", stream=orders))
 
-        The forward is a handler like any other: it fails alone, and is logged, counted and
-        explained like others. It succeeds when the broker has confirmed the message.
+        A forward is a handler. Its failure is isolated, logged, counted and explained as for other
+        handlers. It succeeds when the broker has confirmed the message.
 
         An event is sent at most once. With `durable=` it is sent at least once: the outbox tries
         again until the broker has confirmed it, also after a crash. Events of up to `concurrency`
         requests are sent at the same time, so the order of requests is not kept. `key` and
-        `durable=` together keep it per key.
+        `durable=` together keep the order for each key.
 
         Args:
             event_type: A class with a name from `named`. An event of a subclass fails: forward the
-                subclass by its own name.
-            publisher: A publisher of FastStream's. Its broker has to be started before the first
+                subclass under its own name.
+            publisher: A publisher of FastStream. Its broker has to be started before the first
                 event.
-            key: Called with the event; returns the same text for events that belong together. The
-                text is the key of Kafka's record. With `durable=` it is also the key of `Durable`:
-                events with an equal key are sent one at a time, in the order of their commits.
+            key: A function of the event. It returns the same `str` for events that belong together.
+                The result is the key of the Kafka record. With `durable=` it is also the key of
+                `Durable`: events with an equal key are sent one at a time, in the order of their
+                commits.
             name: The name of the handler in logs and stored rows. By default `forward:` and the
                 name of the event.
-            timeout: Seconds within which the broker has to confirm.
+            timeout: Seconds. The broker has to confirm within this time.
             durable: As for `EventBus.subscribe`.
 
         Returns:
             The subscription; `cancel()` ends it.
 
         Raises:
-            BridgeError: The class has no name, or cannot be written as JSON, or is consumed on this
-                bus. Or the publisher's broker confirms nothing.
+            BridgeError: The class has no name, cannot be written as JSON, or is consumed on this
+                bus. Or the broker of the publisher does not confirm messages.
             TypeError: `key` is no function.
             ValueError: `key` is given here and in `Durable`.
         """
         check_type(event_type)
         engine = check_publisher(publisher)
         if key is not None and not callable(key):
-            raise TypeError(f"key takes a function from the event to a text, not {key!r}")
+            raise TypeError(f"key has to be a function that takes the event, not {key!r}")
         options = as_durable(durable)
         if options is not None and key is not None:
             if options.key is not None:
@@ -159,51 +160,51 @@ class Bridge:
         durable: bool = False,
         deliver: Callable[[Received], Awaitable[object]] | None = None,
     ) -> None:
-        """Run handlers for what a subscriber receives, and acknowledge it when they have ended.
+        """Run handlers for received messages, and acknowledge each message afterwards.
 
             bridge.consume(subscriber, OrderPlaced, dead_letter=broker.publisher("dead.billing"))
 
-        Handlers run at least once: all of them again if one fails, and after a crash. After five
-        attempts, or `within` seconds, the message becomes a dead letter. A handler may raise two
-        exceptions of FastStream's: `RejectMessage` for a dead letter at once, and `NackMessage` to
-        hand the message back, so that it comes again. In a handler
-        `current_delivery().event_id` is the message's id, and `.received` has its headers.
+        Handlers run at least once. All handlers run again if one fails, and after a crash. After
+        five attempts, or `within` seconds, the message becomes a dead letter. A handler may raise
+        two exceptions of FastStream: `RejectMessage` makes the message a dead letter at once, and
+        `NackMessage` hands the message back to the broker, so that it comes again. In a handler,
+        `current_delivery().event_id` is the id of the message, and `.received` has its headers.
 
-        With `durable=True` the bus's outbox stores the event, and the message is acknowledged after
-        that commit. A message that comes again is dropped. Each durable handler is tried again
-        alone, as its `Durable` says; the others run at most once.
+        With `durable=True` the outbox of the bus stores the event, and the message is acknowledged
+        after that commit. A message that comes again is dropped. Each durable handler is retried
+        alone, as its `Durable` says. Other handlers run at most once.
 
-        The subscriber and its broker decide how many messages are handled at the same time. They
-        arrive in the broker's order, but one that is handed back comes later than those behind it.
-        A message whose handling is cancelled, as when the process stops, is handed back.
+        The subscriber and its broker decide how many messages are handled at the same time. The
+        broker decides the order. A message that was handed back comes later. If the handling of a
+        message is cancelled, because the process stops, the message is handed back.
 
         Args:
             subscriber: A subscriber without a handler. Or a list of subscribers that belong
-                together: with Redis one that reads, and one with `min_idle_time`, which takes over
+                together: for Redis one that reads, and one with `min_idle_time` that takes over
                 from dead processes.
             event_types: All classes of events that may come, each with a name from `named`.
             dead_letter: A publisher for messages that cannot be handled. A dead letter is the
-                message as it came, with the headers `eventkit-reason`, `eventkit-error` and
+                unchanged message with three more headers: `eventkit-reason`, `eventkit-error` and
                 `eventkit-consumer`.
-            others: "dead" makes messages of other types dead letters; "ignore" acknowledges and
-                forgets them.
-            within: Seconds for all attempts together, 25 by default. Has to be less than the broker
-                waits before it gives the message to another process.
-            retry: The attempts after the first one: how many, and with which pauses. The first of
-                them follows at once. By default four, with stamina's pauses.
-            max_deliveries: How often the broker may give out a message, 10 by default; then the
-                message is a dead letter. Crashes and `NackMessage` count alike. Kafka and the
+            others: For messages of other types. "dead" makes them dead letters. "ignore"
+                acknowledges and forgets them.
+            within: Seconds for all attempts together, 25 by default. It has to be less than the
+                time after which the broker gives the message to another process.
+            retry: The number of attempts after the first one, and their pauses. The first retry
+                follows at once. By default four, with the pauses of stamina.
+            max_deliveries: How often the broker may give out a message, 10 by default. Then the
+                message is a dead letter. Crashes and `NackMessage` count, too. Kafka and the
                 classic queues of RabbitMQ do not count.
-            durable: Whether the outbox stores the event. The outbox then has its own retries and
-                dead letters, so `within`, `retry`, `max_deliveries` and `deliver` are refused.
-            deliver: Called with the event and its message, instead of `bridge.dispatch(received)`:
-                for an inbox of your own. What it raises is an outage: the message comes again,
-                however often, and is never a dead letter.
+            durable: Whether the outbox stores the event. The outbox has its own retries and dead
+                letters, so `within`, `retry`, `max_deliveries` and `deliver` are refused then.
+            deliver: A function for an inbox of your own. It is called with the received event
+                instead of `bridge.dispatch(received)`. If it raises, the message comes again, any
+                number of times, and is never a dead letter.
 
         Raises:
-            BridgeError: As wired, messages would be lost, handled twice at the same time, or sent
-                in a circle.
-            ValueError: `others`, `within` or `max_deliveries` has a value that is not possible.
+            BridgeError: With this wiring, messages would be lost, handled twice at the same time,
+                or sent in a circle.
+            ValueError: `others`, `within` or `max_deliveries` has an impossible value.
         """
         group = group_of(subscriber)
         check_types(event_types)
@@ -236,12 +237,13 @@ class Bridge:
         _attach(consumer, group, event_types)
 
     async def dispatch(self, received: Received) -> None:
-        """Run the handlers of an event that was read from a message: for `deliver=`.
+        """Run the handlers of a received event now. For functions that are given to `deliver=`.
 
-        Like `EventBus.dispatch`; in handlers `current_delivery()` has the message's id and headers.
+        It does the same as `EventBus.dispatch`. In handlers, `current_delivery()` has the id and
+        the headers of the message.
 
         Raises:
-            DispatchError: Handlers failed; the group has every failure.
+            DispatchError: Handlers failed. The exception group has every failure.
         """
         failures = await run_handlers(state_of(self._bus), received)
         try:
@@ -252,7 +254,7 @@ class Bridge:
 
 
 def _inbox(state: BusState, group: Group) -> Callable[[Received], Awaitable[object]]:
-    """Make the function that stores events in the bus's outbox, which may not exist yet."""
+    """Make the function that stores events in the outbox. The outbox may be made later."""
 
     async def keep(received: Received) -> None:
         if state.keeper is None:
@@ -262,7 +264,7 @@ def _inbox(state: BusState, group: Group) -> Callable[[Received], Awaitable[obje
             )
         await state.keeper.outbox.receive(
             received.event,
-            # Not `group.name`: a broker may have included the router since, by a prefix.
+            # Not `group.name`: a broker may have included the router since, with a prefix.
             consumer=group.engine.consumer(group.subscribers[0]),
             message_id=received.unique_id,
             headers=received.headers,
@@ -273,10 +275,10 @@ def _inbox(state: BusState, group: Group) -> Callable[[Received], Awaitable[obje
 
 
 def _attach(consumer: Consumer, group: Group, event_types: Sequence[type]) -> None:
-    """Have FastStream call the consumer for each message of these subscribers."""
+    """Let FastStream call the consumer for each message of these subscribers."""
     whole_message = _whole_message(event_types)
     for number, subscriber in enumerate(group.subscribers):
-        # AsyncAPI tells the subscribers of one place apart by the names of their functions.
+        # AsyncAPI distinguishes the subscribers of one place by the names of their functions.
         name = "consume" if not number else f"consume_{number + 1}"
         _attach_one(subscriber, consumer, group, whole_message, name)
 
@@ -290,17 +292,17 @@ def _attach_one(
     consume.__name__ = name
     consume.__annotations__["event"] = whole_message
     if group.engine.parse is not None:
-        # Not `subscriber(parser=)`, which would take the place of a parser of the user's own.
+        # Not `subscriber(parser=)`: it would replace a parser of the user.
         subscriber._parser = partial(group.engine.parse, parse=subscriber._parser)  # noqa: SLF001
-    # What fails before the consumer is called, in a middleware, would be dropped by some policies.
+    # Other policies drop a message if a middleware fails before the consumer is called.
     subscriber.ack_policy = AckPolicy.NACK_ON_ERROR
     subscriber(consume, decoder=_whole)
 
 
 def _whole_message(event_types: Sequence[type]) -> type:
-    """Make a type with the events' schema in AsyncAPI, of which every object is an instance.
+    """Make a type with the events' schema in AsyncAPI; every object is an instance of it.
 
-    FastStream has pydantic or msgspec convert a handler's argument, and loses a message that cannot
+    FastStream converts a handler's argument by pydantic or msgspec, and loses a message that cannot
     be converted.
     """
     either: Any = Union[tuple(map(_described, event_types))]  # noqa: UP007 - `|` takes no tuple
@@ -314,7 +316,7 @@ def _whole_message(event_types: Sequence[type]) -> type:
 
 
 def _described(event_type: type) -> Any:
-    """A type that pydantic can describe: it knows nothing of msgspec and attrs."""
+    """Return a type that pydantic can describe: pydantic does not know msgspec and attrs."""
     if language_of(event_type) == "pydantic":
         return event_type
     schema = {"title": event_type.__name__, "type": "object"}
@@ -322,7 +324,7 @@ def _described(event_type: type) -> Any:
 
 
 class _Everything(type):
-    """The type of types of which everything is an instance: msgspec asks for that."""
+    """A metaclass that accepts every object as an instance. msgspec asks for one."""
 
     def __instancecheck__(cls, instance: object) -> bool:
         return True
@@ -333,5 +335,5 @@ def _as_it_is(message: object, _: object) -> object:
 
 
 async def _whole(message: object) -> object:
-    """Decode nothing: a body that cannot be decoded would never come to the consumer."""
+    """Decode nothing: FastStream drops a body that it cannot decode."""
     return message

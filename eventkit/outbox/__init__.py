@@ -1,4 +1,4 @@
-"""Durable deliveries: what is committed reaches its durable handlers, whatever dies.
+"""Durable deliveries: a committed event reaches its durable handlers, also after a crash.
 
 `Outbox(bus, engine)` keeps the deliveries of handlers that are subscribed with `durable=True`.
 """

@@ -1,10 +1,10 @@
-"""Owns what people do with rows: list them, look at one, try again, drop, count.
+"""Owns the operations on rows: list, get, retry, drop, count.
 
-Knows nothing of leases beyond leaving leased rows alone, and nothing of how the functions are
-called: each is a function of a connection on which its caller has begun a transaction.
+Knows of leases only that leased rows stay. Each operation is a function of a connection. Its caller
+has begun a transaction on this connection.
 
-`retry` and `drop` change a bounded number of rows per call, so that no transaction is long: on
-SQLite nobody else can write meanwhile. `in_batches` repeats them until all rows were seen.
+`retry` and `drop` change a bounded number of rows per call, so that no transaction is long. On
+SQLite nobody else can write during a transaction. `in_batches` repeats them for all rows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Batch", "Known", "Operations", "OutboxStats", "StoredDelivery", "in_
 
 _BATCH = 1000  # rows
 
-# What users call the states. A suspect row is a ready one that is run alone.
+# The names of states for users. A suspect row is a ready one that is run alone.
 _STATES: dict[str, tuple[State, ...]] = {
     "ready": (State.READY, State.SUSPECT),
     "leased": (State.LEASED,),
@@ -46,7 +46,7 @@ _DROP = "delete from {outbox} where id in (select id from chosen) returning id"
 
 
 class Known(NamedTuple):
-    """What this process can run.
+    """The handlers and events that this process can run.
 
     Attributes:
         handlers: The names of its durable handlers, former ones included.
@@ -59,20 +59,22 @@ class Known(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StoredDelivery:
-    """A delivery as it stands in the outbox's table.
+    """A delivery in the outbox's table.
 
     Attributes:
-        id: The delivery's, the one that logs and handlers know.
-        event_id: Equal for all deliveries of one publish.
-        event_type: The name under which the class of the event is stored.
+        id: The id of the delivery, as in logs and in `current_delivery()`.
+        event_id: The id of the event. All deliveries of one publish have the same.
+        event_type: The stored name of the event's class.
         handler: The name of the handler.
-        key: Deliveries of one handler with an equal key run in order; None for no order.
+        key: The key of `Durable`. Deliveries to one handler with an equal key run in order. None:
+            no order.
         state: "ready", "leased", "dead" or "unreadable".
-        attempt: How many attempts have begun, the present one included.
-        due_at: When it is run next, if it is ready or unreadable; else when it was last.
-        owner: The process that has leased it.
-        error: The class and place of what was raised last.
-        published_at: By the clock of the process that published.
+        attempt: The number of attempts that have begun.
+        due_at: The time of the next run, for a ready or unreadable delivery. Else the time of the
+            last run.
+        owner: The process that has leased the delivery.
+        error: The class and place of the last error.
+        published_at: The time of the publish, by the clock of the publishing process.
         payload: The encoded event. None in lists.
     """
 
@@ -92,17 +94,17 @@ class StoredDelivery:
 
 @dataclass(frozen=True, slots=True)
 class OutboxStats:
-    """How many rows there are, by state.
+    """The numbers of stored deliveries, by state.
 
     Attributes:
-        ready: Those that wait: due, or after a failure.
-        leased: Those that a process has taken.
-        unreadable: Those whose payload cannot be decoded.
-        dead: Those that are not tried again.
-        unknown: Those among the ready and unreadable that are due and that nothing here can run.
-        lost: How often this process finished a delivery that had been given to another one.
-        oldest_due: For how many seconds a ready row has been due; None if none is.
-        handlers: The same for each handler, by name.
+        ready: Deliveries that wait: new ones, and those with an attempt left.
+        leased: Deliveries that a process runs or is about to run.
+        unreadable: Deliveries with a payload that cannot be decoded.
+        dead: Deliveries that are not tried again.
+        unknown: Due deliveries, ready or unreadable, that nothing in this process can run.
+        lost: How often this process ended a delivery that another process had taken over.
+        oldest_due: For how many seconds the oldest ready delivery has been due; None: none is due.
+        handlers: The same numbers for each handler, by name.
     """
 
     ready: int = 0

@@ -1,4 +1,4 @@
-"""Owns the outbox of a bus: the way of rows into transactions, and what people do with rows.
+"""Owns the outbox of a bus, as users have it: relays, received messages, and operations on rows.
 
 Knows no HTTP and no SQL text.
 """
@@ -34,47 +34,51 @@ from eventkit.outbox._rows import LONGEST_INDEXED
 from eventkit.outbox._store import Batch, OutboxStats, Store, StoredDelivery, in_batches
 from eventkit.sqlalchemy import CommitTie, deliver_on_commit
 
-CONCURRENCY = 4  # as the middleware's
+CONCURRENCY = 4  # the default of the middleware
 
 
 class Outbox:
-    """Keeps the deliveries of durable handlers in a table, until they are done.
+    """Keeps the deliveries of durable handlers in a table until the handlers have ended.
 
         outbox = Outbox(bus, engine)  # once, where the application is wired
 
-    It ties the bus to the engine as `deliver_on_commit` does. A delivery to a durable handler is
-    an ordinary one that also has a row: the row is written right before the COMMIT of the
-    transaction that decides the event, and deleted after the handler has ended. Where the process
-    dies in between, another one runs the delivery, at the latest two seconds after the lease. A
-    process that is alone and is started again waits for a whole lease from its start.
+    The outbox ties the bus to the engine, as `deliver_on_commit` does. A delivery to a durable
+    handler also has a row in a table:
 
-    The tables are made by your migrations or `create_all`: `add_tables(Base.metadata)`. What is due
-    runs in applications with `EventContextMiddleware` from the end of their start-up on, in a
-    process of its own with `run` or the command `eventkit relay`, and in `run_due`.
+    - The row is written right before the COMMIT of the transaction that decides the event.
+    - The row is deleted after the handler has ended.
+    - If the process dies in between, another process runs the delivery, at the latest two seconds
+      after the lease has expired.
+    - If the only process dies and is started again, it waits for a whole lease from its start.
 
-    Also a context manager that detaches at the end of the block.
+    Your migrations or `create_all` make the tables: `add_tables(Base.metadata)`. Due deliveries run
+    in three places: in applications with `EventContextMiddleware`, once they have started up; in a
+    process with `run` or the command `eventkit relay`; and in `run_due`.
+
+    The outbox is also a context manager. It detaches at the end of the block.
 
     Args:
-        bus: The bus whose durable handlers they are.
-        engine: As for `deliver_on_commit`: an engine, or a factory of sessions that leads to one.
+        bus: The bus of the durable handlers.
+        engine: An engine, or a factory of sessions that leads to one, as for `deliver_on_commit`.
             PostgreSQL from 12 on, or SQLite from 3.35 on. With SQLite in memory nothing is kept.
-        lease: Seconds after which others take over what a process has not renewed.
+        lease: Seconds. Other processes take over deliveries with an older lease.
         relay: Whether durable handlers run in this process. With False it only writes rows.
-        concurrency: How many deliveries run at once from the table; by default as many as the
-            middleware's `concurrency`, else 4.
-        schema: Where the tables are; by default where the engine's connections find them.
-        store: The engine for the outbox's own connections, at most three; by default a twin of
-            `engine`, which shares nothing of its pool.
+        concurrency: How many deliveries from the table run at once. By default the `concurrency`
+            of the middleware, else 4.
+        schema: The database schema of the tables. By default the one that connections find.
+        store: The engine for the outbox's own connections, at most three. By default a copy of
+            `engine` with a pool of its own.
 
     Attributes:
-        bus: As given.
-        concurrency: As given; what is assigned holds for relays that begin later.
-        detached: Whether it has ended.
+        bus: The bus.
+        concurrency: See above. An assigned value holds for relays that begin later.
+        detached: Whether `detach` was called.
 
     Raises:
-        TypeError: An argument is of another kind.
-        ValueError: The bus has an outbox, or is tied to the engine; or the engine commits each
-            statement by itself, is of another database, or has none; or a number is too small.
+        TypeError: An argument has a wrong type.
+        ValueError: The bus has an outbox or is tied to the engine already. Or the engine commits
+            each statement by itself, or leads to no database or to an unsupported one. Or a number
+            is too small.
         InvalidEventTypeError: Events of a durable handler cannot be stored.
     """
 
@@ -119,9 +123,9 @@ class Outbox:
         state.keeper = self._keeper
 
     def detach(self) -> None:
-        """End the tie, the lease and the outbox's own connections. What is kept stays in the table.
+        """End the tie, the lease and the outbox's own connections. Rows stay in the table.
 
-        For tests, and where a bus outlives its engine. As often as you like.
+        For tests, and for a bus that lives longer than its engine. A second call does nothing.
         """
         if self.detached:
             return
@@ -142,32 +146,36 @@ class Outbox:
     # Relays
 
     async def run(self, *, shutdown_timeout: float = 20.0) -> None:
-        """Be a relay until cancelled: run what is due, for a process that serves no requests.
+        """Run due deliveries until cancelled, in a process that serves no requests.
 
-        The command `eventkit relay` does so until SIGTERM. Durable handlers run here even where
-        the outbox was made with `relay=False`.
+        The command `eventkit relay` calls it, and cancels it at SIGTERM. Durable handlers run here
+        also if the outbox was made with `relay=False`. Handlers get their dependencies as in a job.
 
-        Handlers get their dependencies as in a job. What runs when it is cancelled may go on for
-        `shutdown_timeout` seconds; the rest is given back to the table.
+        Args:
+            shutdown_timeout: Seconds that running handlers have after the cancellation. The other
+                deliveries go back to the table at once.
 
         Raises:
-            OutboxSchemaError: The tables are missing, or of another version.
-            RuntimeError: An `AsyncEngine` on trio.
+            OutboxSchemaError: The tables are missing, or have another version.
+            RuntimeError: The engine is an `AsyncEngine`, and the event loop is trio.
         """
         concurrency = self.concurrency or CONCURRENCY
         await run_until_cancelled(self._holdings, self._state, concurrency, shutdown_timeout)
 
     async def run_due(self, within: float = 0.0) -> DrainReport:
-        """Run what is due, here and now, until nothing is; for tests, cron, and serverless.
+        """Run due deliveries now, until none is due. For tests, cron jobs and serverless functions.
 
-        Handlers get their dependencies from the application whose request or lifespan this is
-        called in, or whose lifespan is on this event loop. Beside a relay it may return while the
-        relay still runs rows. It takes over nothing from processes that were killed: that is for a
-        relay, which sees them for a whole lease.
+        Handlers get their dependencies from an application: the one of the current request or
+        lifespan, or the one with a lifespan on this event loop. If a relay runs, too, this may
+        return while the relay still runs deliveries. It takes over nothing from killed processes:
+        only a relay does, since it has to watch them for a whole lease.
 
         Args:
-            within: Also what is due in so many seconds, as if they were over. With a large number
-                a delivery that fails is tried until its attempts are used up.
+            within: Seconds. Also run what is due within this time, without waiting for it. With a
+                large number, a failing delivery is tried until it has no attempts left.
+
+        Returns:
+            The numbers of handled and failed deliveries, and the failures.
         """
         return await run_due(self._holdings, self._state, self.concurrency or CONCURRENCY, within)
 
@@ -182,59 +190,59 @@ class Outbox:
         headers: Mapping[str, str] = {},
         event_id: UUID | None = None,
     ) -> bool:
-        """Keep and deliver an event that was read from a message of another service.
+        """Store and deliver an event that was read from a message of another service.
 
             await outbox.receive(event, consumer="billing", message_id=message.id)
             await message.ack()
 
-        One transaction on the outbox's own connection notes the message, and writes the deliveries
-        of durable handlers. When this returns they are committed, so acknowledge the message to
-        its broker afterwards. A message that this consumer has received within the last seven days
-        is dropped: nothing is written or counted, and no handler runs.
+        **The commit.** One transaction, on the outbox's own connection, stores the id of the
+        message and the deliveries of durable handlers. Acknowledge the message after this call has
+        returned: the transaction is committed then. A message that this consumer has received
+        within the last seven days is dropped. Nothing is written or counted for it, and no handler
+        runs.
 
-        After the commit durable handlers run as after a commit of yours, at least once, and the
-        others at most once. The tasks of an application with `EventContextMiddleware` on this event
-        loop run them, as with `bus.context(background=True)`. Where there is none, or where
-        more than half of its `max_pending` deliveries wait, they run before this returns: a service
-        that receives messages one by one then receives no more than it can handle. Handlers that
-        fail are reported, and not raised here.
+        **The handlers.** After the commit durable handlers run at least once, and others at most
+        once. If an application with `EventContextMiddleware` runs on this event loop, its tasks run
+        them, as with `bus.context(background=True)`. If there is none, or more than half of its
+        `max_pending` deliveries wait, the handlers run before this call returns. So a service that
+        receives one message after the other cannot receive more than it can handle. Failures of
+        handlers are reported, and not raised here.
 
-        It is a unit of work of its own, also inside of another one, as is
-        `bus.context(independent=True)`; no transaction of yours takes part. Call it in as many
-        tasks as you like, and on the event loop that handlers are to run on.
+        **The unit of work.** The call has a unit of work of its own, as
+        `bus.context(independent=True)` has. No transaction of the caller takes part. Call it from
+        any number of tasks, on the event loop of the handlers.
 
-        If this raises, no handler has run, so have the broker hand the message out again. The
-        commit may have happened all the same, for instance if this is cancelled while it commits.
-        Then the message is dropped when it comes again, and its durable handlers run within the
-        lease. A cancellation after the commit ends handlers that are awaited here: durable ones run
-        later, the others do not.
+        **Errors and cancellation.** If this raises, no handler has run: let the broker deliver the
+        message again. The commit may have happened, for instance if this was cancelled during the
+        commit. Then the message is dropped when it comes again, and its durable handlers run within
+        the lease. A cancellation after the commit ends the handlers that are awaited here. Durable
+        ones run again later, the others do not.
 
-        In an `in_memory` block, and with SQLite in memory, nothing is kept: all handlers run in
-        memory, and no message is taken for an old one.
+        In an `in_memory` block, and with SQLite in memory, nothing is stored. All handlers run in
+        memory, and no message is recognised as an old one.
 
         Args:
             event: The event that was read from the message.
-            consumer: The name of the service or of the queue that has received the message. It has
-                to stay the same.
-            message_id: The same each time the broker hands the message out, and each time its
-                publisher sends it, if that may happen twice.
+            consumer: The name of the receiving service or queue. It has to stay the same.
+            message_id: The id of the message. A message that comes twice has to have the same id,
+                also if its publisher sends it twice.
             headers: The headers of the message. Handlers find them in
                 `current_delivery().received`, also in later runs.
-            event_id: The id that handlers find in `current_delivery().event_id`; by default the
-                event's own if it is a `DomainEvent`, else a new one.
+            event_id: The id for `current_delivery().event_id`. By default the `event_id` of a
+                `DomainEvent`, else a new one.
 
         Returns:
             True if the message is new, False if it was received before. Acknowledge both.
 
         Raises:
-            ValueError: The consumer or the id is empty, too long, or has a null character. Or the
-                key of a durable handler is, or its function failed.
+            ValueError: `consumer`, `message_id` or the key of a durable handler is empty, too long,
+                or has a null character. Or the function of a key failed.
             EventEncodingError: The event cannot be stored.
-            EventDepthError: Called in a handler, too many handlers deep.
+            EventDepthError: The call is in a handler, and handlers are nested too deeply.
             InvalidEventTypeError: As in `EventBus.publish`.
-            OutboxSchemaError: The tables are missing, or of another version.
-            RuntimeError: The outbox is detached. Or an `AsyncEngine` on trio.
-            Exception: What the database raised.
+            OutboxSchemaError: The tables are missing, or have another version.
+            RuntimeError: The outbox is detached. Or the engine is an `AsyncEngine`, on trio.
+            Exception: The error of the database.
         """
         if self.detached:
             raise RuntimeError(f"{self!r} is detached, so it receives nothing: make another one")
@@ -251,11 +259,11 @@ class Outbox:
 
     @property
     def healthy(self) -> bool:
-        """Whether this process runs what is due: for readiness, never for liveness.
+        """Whether this process runs due deliveries. For readiness probes, and not for liveness.
 
-        The lease is valid by the local clock, and each relay has looked into the table within
-        three polls. Asks no database. False where nothing is run: with `relay=False`, and before
-        an application has started up.
+        True if the lease is valid by the local clock, and each relay has read the table within the
+        last three polls. It asks no database. False where no relay runs: with `relay=False`, and
+        before an application has started up.
         """
         relays = self._holdings.looking
         valid = self._holdings.lease.is_valid
@@ -263,10 +271,10 @@ class Outbox:
 
     @contextmanager
     def in_memory(self) -> Generator[None]:
-        """Durable handlers run in memory in the block, and nothing is kept. For tests.
+        """Run durable handlers in memory inside the block, and store nothing. For tests.
 
-        For suites whose outer transaction is rolled back in the end. Events are encoded all the
-        same.
+        For test suites that roll back an outer transaction at the end. Events are still encoded, so
+        a test finds an event that cannot be stored.
         """
         self._keeper.memory += 1
         try:
@@ -275,24 +283,27 @@ class Outbox:
             self._keeper.memory -= 1
 
     def schema(self) -> str:
-        """The statements that make the tables, as text. For those who migrate by hand."""
+        """Return the SQL statements that make the tables, for migrations by hand."""
         return self._holdings.store.ddl()
 
     async def deliveries(
         self, state: str | None = "dead", handler: str | None = None, limit: int = 100
     ) -> list[StoredDelivery]:
-        """What is kept, without payloads, ordered by when it is or was due.
+        """List stored deliveries, the longest due first, without payloads.
 
         Args:
             state: "ready", "leased", "dead" or "unreadable"; None for all.
-            handler: Only those of this handler.
-            limit: At most so many.
+            handler: Only deliveries to this handler.
+            limit: How many at most.
+
+        Raises:
+            ValueError: There is no such state.
         """
         read = partial(self._holdings.store.deliveries, state=state, handler=handler, limit=limit)
         return await self._holdings.database.run(read, writes=False)
 
     async def get(self, id: UUID) -> StoredDelivery | None:
-        """One delivery with its payload; None where it is not kept any more."""
+        """Return one delivery with its payload; None if it is no longer stored."""
         return await self._holdings.database.run(
             partial(self._holdings.store.get, id_=id), writes=False
         )
@@ -305,19 +316,19 @@ class Outbox:
         before: timedelta | float | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> int:
-        """Have dead and unreadable deliveries tried again, from the first attempt on.
+        """Retry dead and unreadable deliveries. Their attempts are counted from one again.
 
         Args:
-            ids: Which ones.
-            handler: All of this handler.
-            before: All that were published longer ago; seconds, or a `timedelta`.
-            progress: Called with how many are changed so far, now and then.
+            ids: The ids of deliveries.
+            handler: Only deliveries to this handler.
+            before: Only deliveries of events older than this, in seconds or as a `timedelta`.
+            progress: Called from time to time with the number of deliveries so far.
 
         Returns:
-            How many.
+            The number of deliveries that will be tried again.
 
         Raises:
-            ValueError: Nothing says which ones.
+            ValueError: None of `ids`, `handler` and `before` is given.
         """
         chosen = _chosen(ids, handler=handler, before=before)
         count = await in_batches(
@@ -335,10 +346,20 @@ class Outbox:
         state: str | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> int:
-        """Delete deliveries, also those that are still to run, but for those that are running.
+        """Delete deliveries permanently. Running ones stay.
 
-        With `state`, only those that are "ready", "dead" or "unreadable". Other arguments, result
-        and errors are as of `retry`.
+        Args:
+            ids: As for `retry`.
+            handler: As for `retry`.
+            before: As for `retry`.
+            state: Only deliveries in this state: "ready", "dead" or "unreadable".
+            progress: As for `retry`.
+
+        Returns:
+            The number of deleted deliveries.
+
+        Raises:
+            ValueError: None of `ids`, `handler` and `before` is given, or there is no such state.
         """
         chosen = _chosen(ids, handler=handler, before=before, state=state)
         return await in_batches(
@@ -352,9 +373,12 @@ class Outbox:
         handler: str | None = None,
         before: timedelta | float | None = None,
     ) -> Mapping[tuple[str, str], int]:
-        """How many deliveries there are, by handler and state: what `drop` would meet.
+        """Count deliveries by handler and state, before a `retry` or `drop`.
 
-        The arguments are those of `retry`, and without any it counts all.
+        Args:
+            ids: As for `retry`.
+            handler: As for `retry`.
+            before: As for `retry`. Without any argument, all deliveries are counted.
         """
         read = partial(self._holdings.store.count, ids=ids, handler=handler, before=before)
         return await self._holdings.database.run(read, writes=False)
@@ -363,12 +387,12 @@ class Outbox:
         return await self._holdings.database.run(function)
 
     async def stats(self) -> OutboxStats:
-        """How many deliveries are in which state, in all and by handler. Reads the whole table."""
+        """Count deliveries by state, in all and by handler. Reads the whole table."""
         counted = await self._holdings.database.run(self._counting(), writes=False)
         return replace(counted, lost=self._holdings.lost)
 
     def read_stats(self) -> OutboxStats:
-        """As `stats`, for a thread that has no event loop, such as a metrics exporter's. Blocks."""
+        """Do the same as `stats` in a thread without event loop, such as an exporter's. Blocks."""
         counted = self._holdings.database.call(self._counting(), writes=False)
         return replace(counted, lost=self._holdings.lost)
 
@@ -377,12 +401,12 @@ class Outbox:
 
 
 def holdings_of(outbox: Outbox) -> Holdings:
-    """What its process holds of the table, for the command."""
+    """Return what the process holds of the table, for the command."""
     return outbox._holdings  # noqa: SLF001 - the one door to it
 
 
 def outbox_of(bus: EventBus) -> Outbox | None:
-    """The outbox that a bus has, for the command."""
+    """Return the outbox of a bus, for the command."""
     keeper = state_of(bus).keeper
     outbox = keeper.outbox if isinstance(keeper, Keeper) else None
     return outbox if isinstance(outbox, Outbox) else None
@@ -398,7 +422,7 @@ def _tied(bus: EventBus, engine: Any) -> CommitTie:  # Any: as `deliver_on_commi
 
 
 def _engine_of(given: Any) -> Engine | AsyncEngine:  # Any: as `deliver_on_commit`
-    """The engine that the outbox's own connections go to."""
+    """Return the engine for the outbox's own connections."""
     found: Any = given
     if isinstance(found, scoped_session | async_scoped_session):
         found = cast("Any", found).session_factory
@@ -413,7 +437,7 @@ def _engine_of(given: Any) -> Engine | AsyncEngine:  # Any: as `deliver_on_commi
 
 
 def _refuse_text(name: str, value: str) -> None:
-    """Refuse a text that an inbox cannot store, or cannot tell messages apart by."""
+    """Refuse a text that an inbox cannot store, or that cannot identify a message."""
     what = {
         "consumer": "the name of the service or of the queue",
         "message_id": "an id of the message that is the same each time it comes",
@@ -433,5 +457,5 @@ def _refuse_text(name: str, value: str) -> None:
 
 
 def _chosen(ids: Iterable[UUID] | None, **others: object) -> dict[str, Any]:
-    """What `retry` and `drop` of the store take. Any: of several types."""
+    """Return the arguments for `retry` and `drop` of the store. Any: they have several types."""
     return {"ids": None if ids is None else [*ids], **others}

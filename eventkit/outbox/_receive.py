@@ -1,4 +1,4 @@
-"""Owns how the outbox receives the event of a message: it is kept first, and then delivered.
+"""Owns how the outbox receives the event of a message: it stores the event, then delivers it.
 
 Knows no SQL, and nothing of brokers.
 """
@@ -29,10 +29,10 @@ async def receive(
     consumer: str,
     message_id: str,
 ) -> bool:
-    """Keep an event and have it delivered; False if the message was received before.
+    """Store and deliver an event; False if the message was received before.
 
-    See `Outbox.receive`. An event that is staged could be delivered although the commit fails, so
-    the event is staged after the commit. No checkpoint is in between.
+    See `Outbox.receive`. A staged event could be delivered although the commit fails. So the event
+    is staged after the commit, without a checkpoint in between.
     """
     unit = Unit(state)
     unit.independent = True
@@ -59,7 +59,7 @@ async def receive(
 
 
 def _envelope_of(unit: Unit, event: object, incoming: Incoming) -> Envelope:
-    """Make the envelope of an event, as a publish does, but released already."""
+    """Make the envelope of an event as a publish does, but already released."""
     state, cause = unit.state, unit.delivery
     if cause is not None and cause.depth >= state.max_depth:
         chain = [str(delivery) for delivery in cause.chain()]
@@ -78,10 +78,10 @@ def _envelope_of(unit: Unit, event: object, incoming: Incoming) -> Envelope:
 
 
 def _accept(keeper: Keeper, envelope: Envelope) -> None:
-    """Give the event its rows.
+    """Make the rows of the event.
 
     Raises:
-        ValueError, TypeError: It cannot have them, however often the message comes.
+        ValueError, TypeError: The event cannot have rows, also when the message comes again.
     """
     try:
         keeper.accept(envelope)
@@ -93,7 +93,7 @@ def _accept(keeper: Keeper, envelope: Envelope) -> None:
 
 
 def _stage(unit: Unit, envelope: Envelope) -> None:
-    """Have the event delivered when the unit ends. No transaction takes part."""
+    """Stage the event, so that the unit delivers it. No transaction takes part."""
     state = unit.state
     told = state.observers
     refusal = unit.queue.stage(

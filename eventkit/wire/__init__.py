@@ -1,8 +1,8 @@
-"""Owns how an event is called and written outside of its process. Knows nothing of SQL or brokers.
+"""Owns the name and the JSON of an event outside of its process. Knows nothing of SQL or brokers.
 
-An event is written as JSON, and read back as it was: equal, and of the same types. What cannot be
-is refused, when the class is looked at or when the value is written, and never changed in silence.
-Pydantic and msgspec are imported when the first class needs them.
+An event is read back as it was written: equal, and of the same types. A class or a value for which
+this is not possible is refused, when the class is looked at or when the value is written. Nothing
+is changed silently. Pydantic and msgspec are imported when the first class needs them.
 """
 
 from eventkit.wire._cloudevents import Received, Wired, decode, encode

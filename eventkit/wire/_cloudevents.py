@@ -1,7 +1,8 @@
 """Owns an event as a message: CloudEvents 1.0 in headers, and the event's JSON as the body.
 
-Knows no broker. `encode` writes the binary mode, in which attributes are headers. `decode` reads
-that mode and the structured one, in which the whole event is one JSON object.
+Knows no broker. CloudEvents have two modes. In the binary mode, attributes are headers. In the
+structured mode, the whole event is one JSON object. `encode` writes the binary mode. `decode` reads
+both.
 https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/spec.md
 """
 
@@ -25,15 +26,15 @@ from eventkit.wire._names import names_of, wire_name
 JSON = "application/json"
 _STRUCTURED = "application/cloudevents+json"
 _REQUIRED = ("id", "type", "source")
-# How the headers of attributes begin: HTTP, NATS and RabbitMQ; Kafka; AMQP 1.0, both ways. Values
-# after the first prefix are percent-encoded.
+# The prefixes of headers: of HTTP, NATS and RabbitMQ; of Kafka; of AMQP 1.0, in two spellings. The
+# values of the first one are percent-encoded.
 _ESCAPING = "ce-"
 _PREFIXES = ("ce-", "ce_", "cloudevents:", "cloudevents_")
 _ATTRIBUTE = re.compile(f"(?:{'|'.join(_PREFIXES)})([a-z0-9]+)")
-# What HTTP's binding leaves as it is: printable ASCII but for the space, `"` and `%`.
+# HTTP's binding does not encode these: printable ASCII without the space, `"` and `%`.
 _SAFE = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '"%')
 _UNSAFE = re.compile(r"[^!#$&-~]")
-# How this package begins the JSON of a `DomainEvent`, which then needs no second parse.
+# The start of a `DomainEvent` that this package wrote. Such JSON needs no second parse.
 _COMPLETE = re.compile(r'\{"event_id":"[^"]*","occurred_at":"')
 
 
@@ -42,8 +43,8 @@ class Wired:
     """An event as it is sent.
 
     Attributes:
-        attributes: Those of CloudEvents: `specversion`, `id`, `type`, `source`, `time`, and
-            `partitionkey` if there is a key.
+        attributes: The attributes of CloudEvents: `specversion`, `id`, `type`, `source`, `time`,
+            and `partitionkey` if there is a key.
         body: The event's JSON.
     """
 
@@ -51,11 +52,12 @@ class Wired:
     body: bytes
 
     def headers(self, prefix: str = "ce-") -> dict[str, str]:
-        """The headers of the message, `content-type` included.
+        """Return the headers of the message, `content-type` included.
 
         Args:
             prefix: "ce-" for NATS, RabbitMQ, Redis and HTTP, "ce_" for Kafka, "cloudEvents:" for
-                AMQP 1.0. Values after "ce-" are percent-encoded, as HTTP's binding has it.
+                AMQP 1.0. Values after "ce-" are percent-encoded, by the HTTP binding of
+                CloudEvents.
         """
         headers = {f"{prefix}{name}": value for name, value in self.attributes.items()}
         if prefix == _ESCAPING:
@@ -87,7 +89,7 @@ class Received:
 
     @property
     def type(self) -> str:
-        """The name under which the event was sent; may be a former name of its class."""
+        """The name of the event's class as it was sent; may be a former name of the class."""
         return self.attributes["type"]
 
     @property
@@ -97,12 +99,12 @@ class Received:
 
     @property
     def unique_id(self) -> str:
-        """Source and id, which are unique together in CloudEvents: the key of an inbox."""
+        """Source and id. Together they are unique, by CloudEvents: the key of an inbox."""
         return f"{self.source} {self.id}"
 
     @property
     def event_id(self) -> UUID:
-        """The id as a UUID. An id that is no UUID gives one of version 5, of source and id."""
+        """The id as a UUID. If the id is no UUID: a UUID of version 5, of source and id."""
         return _uuid_of(self.attributes)
 
 
@@ -124,25 +126,25 @@ def encode(
 
     Args:
         event: An event, of a class that `codec_for` takes.
-        source: The name of the service that sends it, a URI reference such as "/orders".
-        id: The same each time that the event is sent. By default the `event_id` of a
-            `DomainEvent`, else a random UUID.
-        key: Events with an equal key belong together: the attribute `partitionkey`.
-        time: When the event happened; aware. By default the `occurred_at` of a `DomainEvent`, else
-            now.
+        source: The name of the sending service, a URI reference such as "/orders".
+        id: The id of the event. If an event is sent twice, give the same id twice. By default the
+            `event_id` of a `DomainEvent`, else a random UUID.
+        key: The attribute `partitionkey`. Events with an equal key belong together.
+        time: The time of the event, an aware datetime. By default the `occurred_at` of a
+            `DomainEvent`, else now.
 
     Returns:
         The body, and `headers(prefix)`: the prefix depends on the protocol.
 
     Raises:
-        ValueError: `source`, `id` or `key` is empty, or no text.
-        EventEncodingError: The event would not come back as it is. The error names the field.
-        InvalidEventTypeError: Its class cannot be written as JSON.
+        ValueError: `source`, `id` or `key` is empty, or no `str`.
+        EventEncodingError: The event would not be read back equal. The error names the field.
+        InvalidEventTypeError: The class of the event cannot be written as JSON.
     """
     texts: dict[str, object] = {"source": source, "id": id, "key": key}
     for name, value in texts.items():
         if value is not None and not (isinstance(value, str) and value):
-            raise ValueError(f"{name} has to be a text that is not empty")
+            raise ValueError(f"{name} has to be a str that is not empty")
     codec = codec_for(type(event))
     body = codec.encode(event).encode()
     if isinstance(event, DomainEvent):
@@ -165,22 +167,22 @@ def decode(headers: Mapping[str, str], body: bytes, *types: type) -> Received:
         received = decode(message.headers, message.data, OrderPlaced)
 
     Reads headers that begin with "ce-", "ce_", "cloudEvents:" or "cloudEvents_". Reads the
-    structured mode, too, if `content-type` is `application/cloudevents+json`. A `DomainEvent` whose
-    JSON lacks `event_id` or `occurred_at` has those of the message. Knows no broker and needs no
-    event loop; safe to use from any thread.
+    structured mode, too, if `content-type` is `application/cloudevents+json`. If the JSON of a
+    `DomainEvent` lacks `event_id` or `occurred_at`, the event takes them from the message. Knows no
+    broker and needs no event loop; safe to use from any thread.
 
     Args:
         headers: The headers of the message.
         body: The body of the message.
-        types: The classes of events that may come, under any name that `named` gave them. A
-            subclass is a type of its own.
+        types: The classes that are accepted, under each of their names, also the former ones. A
+            subclass has to be listed itself.
 
     Returns:
         The event, the attributes, and the headers as they came.
 
     Raises:
-        BadMessageError: The message is no CloudEvent, has another type, or has a body that cannot
-            be read as its type. The text quotes nothing of the body.
+        BadMessageError: The message is no CloudEvent, has another type, or has a body that is not
+            the JSON of its type. The text of the error has nothing of the body.
     """
     attributes, payload = _opened(headers, body)
     event, bad = _read(attributes, payload, types)
@@ -193,7 +195,7 @@ def decode(headers: Mapping[str, str], body: bytes, *types: type) -> Received:
 def _read(
     attributes: Mapping[str, str], payload: bytes, types: tuple[type, ...]
 ) -> tuple[object, tuple[str, str] | None]:
-    """The event, or a reason and a sentence that say what is wrong with the message."""
+    """Return the event, or a reason and a sentence about the bad message."""
     if missing := [name for name in _REQUIRED if not attributes.get(name)]:
         return None, ("foreign", f"no CloudEvent: it lacks the attributes {', '.join(missing)}")
     name = attributes["type"]
@@ -209,7 +211,7 @@ def _read(
 
 
 def _opened(headers: Mapping[str, str], body: bytes) -> tuple[dict[str, str], bytes]:
-    """The attributes, and the JSON of the event."""
+    """Return the attributes, and the JSON of the event."""
     attributes: dict[str, str] = {}
     for name, value in headers.items():
         lower = name.lower()
@@ -222,7 +224,7 @@ def _opened(headers: Mapping[str, str], body: bytes) -> tuple[dict[str, str], by
 
 
 def _whole(text: str) -> str:
-    """Replace halves of surrogate pairs, which JSON may have, and which cannot be written."""
+    """Replace lone surrogates: JSON may have them, and UTF-8 cannot."""
     return text if text.isascii() else text.encode(errors="replace").decode()
 
 
@@ -251,7 +253,7 @@ def _structured(body: bytes) -> tuple[dict[str, str], bytes]:
 def _decoded(
     codec: Codec[Any], attributes: Mapping[str, str], payload: bytes
 ) -> tuple[object, str | None]:
-    """Give the event, or say what is wrong with the body."""
+    """Return the event, or a sentence about the bad body."""
     try:
         text = payload.decode()
     except UnicodeDecodeError:
@@ -265,7 +267,7 @@ def _decoded(
 
 
 def _completed(payload: str, attributes: Mapping[str, str]) -> str:
-    """Give a foreign event the id and the time that its sender wrote into the message."""
+    """Add the id and the time of the message to an event that lacks them."""
     if _COMPLETE.match(payload):
         return payload
     try:

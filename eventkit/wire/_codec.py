@@ -1,7 +1,7 @@
-"""Owns the codec of an event class: made once per class, kept on it, and free of loss.
+"""Owns the codec of an event class. A codec is made once, and its class keeps it.
 
-An event is written, and where its values are not known to come back as they were, read again and
-compared. No error carries the event: not in its text, its cause, or the frame it is raised in.
+A codec loses nothing. If the types of an event do not guarantee it, the codec reads the written
+JSON again and compares. No error has the event: not in its text, its cause or its frames.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from eventkit.wire._probe import Probe, language_of
 E = TypeVar("E")
 
 _ATTRIBUTE = "__eventkit_codec__"
-_BUILTIN: dict[type, Codec[Any]] = {}  # of classes that take no attribute; there are only so many
+_BUILTIN: dict[type, Codec[Any]] = {}  # for the few classes that take no attribute
 
 
 class EventDecodingError(ValueError):
-    """What was stored cannot be read as an event of this class. The text has nothing of it."""
+    """The stored JSON is no event of this class. The text has nothing of the JSON."""
 
 
 class Codec(Generic[E]):
@@ -32,7 +32,7 @@ class Codec(Generic[E]):
 
     Attributes:
         event_type: The class.
-        name: How the class is called in stored rows and on the wire.
+        name: The name of the class in stored rows and on the wire.
     """
 
     __slots__ = ("_dump", "_fits", "_format", "_load", "_probe", "event_type", "name")
@@ -53,11 +53,11 @@ class Codec(Generic[E]):
         """Write an event as JSON.
 
         Args:
-            event: Of this very class, not of a subclass.
+            event: An event of exactly this class, not of a subclass.
 
         Raises:
-            EventEncodingError: It could not be read back equal and of the same types. The error
-                names the field and the type.
+            EventEncodingError: The event could not be read back equal and of the same types. The
+                error names the field and the type.
         """
         loss = self._loss_of_type(event)
         if loss is None:
@@ -73,11 +73,11 @@ class Codec(Generic[E]):
 
         Args:
             payload: The JSON that was stored.
-            name: Under which name it was stored; may be a former one.
+            name: The name that it was stored under; may be a former one.
 
         Raises:
-            EventDecodingError: It is not the JSON of such an event, the class never had this name,
-                or a function of `formerly` failed.
+            EventDecodingError: `payload` is no JSON of such an event, the class never had this
+                name, or a function of `formerly` failed.
         """
         event, problem = self._decoded(payload, name)
         if problem is None:
@@ -121,10 +121,10 @@ class Codec(Generic[E]):
         return Loss(path, f"{kind_of(part)} cannot be written as JSON ({error}). {REMEDY}")
 
     def _cannot_write(self, path: str, part: object) -> bool:
-        """Try a part alone, as what it is and as what it is declared to be."""
+        """Try to write a part alone: by its own type, and by its declared type."""
         declared = self._probe.declared.get(path, object)
         if isinstance(part, bytes | bytearray) and "bytes" in str(declared):
-            return False  # how it is written depends on the class around it
+            return False  # the class around it decides how bytes are written
         for hint in (object, declared):
             try:
                 self._format.open(hint).dump(part)
@@ -133,7 +133,7 @@ class Codec(Generic[E]):
         return False
 
     def _decoded(self, payload: str, name: str) -> tuple[object, str | None]:
-        """Give the event, or say what is wrong."""
+        """Return the event, or a sentence about the bad JSON."""
         steps = [] if name == self.name else names_on(self.event_type).steps_from(name)
         if steps is None:
             return None, f"{self.event_type.__qualname__} never had the name {name!r}"
@@ -159,7 +159,7 @@ class Codec(Generic[E]):
         return "".join(f".{each}" if each in fields else "[...]" for each in steps)
 
     def _converted(self, payload: str, steps: list[tuple[str, Upcast]]) -> tuple[str, str | None]:
-        """Carry out the functions of `formerly`; JSON all the way, as it was stored."""
+        """Call the functions of `formerly`, on values of JSON."""
         after = "the stored JSON"
         try:
             stored = json.loads(payload)
@@ -172,24 +172,24 @@ class Codec(Generic[E]):
 
 
 def codec_for(event_type: type[E]) -> Codec[E]:
-    """Give the codec of an event class; the class is looked at once, and keeps its codec.
+    """Return the codec of an event class. It is made at the first call, and kept on the class.
 
     Msgspec writes `msgspec.Struct` and attrs classes. Pydantic writes dataclasses, its own models,
-    NamedTuple, TypedDict, and what is built in.
+    NamedTuple, TypedDict and built-in types.
 
-    Not kept are the name of a time zone (its offset is), which fields of a model were set, and
-    attributes that are no fields. An int in a field that is declared as float comes back as an
+    Three things are not kept: the name of a time zone (its offset is kept), which fields of a model
+    were set, and attributes that are no fields. An int in a field of type float is read back as an
     equal float.
 
     Raises:
-        InvalidEventTypeError: The class has what JSON does not hold without loss, or no other
-            process would find it. The error names the field, and says what to do.
+        InvalidEventTypeError: JSON cannot hold a field of the class without loss, or no other
+            process could find the class. The error names the field and the remedy.
         ModuleNotFoundError: Pydantic or msgspec is needed, and not installed.
     """
     known = vars(event_type).get(_ATTRIBUTE) if _is_class(event_type) else None
     if isinstance(known, Codec):
         codec = cast("Codec[E]", known)
-        if codec.event_type is event_type:  # a class made anew has a copy of what it was made from
+        if codec.event_type is event_type:  # a new class by a decorator has a copy of it
             return codec
     return _BUILTIN.get(event_type) or _made(event_type)
 

@@ -1,7 +1,7 @@
-"""Owns the names of event classes, and how what was stored under a former one becomes today's.
+"""Owns the names of event classes, and the functions that convert what a former name had stored.
 
-A name is kept on its class, in no registry: a decorator such as `@dataclass(slots=True)` makes the
-class anew, and takes along what the class has.
+The class keeps its name as an attribute. A registry would lose it: a decorator such as
+`@dataclass(slots=True)` makes a new class, and copies the attributes.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _EXAMPLE = '@named("shop.order.placed")'
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """How a class is called, and how it was called before, oldest first."""
+    """The current name of a class, and its former names, oldest first."""
 
     current: str
     formerly: tuple[tuple[str, Upcast | None], ...] = ()
 
     def steps_from(self, name: str) -> list[tuple[str, Upcast]] | None:
-        """Say what is called on a dict of a former name; None if the class never had the name."""
+        """List the functions that convert a former name; None if the class never had the name."""
         for index, (former, _) in enumerate(self.formerly):
             if former == name:
                 return [(each, step) for each, step in self.formerly[index:] if step is not None]
@@ -35,15 +35,16 @@ class Names:
 
 
 def named(name: str, *, formerly: Mapping[str, Upcast | None] = {}) -> Callable[[C], C]:
-    """Give an event class the name that it has in stored rows and on the wire.
+    """Give an event class its name for stored rows and for the wire.
 
-    Without it the name is `module:qualname`, which a class loses when it is moved or renamed. A
-    version is part of the name. A subclass does not inherit the name.
+    Without `named`, the name is `module:qualname`. Then a class that is moved or renamed has
+    another name, and nobody can read its old rows. A version is part of the name. A subclass does
+    not inherit the name.
 
-    `formerly` lists the names that the class had before, oldest first. Each has a function that
-    takes a dict as it was stored under this name and returns the dict of the next name, the one
-    listed below it, or the current one; or None where only the name was changed. So a row that is
-    two names old goes through two functions:
+    `formerly` lists the former names of the class, oldest first. Each former name has a function,
+    or None if only the name was changed. The function takes a dict that was stored under its name,
+    and returns the dict of the next name in the list. The last function returns the dict of the
+    current name. So a row with the oldest of two former names goes through two functions:
 
         def with_currency(stored: dict[str, Any]) -> dict[str, Any]:  # v1 -> v2
             return {**stored, "currency": "EUR"}
@@ -60,21 +61,21 @@ def named(name: str, *, formerly: Mapping[str, Upcast | None] = {}) -> Callable[
             cents: int
             currency: str
 
-    Rows from before a class had a name of its own: `formerly={"shop.orders:OrderPlaced": None}`.
-    What a function takes and returns is what JSON holds: str, int, float, bool, None, list, dict.
+    For rows that are older than the decorator: `formerly={"shop.orders:OrderPlaced": None}`. The
+    dicts have values of JSON: str, int, float, bool, None, list, dict.
 
     Args:
-        name: Printable, without spaces around it, and different from every other event's.
-        formerly: Former names, oldest first, each with its function or None.
+        name: The name. Printable, without spaces around it, and unique among all events.
+        formerly: The former names, oldest first, each with its function or None.
 
     Returns:
-        A decorator that returns the class it is given. It may stand above or below `@dataclass`,
-        `@attrs.define` and the like.
+        A decorator that returns the same class. It may stand above or below `@dataclass`,
+        `@attrs.define` and similar decorators.
 
     Raises:
-        TypeError: `name` or a key of `formerly` is no str, a value neither callable nor None, or
-            what is decorated is not a class of the application's own.
-        ValueError: A name cannot be used, appears twice, or the class has been named before.
+        TypeError: `name` or a key of `formerly` is no str, a value of `formerly` is neither
+            callable nor None, or the decorated object is not a class of the application.
+        ValueError: A name cannot be used or appears twice, or the class has a name already.
     """
     names = Names(_usable(name), _history(name, formerly))
 
@@ -99,10 +100,10 @@ def named(name: str, *, formerly: Mapping[str, Upcast | None] = {}) -> Callable[
 
 
 def wire_name(event_type: type) -> str:
-    """Say how an event class is called in stored rows and on the wire.
+    """Return the name of an event class in stored rows and on the wire.
 
     Returns:
-        What `named` says, or `module:qualname`.
+        The name that `named` gave, or `module:qualname`.
     """
     return names_on(event_type).current
 
@@ -114,7 +115,7 @@ def names_of(event_type: type) -> tuple[str, ...]:
 
 
 def names_on(event_type: type) -> Names:
-    """Give the names of a class, its own ones alone."""
+    """Return the names of a class, and none of its bases."""
     return _own(event_type) or Names(f"{event_type.__module__}:{event_type.__qualname__}")
 
 

@@ -98,9 +98,10 @@ def test_a_list_is_narrowed_by_state_handler_and_limit(shop: Shop) -> None:
     assert listed("--state", "all", "--handler", "bill") == ["bill dead", "bill ready"]
     assert listed("--state", "ready", "--handler", "mail", "--limit", "1") == ["mail ready"]
     assert shop("list", "--limit", "1").stderr.splitlines()[-1] == (
-        "there may be more than 1: --limit"
+        "there may be more than 1: give a higher --limit"
     )
-    assert shop("list", "--state", "unreadable").stderr.splitlines()[-1] == "no such deliveries"
+    none = shop("list", "--state", "unreadable")
+    assert none.stderr.splitlines()[-1] == "there are no such deliveries"
 
 
 def test_on_a_terminal_of_80_columns_a_list_stacks_what_is_long(small_shop: Shop) -> None:
@@ -148,7 +149,7 @@ def test_what_is_not_kept_cannot_be_shown(shop: Shop) -> None:
 
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == (
-        f"Error: there is no delivery {id_}: it is done, or was dropped"
+        f"Error: there is no delivery {id_}: it has ended, or was dropped"
     )
     assert result.stdout == ""
 
@@ -172,7 +173,7 @@ def test_a_retry_of_what_is_not_dead_says_so(shop: Shop) -> None:
     assert result.exit_code == 1
     assert result.stdout == "retried 1\n"
     assert result.stderr.splitlines()[-1] == (
-        "Error: 1 of those that were named: not dead or unreadable, or no longer kept"
+        "Error: 1 of the given deliveries: not dead or unreadable, or no longer stored"
     )
 
 
@@ -182,8 +183,8 @@ def test_who_does_not_say_which_ones_is_told_how(small_shop: Shop, operation: st
 
     assert result.exit_code == 2
     assert result.stderr == (
-        f"Error: {operation} which deliveries? Give IDs, --handler or --before; --before 0s is "
-        "all\n"
+        f"Error: {operation} which deliveries? Give IDs, --handler or --before. --before 0s "
+        "means all\n"
     )
 
 
@@ -206,8 +207,8 @@ def test_another_age_is_refused_with_an_example(small_shop: Shop, age: str) -> N
 
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
-        f"Error: Invalid value for '--before': '{age}' is not a number with one of the units s, "
-        "m, h, d and w, as 30d is"
+        f"Error: Invalid value for '--before': '{age}' is no age: give a number and a unit "
+        "(s, m, h, d or w), such as 30d"
     )
 
 
@@ -218,7 +219,7 @@ def test_a_drop_asks_nobody_where_there_is_no_terminal(small_shop: Shop) -> None
 
     assert result.exit_code == 2
     assert result.stderr == (
-        "Error: drop asks before it deletes, and there is no terminal to ask on: --yes\n"
+        "Error: drop asks before it deletes, and there is no terminal: give --yes\n"
     )
     assert len(small_shop.kept.rows()) == 1
 
@@ -241,7 +242,7 @@ def test_a_drop_says_how_many_of_which_and_asks(
         ["bill", "dead", "1"],
         ["mail", "dead", "2"],
     ]
-    assert lines[3].startswith("Delete these 3 for good? [y/N]:")
+    assert lines[3].startswith("Delete these 3 permanently? [y/N]:")
     assert result.stdout.endswith("dropped 3\n") is (code == 0)
     assert len(small_shop.kept.rows()) == left
 
@@ -259,7 +260,7 @@ def test_a_drop_with_yes_leaves_alone_what_runs_and_what_was_not_meant(shop: Sho
     assert rest.exit_code == 1
     assert rest.stdout == "dropped 0\n"
     assert rest.stderr.splitlines()[-1] == (
-        "Error: 2 of those that were named: running, or no longer kept"
+        "Error: 2 of the given deliveries: running, or no longer stored"
     )
 
 
@@ -269,7 +270,7 @@ def test_a_drop_of_a_state_names_it_in_what_it_could_not_drop(small_shop: Shop) 
     result = small_shop("drop", str(ready), "--state", "dead", "--yes")
 
     assert result.stderr.splitlines()[-1] == (
-        "Error: 1 of those that were named: not dead, or no longer kept"
+        "Error: 1 of the given deliveries: not dead, or no longer stored"
     )
 
 
@@ -338,5 +339,5 @@ def test_nothing_is_kept_in_memory(place: Path, small_shop: Shop) -> None:
 
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
-        "Error: this outbox has SQLite in memory, where nothing is kept"
+        "Error: this outbox has SQLite in memory, which belongs to another process"
     )

@@ -104,7 +104,7 @@ def test_what_cannot_be_stopped_is_left_behind(small_shop: Shop, attr: str) -> N
 
     assert code == 1
     assert relay.output.count("blocked") == 1
-    assert "the process ends with handlers that could not be stopped" in relay.output
+    assert "the process ends while handlers still run" in relay.output
     states = sorted(state for state, *_ in small_shop.kept.rows().values())
     assert states == [0, 1]  # the one that runs lapses with the process
 
@@ -148,8 +148,8 @@ def test_a_relay_with_nothing_to_run_is_refused(small_shop: Shop, place: Path, a
 
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
-        f"Error: no durable handler is subscribed once {small_shop.name}:{attr} is imported, so "
-        "there is nothing to run: name it in a module that includes the routers"
+        f"Error: {small_shop.name}:{attr} has no durable handler, so there is nothing to run: name "
+        "an outbox or an app in a module that includes the routers"
     )
 
 
@@ -160,8 +160,8 @@ def test_an_app_that_runs_no_relay_is_told_what_to_add(small_shop: Shop) -> None
 
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
-        f"Error: {small_shop.name}:bare has started, and runs no relay: "
-        "app.add_middleware(EventContextMiddleware, bus=bus), with the bus of its outbox"
+        f"Error: {small_shop.name}:bare has started, and runs no relay: add the "
+        "middleware with the bus of the outbox, app.add_middleware(EventContextMiddleware, bus=bus)"
     )
 
 
@@ -230,8 +230,8 @@ def test_sqlite_in_memory_cannot_be_relayed(small_shop: Shop, place: Path) -> No
 
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
-        f"Error: {small_shop.name}:outbox has SQLite in memory, where nothing is kept: a relay "
-        "needs a database that it shares with those who publish"
+        f"Error: {small_shop.name}:outbox has SQLite in memory, which belongs to one "
+        "process: a relay needs a database that it shares with the processes that publish"
     )
 
 

@@ -27,7 +27,9 @@ def test_a_name_has_a_module_and_an_attribute(small_shop: Shop, name: str) -> No
     result = small_shop.command("outbox", "stats", name)
 
     assert result.exit_code == 2
-    assert result.stderr == f"Error: '{name}' is not module:attr, as shop.main:outbox is\n"
+    assert result.stderr == (
+        f"Error: '{name}' is not of the form module:attr, such as shop.main:outbox\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,8 +41,8 @@ def test_a_module_that_is_missing_is_named(small_shop: Shop, name: str, missing:
 
     assert result.exit_code == 2
     assert result.stderr == (
-        f"Error: there is no module '{missing}': give the dotted name that `import` takes, and "
-        "start the command where that import works\n"
+        f"Error: there is no module '{missing}': give its dotted name, as in an import "
+        "statement, and start the command in a directory where this import works\n"
     )
 
 
@@ -94,8 +96,8 @@ def test_an_app_without_an_outbox_is_told_where_one_is_made(small_shop: Shop, pl
     (place / f"{small_shop.name}.py").write_text("from fastapi import FastAPI\napp = FastAPI()\n")
 
     assert said(small_shop, "app") == (
-        "Error: shop:app has no outbox: Outbox(bus, engine), in what is imported with the "
-        "application"
+        "Error: shop:app has no outbox: make one with Outbox(bus, engine), in a module that "
+        "the application imports"
     )
 
 
@@ -106,9 +108,9 @@ def test_of_several_outboxes_one_has_to_be_named(small_shop: Shop) -> None:
 
     line = said(small_shop, "app")
 
-    assert line.startswith("Error: shop:app has several outboxes, of buses ")
+    assert line.startswith("Error: shop:app has several outboxes, of the buses ")
     assert "'shop', 'other'" in line
-    assert line.endswith(": name one as module:attr")
+    assert line.endswith(": name one of them as module:attr")
 
 
 def test_a_path_leads_to_an_attribute_of_an_attribute(small_shop: Shop) -> None:
@@ -166,7 +168,7 @@ def test_the_exit_codes_are_in_the_help_of_each_command(small_shop: Shop) -> Non
         result = small_shop.command(*words, "--help")
 
         assert result.exit_code == 0
-        assert "  3  the database: out of reach, or its tables are missing" in result.stdout
+        assert "  3  the database does not answer, or its tables are missing" in result.stdout
 
 
 def apart(*words: str, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":

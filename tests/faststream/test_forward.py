@@ -201,7 +201,7 @@ def test_a_key_is_a_function_and_is_given_once(service: Service) -> None:
     def key(event: BillSent) -> str:
         return "k"
 
-    with pytest.raises(TypeError, match="key takes a function from the event to a text, not 'id'"):
+    with pytest.raises(TypeError, match="key has to be a function that takes the event, not 'id'"):
         service.bridge.forward(BillSent, service.publisher("bills"), key="id")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"key is given twice: to forward\(\), and to Durable\(\)"):
         service.bridge.forward(
@@ -216,7 +216,7 @@ async def test_a_key_that_is_no_text_fails_that_delivery(service: Service, key: 
     async with service.running():
         (failure,) = await failures_of(service.bus, BillSent(7))
 
-    assert str(failure) == "key has to be a text that is not empty"
+    assert str(failure) == "key has to be a str that is not empty"
 
 
 async def failures_of(bus: EventBus, event: object) -> list[Exception]:

@@ -187,7 +187,7 @@ def test_after_the_prefix_of_http_values_are_percent_encoded(key: str, written: 
 def test_a_source_an_id_and_a_key_are_texts_that_are_not_empty(name: str, value: Any) -> None:
     given: dict[str, Any] = {"source": "/orders"} | {name: value}
 
-    with pytest.raises(ValueError, match=f"^{name} has to be a text that is not empty$"):
+    with pytest.raises(ValueError, match=f"^{name} has to be a str that is not empty$"):
         encode(OrderPlaced(7), **given)
 
 
