@@ -87,15 +87,16 @@ class Reader:
     Attributes:
         folder: Where the reader's files are.
         edits: What to write instead of some texts of the files, because a test has less time.
+        printed: What the commands of the latest block have printed.
     """
 
     folder: Path
     edits: Mapping[str, str] = field(default_factory=dict[str, str])
+    printed: str = ""
     _servers: dict[str, tuple[ExitStack, Server]] = field(
         default_factory=dict[str, tuple[ExitStack, Server]]
     )
     _seen: dict[str, int] = field(default_factory=dict[str, int])
-    _printed: str = ""
 
     def write(self, block: Block) -> None:
         name = NAMED.match(block.text)
@@ -120,7 +121,7 @@ class Reader:
             if block.language == "python":
                 self.write(block)
             elif block.language == "sh":
-                self._printed = ""
+                self.printed = ""
                 if block.title.startswith("without the line "):
                     self._without(block.title.removeprefix("without the line "), block.text)
                 else:
@@ -149,7 +150,7 @@ class Reader:
         if command == "uvicorn":
             self._serve(arguments[0], variables)
         elif command == "curl":
-            self._printed += self.ask(arguments) + "\n"
+            self.printed += self.ask(arguments) + "\n"
         elif command == "kill":
             found = re.fullmatch(r'kill -9 \$\(pgrep -f "uvicorn (\S+)"\)', line)
             assert found, line
@@ -161,7 +162,7 @@ class Reader:
             self._stop_all()
             (self.folder / name).unlink(missing_ok=True)
         else:
-            self._printed += self._call(command, arguments)
+            self.printed += self._call(command, arguments)
 
     def _edited(self, text: str) -> str:
         for old, new in self.edits.items():
@@ -244,7 +245,7 @@ class Reader:
         shown = pattern_of(block.text)
         if terminal is None:
             matches = re.search if block.title == "among other lines" else re.fullmatch
-            seen = masked(self._printed)
+            seen = masked(self.printed)
             assert matches(shown, seen), f"{block.text}\nis shown, and this is printed:\n{seen}"
             return
         app = {"uvicorn": "shop.main:app", "billing": "billing.main:app"}[terminal[1]]
@@ -275,7 +276,10 @@ class Reader:
         return {**os.environ, **variables, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-QUICK = {"Outbox(bus, engine)": "Outbox(bus, engine, lease=1.5)"}  # who was killed is dead sooner
+# What takes less time in a test: a killed process is taken for dead sooner, and the mail server is
+# slow only in steps where something has to happen in the middle of a mail.
+QUICK = {"Outbox(bus, engine)": "Outbox(bus, engine, lease=1.5)", "sleep(2)": "sleep(0.2)"}
+MAIL_SECONDS = {"4": "5", "6": "1"}
 SECOND_SERVICE = "## A second service\n"
 # Steps 3 to 6 commit before the response.
 KNOWS_SCOPES = tuple(map(int, version("fastapi").split(".")[:2])) >= (0, 121)
@@ -301,10 +305,19 @@ def reader(tmp_path: Path) -> Iterator[Reader]:
 
 @pytest.mark.parametrize("step", STEPS, ids=[page.stem for page in STEPS])
 def test_the_step_does_as_it_shows(reader: Reader, step: Path) -> None:
-    needs(int(step.stem[0]))
+    number = step.stem[0]
+    needs(int(number))
+    reader.edits = {**QUICK, "sleep(2)": f"sleep({MAIL_SECONDS.get(number, '0.2')})"}
     reader.write_all([page for page in STEPS if page < step])
     text, _, _ = step.read_text().partition(SECOND_SERVICE)
     reader.follow(blocks_of(text))
+
+
+def test_the_tests_of_the_whole_tutorial_need_no_broker(reader: Reader) -> None:
+    needs(6)
+    reader.write_all(STEPS)
+    reader.run("pytest -q")
+    assert "6 passed" in reader.printed
 
 
 def test_the_engine_of_the_tutorial_may_be_made_in_the_lifespan(reader: Reader) -> None:
@@ -449,19 +462,19 @@ async def test_the_second_service_reads_what_the_shop_forwards(
     """Without a broker: FastStream's test broker stands for it."""
     needs(6)
     reader.write_all(STEPS)
-    from tests.faststream.services import in_memory
+    from faststream.nats import TestNatsBroker
 
     bus = EventBus()
     broker = load("shop.broker").connect(bus, "nats://localhost:4222")
     event: object = load("shop.events").OrderPlaced(8, "ada@example.org")
-    async with in_memory(broker):
+    async with TestNatsBroker(broker):
         await bus.dispatch(event)
         (placed,) = broker.publishers
         placed.mock.assert_called_once()
 
     billing = load("billing.main")
     sent = encode(event, source="/shop")
-    async with in_memory(billing.broker):
+    async with TestNatsBroker(billing.broker):
         await billing.broker.publish(
             sent.body, "orders.placed", stream="orders", headers=sent.headers()
         )
