@@ -229,7 +229,7 @@ def demo(session: nox.Session) -> None:
     """Show the example shop at work; `nox -s demo -- --serve` keeps it open for a browser.
 
     `nox -s demo -- two-services` shows two services and a broker. `--trace`, with either, shows one
-    order as OpenTelemetry sees it.
+    order as OpenTelemetry sees it. `--svg docs/timeline.svg` draws the picture of the README anew.
     """
     two_services = "two-services" in session.posargs
     tracing = group("tracing") if "--trace" in session.posargs else ()

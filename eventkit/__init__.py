@@ -87,6 +87,8 @@ __all__ = [
     "named",
 ]
 
+__version__ = "0.1.0"
+
 # What users have says where they have it from, also in its repr and in tracebacks.
 for _name in __all__:
     if globals()[_name].__module__.startswith(("eventkit._core", "eventkit.wire")):

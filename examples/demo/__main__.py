@@ -7,12 +7,13 @@ import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from io import TextIOWrapper
+from pathlib import Path
 from typing import cast
 
 import anyio
 from rich.console import Console
 
-from examples.demo.play import play
+from examples.demo.play import play, play_pictured
 from examples.demo.process import until_signal
 from examples.demo.serve import serve
 from examples.demo.traced import play_traced
@@ -33,6 +34,8 @@ def main() -> int:
         course = play_two_traced if options.trace else play_two_services
     elif options.serve:
         return 0 if anyio.run(partial(serve, console, port=options.port)) else 1
+    elif options.svg:
+        course = partial(play_pictured, path=options.svg)
     else:
         course = play_traced if options.trace else play
     return anyio.run(_until_told, partial(course, console))
@@ -64,13 +67,21 @@ def _options() -> argparse.Namespace:
         help="show one order as OpenTelemetry sees it: a tree of spans, written to a file",
     )
     parser.add_argument(
+        "--svg",
+        type=Path,
+        metavar="PATH",
+        help="write the timeline of one request to PATH, as an SVG picture",
+    )
+    parser.add_argument(
         "--port", type=int, default=8000, help="where to serve (default: %(default)s; 0: any)"
     )
     options = parser.parse_args()
-    if options.serve and options.what != "shop":
-        parser.error("--serve is for the shop")
-    if options.serve and options.trace:
-        parser.error("--serve and --trace do not go together")
+    for option in ("serve", "svg"):
+        if getattr(options, option) and options.what != "shop":
+            parser.error(f"--{option} is for the shop")
+    chosen = [f"--{each}" for each in ("serve", "svg", "trace") if getattr(options, each)]
+    if len(chosen) > 1:
+        parser.error(f"{' and '.join(chosen)} do not go together")
     return options
 
 

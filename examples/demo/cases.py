@@ -42,6 +42,12 @@ class Shot:
         """What has arrived because of it."""
         return self.mail_server.to(_address(self.name))
 
+    @property
+    def ended_ns(self) -> int:
+        """When the last thing happened that follows from it."""
+        ends = [run.ended_ns for run in self.story.runs]
+        return max([self.received_ns, *ends, *(mail.received_ns for mail in self.mails)])
+
     def in_order(self) -> bool:
         """The response was sent, then the transaction committed, then handlers started."""
         story = self.story

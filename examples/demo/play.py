@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 import sqlite3
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, closing
+from functools import partial
 from pathlib import Path
 from typing import IO
 
+import anyio
 import httpx
 from anyio.abc import Process
 from rich.console import Console
@@ -26,6 +28,7 @@ from examples.demo.cases import (
     until_its_mail_is_on_its_way,
 )
 from examples.demo.neighbours import Neighbourhood, neighbourhood
+from examples.demo.picture import picture
 from examples.demo.process import ShopDidNotStart, kill, shop_process
 from examples.demo.report import Report
 from examples.demo.timeline import Overview, Timeline
@@ -33,19 +36,43 @@ from examples.demo.trace import Trace, clock_ns
 
 FOR_EVER = 60.0  # seconds, which nobody waits for
 
+Course = Callable[[Report, Neighbourhood, IO[str]], Awaitable[None]]
+
 
 async def play(console: Console) -> bool:
     """Play all cases and show them; True if everything happened as told."""
+    return await _shown(console, _play_all, _play_killed)
+
+
+async def play_pictured(console: Console, path: Path) -> bool:
+    """Play the first case alone, and write its timeline as a picture; True if all was as told."""
+    return await _shown(console, partial(_play_pictured, path=path))
+
+
+async def _shown(console: Console, *courses: Course) -> bool:
     report = Report(console)
     with neighbourhood() as around:
         try:
             with around.log.open("w") as log:
-                await _play_all(report, around, log)
-                await _play_killed(report, around, log)
+                for course in courses:
+                    await course(report, around, log)
         except* (ShopDidNotStart, httpx.HTTPError) as errors:
             gone = Check("the shop is there and answers", holds=False, found=repr(errors))
             report.results.append(("The shop", [gone]))
         return report.summary(around.log)
+
+
+async def _play_pictured(report: Report, around: Neighbourhood, log: IO[str], path: Path) -> None:
+    trace = Trace()
+    async with staged(around, trace, log) as (stage, process):
+        report.opening(f"The shop runs at {_url(trace)} in process {process.pid}.")
+        # The first request of a process pays for what is imported when it is used.
+        await stage.sign_up("zoe")
+        played = await CASES[0].play(stage)
+    (shot,) = played.shots
+    await anyio.Path(path).write_text(picture(shot), encoding="utf-8")
+    written = f"{CASES[0].about} The picture is in {path}."
+    report.section(CASES[0].title, written, Timeline(shot), played.checks)
 
 
 async def _play_all(report: Report, around: Neighbourhood, log: IO[str]) -> None:

@@ -5,7 +5,7 @@ Everything is readable without colour. Knows nothing of how the times came about
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -13,6 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from examples.demo.axis import Axis
 from examples.demo.cases import Shot
 from examples.demo.trace import Run
 
@@ -21,7 +22,6 @@ _SENT, _COMMITTED, _MAIL = ("◇", "cyan"), ("◆", "yellow"), ("●", "magenta"
 _OTHER = ("▲", "blue")
 _THIN, _THICK = "╴╶─", "╸╺━"  # left half, right half, whole cell
 _CELLS_PER_TICK = 7
-_LONG_NS = 2_000_000_000
 
 LEGEND = Text.assemble(
     *(("─", "cyan"), " the client waits   "),
@@ -40,61 +40,17 @@ JOURNEY_LEGEND = Text.assemble(
 )
 
 
-class _Axis:
-    """Says at which cell a moment is drawn, and how long that is since the start.
-
-    Attributes:
-        cells: How wide it is.
-        unit: "ms", or "s" where it is long.
-    """
-
-    def __init__(self, start_ns: int, end_ns: int, cells: int) -> None:
-        self.cells = cells
-        long = end_ns - start_ns > _LONG_NS
-        self.unit, self._unit_ns, self._digits = ("s", 1e9, 2) if long else ("ms", 1e6, 1)
-        self._start_ns = start_ns
-        self._span = max(self.since(end_ns), 1.0)
-
-    def since(self, at_ns: int) -> float:
-        """How long after the start, in its unit."""
-        return (at_ns - self._start_ns) / self._unit_ns
-
-    def label(self, at_ns: int) -> str:
-        """The same in words; 0 is what has not come."""
-        return f"{self.since(at_ns):.{self._digits}f}" if at_ns else "never"
-
-    def position(self, since: float) -> float:
-        """Cells from the left, between 0 and the last one."""
-        return min(max(since, 0.0) / self._span, 1.0) * (self.cells - 1)
-
-    def ticks(self) -> Text:
-        """Its units, at round numbers."""
-        line = ""
-        for since in range(0, int(self._span) + 1, self._step()):
-            cell = round(self.position(since))
-            if cell + len(str(since)) <= self.cells:
-                line = f"{line:{cell}}{since}"
-        return Text(line, style="dim", no_wrap=True)
-
-    def _step(self) -> int:
-        most = max(self.cells // _CELLS_PER_TICK, 1)
-        steps: Iterator[int] = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
-        return next(step for step in steps if self._span / step <= most)
-
-
 class _Track:
     """One line of the chart, painted bars first and marks on top."""
 
-    def __init__(self, axis: _Axis) -> None:
+    def __init__(self, axis: Axis) -> None:
         self._axis = axis
-        self._cells = [(" ", "")] * axis.cells
+        self._cells = [(" ", "")] * axis.width
         self._marked: set[int] = set()
 
     def bar(self, start_ns: int, end_ns: int, pen: str, style: str) -> None:
         """Draw from one moment to another, to half a cell."""
-        start, end = (
-            round(self._axis.position(self._axis.since(at)) * 2) for at in (start_ns, end_ns)
-        )
+        start, end = (round(self._axis.at(moment) * 2) for moment in (start_ns, end_ns))
         end = max(end, start + 1)
         for cell in range(start // 2, (end + 1) // 2):
             left, right = start <= cell * 2, cell * 2 + 1 < end
@@ -104,8 +60,8 @@ class _Track:
         """Put a sign at a moment that has come, beside one that stands there already."""
         if not at_ns:
             return
-        cell = int(self._axis.position(self._axis.since(at_ns)))
-        while cell in self._marked and cell < self._axis.cells - 1:
+        cell = int(self._axis.at(at_ns))
+        while cell in self._marked and cell < self._axis.width - 1:
             cell += 1
         self._marked.add(cell)
         self._cells[cell] = mark
@@ -126,8 +82,8 @@ class Timeline:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         shot = self._shot
-        end_ns = max([_end_of(shot), *self._moments.values()])
-        axis = _Axis(shot.begun_ns, end_ns, options.max_width - _LABEL - _NOTE - 2)
+        end_ns = max([shot.ended_ns, *self._moments.values()])
+        axis = Axis(shot.begun_ns, end_ns, options.max_width - _LABEL - _NOTE - 2)
         grid = _grid(axis, f"  from     to  {axis.unit}")
         _add_answer(grid, axis, shot)
         for event, runs in groupby(shot.story.runs, key=lambda run: run.event):
@@ -180,7 +136,7 @@ class Journey:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         end_ns = max(max(row.start_ns, row.end_ns) for row in self._rows)
-        axis = _Axis(self._begun_ns, end_ns, options.max_width - _LABEL - _NOTE - 2)
+        axis = Axis(self._begun_ns, end_ns, options.max_width - _LABEL - _NOTE - 2)
         grid = _grid(axis, f"  from     to  {axis.unit}")
         for row in self._rows:
             row.add_to(grid, axis)
@@ -200,7 +156,7 @@ class _Row:
     committed_ns: int = 0
     mark: tuple[str, str] | None = None
 
-    def add_to(self, grid: Table, axis: _Axis) -> None:
+    def add_to(self, grid: Table, axis: Axis) -> None:
         if self.mark is not None:
             _add_moment(grid, axis, f"  {self.label}", self.start_ns, self.mark)
         elif not self.pen:
@@ -223,9 +179,9 @@ class Overview:
         self._shots = sorted(shots, key=lambda shot: shot.received_ns)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        axis = _Axis(
+        axis = Axis(
             min(shot.begun_ns for shot in self._shots),
-            max(_end_of(shot) for shot in self._shots),
+            max(shot.ended_ns for shot in self._shots),
             options.max_width - _LABEL - _NOTE - 2,
         )
         grid = _grid(axis, f"answer   mail  {axis.unit}")
@@ -236,16 +192,26 @@ class Overview:
         yield grid
 
 
-def _grid(axis: _Axis, heading: str) -> Table:
+def _grid(axis: Axis, heading: str) -> Table:
     grid = Table.grid(padding=(0, 1, 0, 0))
     grid.add_column(width=_LABEL, no_wrap=True)
-    grid.add_column(width=axis.cells, no_wrap=True)
+    grid.add_column(width=axis.width, no_wrap=True)
     grid.add_column(width=_NOTE, no_wrap=True)
-    grid.add_row("", axis.ticks(), Text(heading, style="dim"))
+    grid.add_row("", _ticks(axis), Text(heading, style="dim"))
     return grid
 
 
-def _add_answer(grid: Table, axis: _Axis, shot: Shot) -> None:
+def _ticks(axis: Axis) -> Text:
+    """The axis's units, at round numbers."""
+    line = ""
+    for since in axis.rounds(at_most=axis.width // _CELLS_PER_TICK):
+        cell = round(axis.position(since))
+        if cell + len(str(since)) <= axis.width:
+            line = f"{line:{cell}}{since}"
+    return Text(line, style="dim", no_wrap=True)
+
+
+def _add_answer(grid: Table, axis: Axis, shot: Shot) -> None:
     track = _Track(axis)
     track.bar(shot.begun_ns, shot.received_ns, _THIN, "cyan")
     note = _from_to(axis, shot.begun_ns, shot.received_ns, str(shot.status))
@@ -257,13 +223,13 @@ def _add_answer(grid: Table, axis: _Axis, shot: Shot) -> None:
         grid.add_row("rolled back")
 
 
-def _add_moment(grid: Table, axis: _Axis, label: str, at_ns: int, mark: tuple[str, str]) -> None:
+def _add_moment(grid: Table, axis: Axis, label: str, at_ns: int, mark: tuple[str, str]) -> None:
     track = _Track(axis)
     track.mark(at_ns, mark)
     grid.add_row(label, track.text(), f"{axis.label(at_ns):>6}")
 
 
-def _add_run(grid: Table, axis: _Axis, run: Run, *, again: bool) -> None:
+def _add_run(grid: Table, axis: Axis, run: Run, *, again: bool) -> None:
     label = f"    attempt {run.attempt}" if again else f"  {run.handler}"
     if not run.ended_ns:
         grid.add_row(Text(label, style="dim"), "", Text(run.outcome or "no end", style="yellow"))
@@ -278,7 +244,7 @@ def _add_run(grid: Table, axis: _Axis, run: Run, *, again: bool) -> None:
     grid.add_row(label, track.text(), Text(note, style="red" if trouble else ""))
 
 
-def _whole_track(axis: _Axis, shot: Shot) -> Text:
+def _whole_track(axis: Axis, shot: Shot) -> Text:
     track = _Track(axis)
     track.bar(shot.begun_ns, shot.received_ns, _THIN, "cyan")
     runs = [run for run in shot.story.runs if run.ended_ns]
@@ -292,10 +258,5 @@ def _whole_track(axis: _Axis, shot: Shot) -> Text:
     return track.text()
 
 
-def _from_to(axis: _Axis, start_ns: int, end_ns: int, more: str = "") -> str:
+def _from_to(axis: Axis, start_ns: int, end_ns: int, more: str = "") -> str:
     return f"{axis.label(start_ns):>6}{axis.label(end_ns):>7}  {more}".rstrip()
-
-
-def _end_of(shot: Shot) -> int:
-    ends = [run.ended_ns for run in shot.story.runs]
-    return max([shot.received_ns, *ends, *(mail.received_ns for mail in shot.mails)])

@@ -147,8 +147,7 @@ def test_the_project_of_the_testing_page_is_tested(
 def test_the_readmes_tests_test_the_readmes_program(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program, *blocks = [block[1] for block in FENCED.finditer((ROOT / "README.md").read_text())]
-    (tests,) = [block for block in blocks if A_FILE.match(block)]
+    _, program, tests = [block[1] for block in FENCED.finditer((ROOT / "README.md").read_text())]
     (pytester.path / "hello.py").write_text(program)
     (pytester.path / "test_hello.py").write_text(tests)
 
