@@ -48,7 +48,7 @@ PAGES = [
 ]
 FENCED = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # How a block begins that is a file of its own, or a part of one.
-A_FILE = re.compile(r"# (\w+\.py)(?:, .*)?\n")
+A_FILE = re.compile(r"# ([\w/]+\.py)(?:, .*)?\n")
 # A page is a module of its own; the compiler calls it by its file.
 OURS = "|".join(re.escape(page.stem) for page in PAGES)
 PROOF = re.compile(r"`((?:tests|eventkit)/\S+\.py)::(\w+)`")
