@@ -60,7 +60,7 @@ async def get_bus(connection: HTTPConnection) -> EventBus:
 
 
 Bus = Annotated[EventBus, Depends(get_bus)]
-"""Alias for the only bus of the application, as the type of a parameter: `events: Bus`."""
+"""The bus of the application, as a parameter of an endpoint or a handler: `events: Bus`."""
 
 
 async def get_context(bus: Bus) -> EventContext:
@@ -80,4 +80,4 @@ async def get_context(bus: Bus) -> EventContext:
 
 
 CurrentContext = Annotated[EventContext, Depends(get_context)]
-"""Alias for the active event context, as the type of a parameter: `unit: CurrentContext`."""
+"""The active event context of that bus, as a parameter: `context: CurrentContext`."""

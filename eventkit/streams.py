@@ -28,7 +28,7 @@ __all__ = ["EventStream", "Overflow", "end_at_shutdown", "stream"]
 E = TypeVar("E")
 
 Overflow = Literal["drop_oldest", "raise"]
-"""The values of the argument `overflow` of `stream`."""
+"""What a full buffer does: drop its oldest event, or end the stream with an error."""
 
 # Only `stream` and `end_at_shutdown` change these sets, in single steps. Signal handlers read them.
 _open: set[EventStream[Any]] = set()  # Any: streams of all types

@@ -14,6 +14,7 @@ C = TypeVar("C", bound=type)
 
 # Any: what JSON holds.
 Upcast = Callable[[dict[str, Any]], dict[str, Any]]
+"""Takes the fields that were stored under an older name, and returns those of the next name."""
 
 _ATTRIBUTE = "__eventkit_names__"
 _EXAMPLE = '@named("shop.order.placed")'
