@@ -328,9 +328,10 @@ class Outbox:
             The number of deliveries that will be tried again.
 
         Raises:
+            TypeError: `ids` is a single id, or has an id that is no UUID.
             ValueError: None of `ids`, `handler` and `before` is given.
         """
-        chosen = _chosen(ids, handler=handler, before=before)
+        chosen = _chosen("retry", ids, handler=handler, before=before)
         count = await in_batches(
             self._change, partial(self._holdings.store.retry, **chosen), progress
         )
@@ -359,9 +360,10 @@ class Outbox:
             The number of deleted deliveries.
 
         Raises:
+            TypeError: As for `retry`.
             ValueError: None of `ids`, `handler` and `before` is given, or there is no such state.
         """
-        chosen = _chosen(ids, handler=handler, before=before, state=state)
+        chosen = _chosen("drop", ids, handler=handler, before=before, state=state)
         return await in_batches(
             self._change, partial(self._holdings.store.drop, **chosen), progress
         )
@@ -379,8 +381,12 @@ class Outbox:
             ids: As for `retry`.
             handler: As for `retry`.
             before: As for `retry`. Without any argument, all deliveries are counted.
+
+        Raises:
+            TypeError: As for `retry`.
         """
-        read = partial(self._holdings.store.count, ids=ids, handler=handler, before=before)
+        chosen = _chosen("count", ids, handler=handler, before=before)
+        read = partial(self._holdings.store.count, **chosen)
         return await self._holdings.database.run(read, writes=False)
 
     async def _change(self, function: Callable[[Connection], Batch]) -> Batch:
@@ -456,6 +462,21 @@ def _refuse_text(name: str, value: str) -> None:
         )
 
 
-def _chosen(ids: Iterable[UUID] | None, **others: object) -> dict[str, Any]:
-    """Return the arguments for `retry` and `drop` of the store. Any: they have several types."""
-    return {"ids": None if ids is None else [*ids], **others}
+def _chosen(operation: str, ids: Iterable[UUID] | None, **others: object) -> dict[str, Any]:
+    """Return the arguments for `retry`, `drop` and `count` of the store. Any: of several types.
+
+    Raises:
+        TypeError: `ids` is one id, or has something that is no UUID.
+    """
+    if ids is None:
+        return {"ids": None, **others}
+    given: object = ids  # by users, who may have no type checker
+    if isinstance(given, UUID):
+        raise TypeError(f"{operation}() takes a list of ids, not a single one: {operation}([id])")
+    found = [] if isinstance(given, str) else [*ids]
+    if isinstance(given, str) or not all(isinstance(each, UUID) for each in found):
+        raise TypeError(
+            f"{operation}() takes a list of UUIDs, not text: {operation}([UUID(text)]). The `id` "
+            "of a delivery is a UUID already"
+        )
+    return {"ids": found, **others}

@@ -121,6 +121,22 @@ async def test_who_tries_again_or_drops_says_what(scene: Scene, outbox: Outbox) 
     assert not scene.table.rows()
 
 
+@pytest.mark.parametrize("operation", ["retry", "drop", "count"])
+async def test_a_single_id_and_text_are_refused_with_the_call_that_is_right(
+    scene: Scene, outbox: Outbox, operation: str
+) -> None:
+    (id_,) = scene.table.insert(event("mail"))
+    scene.table.change(id_, "state = 2")
+    method = getattr(outbox, operation)
+    with pytest.raises(TypeError, match=rf"^{operation}\(\) takes a list .*{operation}\(\[id\]\)$"):
+        await method(id_)
+    for text in (str(id_), [str(id_)]):
+        with pytest.raises(TypeError, match=rf"not text: {operation}\(\[UUID\(text\)\]\)"):
+            await method(text)
+    assert len(scene.table.rows()) == 1
+    assert await method([id_])
+
+
 async def test_what_runs_is_neither_tried_again_nor_dropped(scene: Scene, outbox: Outbox) -> None:
     ids = scene.table.insert(event("mail"), owner="host:1:other")
     assert await outbox.retry(ids) == 0
