@@ -14,7 +14,8 @@ import time
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -25,12 +26,14 @@ import anyio
 import pytest
 from anyio import create_memory_object_stream, create_task_group
 from sqlalchemy import Engine, text
+from sqlalchemy.event import listen
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 from starlette.types import Message, Scope
 
 import eventkit
-from eventkit import Durable, _core
+from eventkit import Durable, InvalidEventTypeError, _core
 from eventkit._core.endings import abandon
 from eventkit.outbox import Outbox, StoredDelivery
 from eventkit.streams import end_at_shutdown
@@ -364,6 +367,60 @@ def test_the_handlers_of_the_durable_page_run_behind_the_commit_and_leave_no_row
     assert kept(durable) == []
 
 
+def test_an_empty_transaction_of_the_durable_page_keeps_its_event(
+    durable: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    durable.bus.subscribe(durable.OrderPlaced, fail, name="shop:fail", durable=Durable())
+    TestClient(durable.app).post("/orders/7/receipts")
+
+    assert [each.handler for each in kept(durable)] == ["shop:fail"]
+    assert "belongs to no transaction" not in caplog.text
+
+
+async def fail(event: object) -> None:
+    raise ConnectionError("the neighbour is away")
+
+
+def test_a_handler_for_a_base_class_of_the_durable_page_gets_the_concrete_event(
+    durable: ModuleType,
+) -> None:
+    waits = Durable(key=lambda event: "all")  # from the table, in `run_due`
+    got: list[object] = []
+
+    async def note(event: object) -> None:
+        got.append(event)
+
+    durable.bus.subscribe(durable.ParcelEvent, note, name="shop:note", durable=waits)
+    publish(durable, durable.ParcelSent(7))
+    assert [each.event_type for each in kept(durable)] == ["shop.parcel.sent.v1"]
+    anyio.run(durable.outbox.run_due)
+
+    assert got == durable.parcels == [durable.ParcelSent(7)]
+    with pytest.raises(InvalidEventTypeError):
+        durable.bus.subscribe(object, note, name="shop:all", durable=True)
+
+
+def test_a_mail_with_one_attempt_that_fails_is_kept_as_dead(durable: ModuleType) -> None:
+    once = Durable(attempts=1)
+    durable.bus.subscribe(durable.Refunded, fail, name="shop:mail", durable=once)
+    publish(durable, durable.Refunded(1, "EUR"))
+
+    assert [each.state for each in kept(durable)] == ["dead"]
+
+
+def test_five_attempts_take_about_fifteen_seconds(durable: ModuleType) -> None:
+    durable.bus.subscribe(durable.Refunded, fail, name="shop:five", durable=Durable(attempts=5))
+    publish(durable, durable.Refunded(1, "EUR"))
+    waited = 0.0
+    for _ in range(4):
+        (delivery,) = kept(durable)
+        waited += (delivery.due_at - datetime.now(UTC)).total_seconds()
+        anyio.run(partial(durable.outbox.run_due, within=60))
+
+    assert [each.state for each in kept(durable)] == ["dead"]
+    assert 10 < waited < 20
+
+
 def test_the_page_that_asks_whether_the_outbox_is_healthy_hears_of_it(durable: ModuleType) -> None:
     with TestClient(durable.app) as client:
         deadline = time.monotonic() + PATIENCE
@@ -461,6 +518,72 @@ def test_transactions_on_sqlite_begin_as_the_durable_page_has_it(durable: Module
     with durable.patient.begin() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
         assert connection.connection.driver_connection.in_transaction
+
+
+def test_the_settings_for_sqlite_hold_for_aiosqlite_too(
+    durable: ModuleType, tmp_path: Path
+) -> None:
+    pytest.importorskip("greenlet")
+    pytest.importorskip("aiosqlite")
+
+    async def look() -> None:
+        engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'async.db'}")
+        listen(engine.sync_engine, "connect", durable.set_up)
+        listen(engine.sync_engine, "begin", durable.begin)
+        async with engine.begin() as connection:
+            mode = await connection.exec_driver_sql("PRAGMA journal_mode")
+            assert mode.scalar_one() == "wal"
+            raw: Any = await connection.get_raw_connection()
+            assert raw.driver_connection.in_transaction
+        await engine.dispose()
+
+    anyio.run(look)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="sqlite3 knows autocommit=False since 3.12")
+def test_the_fixture_of_a_test_that_rolls_back_has_both_lines_of_the_durable_page(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("greenlet")
+    both = "with outbox.in_memory(), deliver_on_commit(bus, test_engine):"
+    assert f"`{both}`" in DURABLE.read_text()
+    program, *blocks = [
+        block[1] for block in FENCED.finditer((ROOT / "docs" / "commits.md").read_text())
+    ]
+    (tests,) = [block for block in blocks if block.startswith("# test_orders.py\n")]
+    program = replaced(
+        program,
+        {
+            "deliver_on_commit(bus, engine)": "outbox = Outbox(bus, engine)",
+            "from eventkit.sqlalchemy import deliver_on_commit": (
+                "from eventkit.outbox import Outbox, add_tables, complete_with"
+            ),
+        },
+    )
+    program += """
+
+@bus.on(OrderPlaced, durable=True)
+async def book(event: OrderPlaced) -> None:
+    from test_orders import test_engine
+
+    async with AsyncSession(test_engine) as session:
+        complete_with(session)  # no error, though the engine is another one
+
+
+add_tables(Base.metadata)
+"""
+    tests = replaced(
+        tests,
+        {
+            "with deliver_on_commit(bus, test_engine):": both,
+            "import Base, OrderPlaced": "import Base, OrderPlaced, book, outbox",
+        },
+    )
+    tests += "    assert capevents.handled.by(book) == [OrderPlaced(7)]\n"
+    (pytester.path / "orders.py").write_text(program)
+    (pytester.path / "test_orders.py").write_text(tests)
+
+    run_project(pytester, monkeypatch, passed=1)
 
 
 def test_the_tests_of_the_durable_page_test_the_pages_program(

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextvars import Context, ContextVar
 from dataclasses import dataclass
 from email.message import EmailMessage
-from enum import Enum
+from enum import Enum, StrEnum
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -29,7 +29,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.testclient import TestClient
 from starlette.types import Scope
 
-from eventkit import EventBus, EventKitError, NoEventContextError
+from eventkit import EventBus, EventKitError, InvalidEventTypeError, NoEventContextError
 from eventkit.starlette import EventContextMiddleware
 from tests.project.test_docs import A_FILE, FENCED, ROOT, run_project
 
@@ -177,21 +177,22 @@ def test_the_tests_of_the_program_after_run(
     run_project(pytester, monkeypatch, passed=1)
 
 
+def durable_source(parts: dict[str, str]) -> str:
+    """The program of the page about tasks, with a webhook that is durable."""
+    source = joined(parts, "after.py")
+    imports = "from eventkit import EventBus\nfrom eventkit.sqlalchemy import deliver_on_commit\n"
+    new = {imports: parts["after.py, the imports, durable"]}
+    for title in ("the event", "the bus", "the webhook"):
+        new[parts[f"after.py, {title}"]] = parts[f"after.py, {title}, durable"]
+    for old, part in new.items():
+        assert old in source
+        source = source.replace(old, part)
+    return source
+
+
 def test_the_durable_webhook_is_called_again_with_the_same_key(project: Path, world: World) -> None:
     pytest.importorskip("greenlet")
-    parts = files(TASKS)
-    source = joined(parts, "after.py")
-    for title in ("the event", "the bus", "the webhook"):
-        part = parts[f"after.py, {title}"]
-        assert part in source
-        source = source.replace(part, parts[f"after.py, {title}, durable"])
-    imports = "from eventkit import EventBus\nfrom eventkit.sqlalchemy import deliver_on_commit\n"
-    assert imports in source
-    source = source.replace(
-        imports,
-        "from eventkit import EventBus, current_delivery, named\n"
-        "from eventkit.outbox import Outbox, add_tables\n",
-    )
+    source = durable_source(files(TASKS))
     module = load(project, "durable", source)
     world.hook_fails = 1
 
@@ -203,6 +204,45 @@ def test_the_durable_webhook_is_called_again_with_the_same_key(project: Path, wo
 
     assert len(world.hooks) == 2
     assert len({hook.headers["idempotency-key"] for hook in world.hooks}) == 1
+    assert world.rows("eventkit_outbox") == []
+
+
+def test_the_durable_test_of_the_page_about_tasks_runs(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("greenlet")
+    parts = files(TASKS)
+    (pytester.path / "after.py").write_text(durable_source(parts))
+    tests = parts["test_after.py"] + parts["test_after.py, durable"]
+    (pytester.path / "test_after.py").write_text(tests)
+    monkeypatch.chdir(pytester.path)
+
+    run_project(pytester, monkeypatch, passed=2)
+
+
+@pytest.mark.parametrize("how", ["with the endpoint's session", "durable"])
+def test_the_audit_line_that_must_exist_is_written_in_both_ways_that_the_page_has(
+    project: Path, world: World, how: str
+) -> None:
+    pytest.importorskip("greenlet")
+    parts = files(TASKS)
+    source = durable_source(parts)
+    handler = source[source.index("@bus.on(InvoiceCreated)\nasync def write_audit") :]
+    handler = handler[: handler.index("\n\n\n")]
+    if how == "durable":
+        new = handler.replace("@bus.on(InvoiceCreated)", "@bus.on(InvoiceCreated, durable=True)")
+        new = new.replace("    session.add", "    complete_with(session)\n    session.add")
+        source = source.replace(handler, new).replace("Outbox,", "Outbox, complete_with,")
+    else:
+        source = source.replace(handler, "").replace(
+            "    bus.publish(",
+            '    session.add(Audit(who=user, what=f"invoice {invoice.id} from {host}"))\n'
+            "    bus.publish(",
+        )
+    module = load(project, "durable", source)
+
+    assert invoiced(module, world, **{"x-user": "ada"}) == 200
+    assert world.rows("audit") == [(1, "ada", "invoice 1 from testclient")]
     assert world.rows("eventkit_outbox") == []
 
 
@@ -294,6 +334,73 @@ def test_the_same_requests_reach_these_handlers_before_and_after(project: Path) 
         ("all", "Events.CART_CHECKED_OUT"),
         ("all", "Events.CART_CHECKED_OUT"),  # of the 409
     ]
+
+
+class Plain(Enum):
+    USER_CREATED = "user.created"
+
+
+class OfText(str, Enum):  # noqa: UP042 - as applications have it
+    USER_CREATED = "user.created"
+
+
+class Text(StrEnum):
+    USER_CREATED = "user.created"
+
+
+@pytest.mark.parametrize("names", [Plain, OfText, Text])
+def test_a_text_reaches_a_member_there_if_the_member_is_text(
+    names: type[Plain | OfText | Text],
+) -> None:
+    app, local = theirs()
+    member = names.USER_CREATED
+    got: list[str] = []
+
+    def noting(label: str, name: Any) -> None:
+        @registering(local, name)
+        async def note(event: object) -> None:
+            got.append(label)
+
+    for label, name in (("text", "user.created"), ("pattern", "user.*"), ("member", member)):
+        noting(label, name)
+
+    @app.get("/")
+    async def say() -> None:
+        dispatch(member, {})
+
+    TestClient(app).get("/")
+    assert sorted(got) == (["member"] if names is Plain else ["member", "pattern", "text"])
+
+
+def test_a_call_that_has_moved_in_half_is_refused_unless_a_handler_takes_each_object() -> None:
+    bus, got = EventBus(), list[object]()
+
+    async def note(event: object) -> None:
+        got.append(event)
+
+    def publish() -> None:
+        with bus.context():
+            bus.publish("user.created", {"user_id": 1})
+
+    bus.subscribe(Said, note)
+    with pytest.raises(InvalidEventTypeError, match="an instance of a class of yours"):
+        publish()
+    assert got == []
+    bus.subscribe(object, note)
+    publish()
+    assert got == ["user.created", {"user_id": 1}]
+
+
+def test_a_dispatch_that_nobody_awaits_calls_no_handler_and_is_a_warning() -> None:
+    bus, got = EventBus(), list[object]()
+
+    @bus.on(Said)
+    async def note(event: Said) -> None:
+        got.append(event)
+
+    with pytest.warns(RuntimeWarning, match="coroutine 'EventBus.dispatch' was never awaited"):
+        bus.dispatch(Said())  # type: ignore[unused-coroutine]  # pyright: ignore[reportUnusedCoroutine]
+    assert got == []
 
 
 @pytest.mark.parametrize("how", ["raised", "returned", "error", "commit"])
