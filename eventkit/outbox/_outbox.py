@@ -1,4 +1,4 @@
-"""Owns the outbox of a bus, as users have it: relays, received messages, and operations on rows.
+"""Owns the public `Outbox`: relays, received messages, and operations on rows.
 
 Knows no HTTP and no SQL text.
 """
@@ -401,8 +401,8 @@ class Outbox:
 
 
 def holdings_of(outbox: Outbox) -> Holdings:
-    """Return what the process holds of the table, for the command."""
-    return outbox._holdings  # noqa: SLF001 - the one door to it
+    """Return the holdings of an outbox, for the command."""
+    return outbox._holdings  # noqa: SLF001 - the only access from outside
 
 
 def outbox_of(bus: EventBus) -> Outbox | None:

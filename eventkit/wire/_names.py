@@ -1,4 +1,4 @@
-"""Owns the names of event classes, and the functions that convert what a former name had stored.
+"""Owns the names of event classes, and the functions that convert JSON stored under a former name.
 
 The class keeps its name as an attribute. A registry would lose it: a decorator such as
 `@dataclass(slots=True)` makes a new class, and copies the attributes.
@@ -12,7 +12,8 @@ from typing import Any, TypeVar, cast
 
 C = TypeVar("C", bound=type)
 
-# Any: what JSON holds.
+# Converts the stored dict of a former name to the dict of the next name. See `named`.
+# Any: values of JSON.
 Upcast = Callable[[dict[str, Any]], dict[str, Any]]
 
 _ATTRIBUTE = "__eventkit_names__"
@@ -109,18 +110,18 @@ def wire_name(event_type: type) -> str:
 
 
 def names_of(event_type: type) -> tuple[str, ...]:
-    """List all the names of an event class: the current one, then the former ones."""
+    """Return all names of an event class: the current one, then the former ones, oldest first."""
     names = names_on(event_type)
     return (names.current, *(former for former, _ in names.formerly))
 
 
 def names_on(event_type: type) -> Names:
-    """Return the names of a class, and none of its bases."""
+    """Return the names of a class, without names of its bases."""
     return _own(event_type) or Names(f"{event_type.__module__}:{event_type.__qualname__}")
 
 
 def is_named(event_type: type) -> bool:
-    """Say whether `named` decorates this very class."""
+    """Return whether `named` decorates this class itself. A subclass does not count."""
     return _own(event_type) is not None
 
 
