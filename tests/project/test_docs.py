@@ -273,7 +273,7 @@ def test_the_fixture_of_the_commits_page_tests_the_pages_program(
     program, *blocks = [
         block[1] for block in FENCED.finditer((ROOT / "docs" / "commits.md").read_text())
     ]
-    (tests,) = [block for block in blocks if A_FILE.match(block)]
+    (tests,) = [block for block in blocks if block.startswith("# test_orders.py\n")]
     (pytester.path / "orders.py").write_text(program)
     again = tests[tests.index("@pytest.mark.anyio") :].replace("def test_", "def test_again_")
     (pytester.path / "test_orders.py").write_text(f"{tests}\n\n{again}")
@@ -282,6 +282,7 @@ def test_the_fixture_of_the_commits_page_tests_the_pages_program(
 
 
 DURABLE = ROOT / "docs" / "durable.md"
+OPERATIONS = ROOT / "docs" / "durable-operations.md"
 
 
 def durable_blocks(instead: Mapping[str, str] = {}) -> tuple[str, dict[str, str]]:
@@ -293,8 +294,10 @@ def durable_blocks(instead: Mapping[str, str] = {}) -> tuple[str, dict[str, str]
 
 @pytest.fixture
 def durable() -> ModuleType:
-    """The page about durable deliveries, run, with a handler that does not take its time."""
+    """The pages about durable deliveries, run, with a handler that does not take its time."""
     page = run_page(DURABLE, {"sleep(3)": "sleep(0)"})
+    for block in FENCED.finditer(OPERATIONS.read_text()):
+        exec(compile(block[1], str(OPERATIONS), "exec"), vars(page))
     page.Base.metadata.create_all(page.engine)
     return page
 
@@ -426,7 +429,7 @@ def test_the_durable_page_forgets_what_is_long_dead_and_nothing_else(durable: Mo
         connection.execute(text(f"{forty_days} where id = :id"), {"id": first.id.hex})
 
     assert anyio.run(durable.watch).dead == 2
-    assert anyio.run(durable.forget_what_is_long_dead) == 1
+    assert anyio.run(durable.drop_old_dead_deliveries) == 1
     assert [each.id for each in kept(durable)] == [second.id]
 
 
@@ -505,7 +508,9 @@ def test_the_lines_that_the_durable_page_has_of_the_log_are_written() -> None:
         for node in ast.walk(ast.parse(source.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
-    table = re.findall(r"^\| (?:INFO|WARNING|ERROR) \| (.*?) \|", DURABLE.read_text(), re.MULTILINE)
+    table = re.findall(
+        r"^\| (?:INFO|WARNING|ERROR) \| (.*?) \|", OPERATIONS.read_text(), re.MULTILINE
+    )
     lines = [line.removesuffix("...").rstrip() for cell in table for line in cell.split("`")[1::2]]
 
     assert len(lines) > 15
@@ -517,7 +522,7 @@ def test_the_commands_of_the_durable_page_are_those_that_there_are() -> None:
     cli = pytest.importorskip("eventkit._cli._commands", reason="there is no command yet")
     import click
 
-    lines = re.findall(r"^eventkit .*$", DURABLE.read_text(), re.MULTILINE)
+    lines = re.findall(r"^eventkit .*$", OPERATIONS.read_text(), re.MULTILINE)
     assert len(lines) >= 7
     for line in lines:
         words = shlex.split(line, comments=True)[1:]

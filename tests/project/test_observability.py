@@ -451,6 +451,40 @@ def events(printed: str) -> list[Any]:
     return [each for each in objects(printed) if "event_id" in each and "platform" in each]
 
 
+def write_sentry_alone(folder: Folder) -> None:
+    """An application that tells Sentry nothing of its bus."""
+    wiring = blocks()["wiring.py"]
+    alone = wiring.replace("from reporting import group_lines, report_to_sentry\n", "")
+    alone = alone.replace("    before_send=group_lines,\n", "")
+    alone = alone.replace("report_to_sentry(bus)\n", "")
+    assert "report" not in alone
+    folder.write("wiring.py", alone)
+
+
+PUBLISH = """
+with client:
+    client.post("/publish")
+"""
+
+
+def test_sentry_alone_sees_no_failure_that_structlog_prints(folder: Folder) -> None:
+    write_sentry_alone(folder)
+
+    assert events(folder.run(CLIENT + PUBLISH, "printing")) == []
+
+
+def test_with_sentry_alone_the_handlers_of_a_request_share_a_scope(folder: Folder) -> None:
+    write_sentry_alone(folder)
+    crumb = 'sentry_sdk.add_breadcrumb(message="first")\n    raise ValueError("first")'
+    crumbs = CLIENT.replace('raise ValueError("first")', crumb)
+
+    _, second = events(folder.run(crumbs + PUBLISH, "unconfigured"))
+
+    assert second["exception"]["values"][0]["type"] == "KeyError"
+    assert second["tags"]["of"] == "first"
+    assert "first" in [each["message"] for each in second["breadcrumbs"]["values"]]
+
+
 @pytest.mark.parametrize(
     ("logs", "rate"), [*((logs, "None") for logs in LOGS), ("printing", "1.0")]
 )

@@ -1,4 +1,4 @@
-"""The page about other services does as it says, without a broker."""
+"""The pages about other services do as they say, without a broker."""
 
 import ast
 import importlib
@@ -26,14 +26,20 @@ from tests.faststream.services import KINDS, in_memory
 from tests.project.test_docs import FENCED, ROOT, run_page, run_project
 
 SERVICES = ROOT / "docs" / "services.md"
+REFERENCE = ROOT / "docs" / "services-reference.md"
+PAGES = (SERVICES, ROOT / "docs" / "services-brokers.md", REFERENCE)
 TITLE = re.compile(r"# (.*)\n")
 MODULES = ("shop_events", "orders", "billing", "readable")
 NAMES = {"rabbit": "RabbitMQ", "redis": "Redis", "kafka": "Kafka"}
 
 
+def text_of_pages() -> str:
+    return "\n".join(page.read_text() for page in PAGES)
+
+
 def blocks() -> dict[str, str]:
-    """The page's files, and parts of files, by their first lines."""
-    found = [block[1] for block in FENCED.finditer(SERVICES.read_text())]
+    """The files of the pages, and parts of files, by their first lines."""
+    found = [block[1] for block in FENCED.finditer(text_of_pages())]
     return {title[1]: block for block in found if (title := TITLE.match(block))}
 
 
@@ -188,7 +194,7 @@ async def test_the_page_describes_its_events_in_asyncapi(page: Page) -> None:
 
     sent = importlib.import_module("faststream.specification").AsyncAPI(page.load("orders").broker)
     assert '"customer"' in sent.to_specification().to_json()
-    assert "schema=OrderPlaced" in SERVICES.read_text()
+    assert "schema=OrderPlaced" in REFERENCE.read_text()
 
 
 @pytest.mark.anyio
@@ -217,7 +223,7 @@ async def test_others_read_and_write_the_format_of_the_page_for_redis(page: Page
 def test_the_headers_that_the_page_shows_are_those_that_are_sent(page: Page) -> None:
     page.write()
     event: object = page.load("shop_events").OrderPlaced(7, "ada", Decimal("9.90"))
-    (shown,) = re.findall(r"^```\n(ce-.*?)\n\n(.*?)\n```", SERVICES.read_text(), re.M | re.S)
+    (shown,) = re.findall(r"^```\n(ce-.*?)\n\n(.*?)\n```", REFERENCE.read_text(), re.M | re.S)
     headers = dict(line.split(": ", 1) for line in shown[0].splitlines())
     wired = encode(event, source="/orders")
 
@@ -238,7 +244,7 @@ def test_the_page_reads_what_older_senders_send() -> None:
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_the_pages_own_client_runs_on_each_event_loop(backend: str) -> None:
-    services = run_page(SERVICES)
+    services = run_page(REFERENCE)
     services.invoiced.clear()
 
     async def send() -> httpx.Response:
@@ -271,8 +277,8 @@ def texts_of(*folders: str) -> str:
 
 def test_the_errors_and_log_lines_that_the_page_has_are_those_of_the_package() -> None:
     said = texts_of("eventkit/faststream", "eventkit/wire")
-    page = SERVICES.read_text()
-    errors = page[page.index("## What is wrong at wiring") : page.index("## Limits")]
+    page = text_of_pages()
+    errors = page[page.index("## Errors at wiring") : page.index("## Limits")]
     told = re.findall(r"^\| [^|]+ \| `([^`]+)` \|$", errors, re.M)
     told += re.findall(r"^\| (?:WARNING|ERROR) \| `([^`]+)` \|", page, re.M)
     reasons = re.findall(r"^\| `([a-z]+)` \| ", page[: page.index("To **replay**")], re.M)
