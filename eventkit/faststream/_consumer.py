@@ -144,7 +144,7 @@ class Consumer:
         message.reply_to = ""
         try:
             pause = await self._take(message, subscriber)
-            if pause is not None and subscriber.running:  # no pause at the end of the process
+            if pause is not None and subscriber.running:  # no pause while the process stops
                 await sleep(pause)
         except BaseException:  # for some exceptions FastStream gives a wrong answer or none
             with move_on_after(_FAREWELL, shield=True):
@@ -218,14 +218,14 @@ class Consumer:
         try:
             if rounds >= _ROUNDS:
                 raise RecursionError(
-                    f"it has been a dead letter {rounds} times: they come back to this consumer"
+                    f"the message was a dead letter {rounds} times: dead letters come back here"
                 )
             with fail_after(_DEAD_WITHIN):
                 await send(self._dead_letter, self._dead_engine, message.body or b"", options)
         except Exception as away:  # noqa: BLE001 - of a broker, or of its client
             log(
                 logging.ERROR,
-                "a dead letter was not accepted: the message stays where it is",
+                "a dead letter was not accepted, so the message is handed back",
                 error=away,
                 reason=problem.reason,
                 failed_with=problem.error,

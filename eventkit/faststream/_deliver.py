@@ -73,7 +73,7 @@ class ToHandlers:
         times = await self._engine.deliveries(message, subscriber)
         if times is None or times <= self._max_deliveries:
             return None
-        return Problem("crashed", f"delivered {times} times without an end")
+        return Problem("crashed", f"delivered {times} times without an answer")
 
     async def __call__(self, received: Received, subscriber: Any) -> Problem | None:
         """Run the handlers until all have succeeded, or no attempt is left."""
@@ -204,7 +204,7 @@ class ToKeeper:
             self._complained_at = now
             log(
                 logging.ERROR,
-                "messages cannot be taken in, and wait with their broker",
+                "messages cannot be stored in the inbox, and wait at the broker",
                 error=error,
                 consumer=self._name,
                 bus=self._state.name,

@@ -138,35 +138,35 @@ class Nats(Engine):
     def problem_of_publisher(self, publisher: Any) -> str | None:
         if publisher.stream is None:
             return (
-                "this publisher is core NATS, which keeps and confirms nothing: give it a stream="
+                "this publisher uses core NATS, which stores and confirms no message: add stream="
             )
         return None
 
     def problem_of_subscriber(self, subscriber: Any) -> str | None:
         if getattr(subscriber, "stream", None) is None:
             return (
-                "this subscriber is core NATS, which keeps nothing for it and cannot be "
-                "acknowledged: give it a stream="
+                "this subscriber uses core NATS, which stores no message and knows no "
+                "acknowledgement: add stream="
             )
         if "Batch" in type(subscriber).__name__:
             return _BATCH
         config = subscriber.config
         if subscriber.extra_options.get("ordered_consumer") or config.ack_policy != "explicit":
             return (
-                "this consumer acknowledges nothing, or more than what was handled: leave "
-                "ordered_consumer= and ConsumerConfig(ack_policy=) out"
+                "this consumer does not acknowledge each message by itself: remove "
+                "ordered_consumer= and ConsumerConfig(ack_policy=)"
             )
         # NATS remembers a push consumer by its queue, but not a pull consumer.
         if not (config.durable_name or (subscriber.queue and not hasattr(subscriber, "pull_sub"))):
             return (
-                "this consumer is forgotten when its process ends, so what was sent is lost or "
-                "comes once more: give it durable="
+                "NATS forgets this consumer when its process ends, so messages are lost or come "
+                "twice: add durable="
             )
         most = config.max_deliver
         if most is not None and most > 0:
             return (
-                f"ConsumerConfig(max_deliver={most}) has NATS drop a message that was handed out "
-                "so often: leave it out, and give consume() max_deliveries="
+                f"with ConsumerConfig(max_deliver={most}) NATS drops a message after {most} "
+                "deliveries: remove it, and pass max_deliveries= to consume()"
             )
         return None
 
@@ -175,8 +175,8 @@ class Nats(Engine):
         if "Push" not in type(subscriber).__name__ or subscriber.config.max_ack_pending:
             return None
         return (
-            "a NATS push subscriber has up to 1000 messages wait in its client, and ack_wait runs "
-            "for all of them: slow handlers run twice. Give it pull_sub=True, or "
+            "a NATS push subscriber keeps up to 1000 messages in its client, and ack_wait runs for "
+            "all of them, so slow handlers run twice: use pull_sub=True, or "
             "ConsumerConfig(max_ack_pending=10)"
         )
 
@@ -232,13 +232,13 @@ class Rabbit(Engine):
         arguments: Mapping[str, Any] = queue.arguments or {}
         if arguments.get("x-queue-type") == "stream":
             return (
-                f"RabbitQueue({queue.name!r}) is a stream, which takes nothing back, and does "
-                "not know how far it was read: give it another queue_type="
+                f"RabbitQueue({queue.name!r}) is a stream, which takes no message back, and does "
+                "not know which messages were read: use another queue_type="
             )
         if queue.declare and (not queue.durable or queue.exclusive or queue.auto_delete):
             return (
-                f"RabbitQueue({queue.name!r}) ends with its consumer or with the broker, and with "
-                "it what it holds: give it durable=True, and no exclusive= or auto_delete="
+                f"RabbitQueue({queue.name!r}) is deleted with its messages when its consumer or "
+                "the broker stops: use durable=True, without exclusive= and auto_delete="
             )
         return None
 
@@ -306,8 +306,8 @@ class Redis(Engine):
     def problem_of_publisher(self, publisher: Any) -> str | None:
         if not hasattr(publisher, "stream"):
             return (
-                "this publisher is Redis pub/sub or a list, which cannot be acknowledged: give it "
-                "a stream="
+                "this publisher uses Redis pub/sub or a list, which have no acknowledgements: use "
+                "stream="
             )
         return None
 
@@ -315,26 +315,26 @@ class Redis(Engine):
         stream = getattr(subscriber, "stream_sub", None)
         if stream is None:
             return (
-                "this subscriber is Redis pub/sub or a list, which cannot be acknowledged: give it "
-                "a stream="
+                "this subscriber uses Redis pub/sub or a list, which have no acknowledgements: use "
+                "stream="
             )
         if stream.batch:
             return _BATCH
         if not stream.group or stream.no_ack:
             return (
-                f"StreamSub({stream.name!r}) acknowledges nothing: give it group= and consumer=, "
-                "and no no_ack="
+                f"StreamSub({stream.name!r}) acknowledges no entry: add group= and consumer=, and "
+                "remove no_ack="
             )
         if stream.last_id != ">":
             return (
                 f"StreamSub({stream.name!r}, last_id={stream.last_id!r}) reads no new entry once "
-                "its group exists: leave last_id= out, and create the group at the id that it is "
-                "to begin with"
+                "its group exists: remove last_id=, and create the group with the id at which it "
+                "has to start"
             )
         if stream.min_idle_time is None and stream.max_records is None:
             return (
-                f"StreamSub({stream.name!r}) reads the whole backlog into one consumer, where it "
-                "waits for min_idle_time if that one stops: give it max_records=10"
+                f"StreamSub({stream.name!r}) reads the whole backlog into one consumer. If this "
+                "consumer stops, the entries wait for min_idle_time: add max_records=10"
             )
         return None
 
@@ -345,15 +345,15 @@ class Redis(Engine):
         claimed = {self.consumer(each): each.stream_sub.name for each in claiming}
         for consumer in read.keys() - claimed.keys():
             return (
-                "nobody would take over what a killed consumer of the Redis stream "
-                f"{read[consumer]!r} had read: pass [subscriber, another one with "
+                "no subscriber takes over entries that a killed consumer of the Redis stream "
+                f"{read[consumer]!r} has read: pass [subscriber, another one with "
                 "StreamSub(min_idle_time=60_000)]"
             )
         for consumer in claimed.keys() - read.keys():
             return (
-                f"nobody reads what is new in the Redis stream {claimed[consumer]!r}, as "
-                "StreamSub(min_idle_time=) takes over alone: pass [subscriber, another one "
-                "without it]"
+                f"no subscriber reads new entries of the Redis stream {claimed[consumer]!r}, as "
+                "StreamSub(min_idle_time=) only takes over old ones: pass [subscriber, another "
+                "one without it]"
             )
         return None
 
@@ -415,13 +415,13 @@ class Kafka(Engine):
             return _BATCH
         if subscriber.group_id is None:
             return (
-                "this subscriber has no group, so nothing is acknowledged: give it group_id= and "
+                "this subscriber has no group, so no record is acknowledged: add group_id= and "
                 'auto_offset_reset="earliest"'
             )
         return None
 
 
-_BATCH = "batches are not for events: an event is one message. Leave batch= out"
+_BATCH = "batch= cannot be used, because each message is one event: remove batch="
 _ENGINES: Mapping[str, Engine] = {
     "nats": Nats(),
     "rabbit": Rabbit(),
@@ -447,7 +447,7 @@ def problem_of_policy(subscriber: Any) -> str | None:
     if policy is None:
         return None
     return (
-        f"the subscriber's ack_policy is {policy}, which loses what a handler fails on: give it "
+        f"the subscriber's ack_policy is {policy}, which loses a message if a handler fails: use "
         "ack_policy=AckPolicy.NACK_ON_ERROR"
     )
 
@@ -458,6 +458,6 @@ def problem_of_codec(endpoint: Any) -> str | None:
     if own is None and getattr(endpoint._outer_config, "broker_codec", None) is None:  # noqa: SLF001
         return None
     return (
-        "this broker or subscriber has a codec=, which would write and read what is JSON already: "
-        "give events a broker without one"
+        "this broker or subscriber has a codec=, but events are JSON already: use a broker without "
+        "codec= for events"
     )

@@ -69,13 +69,13 @@ class Forward(Generic[E]):
         if type(event) is not self._event_type:
             kind = type(event).__qualname__
             raise BridgeError(
-                f"{kind} is a subclass of {self._event_type.__qualname__}: forward it by its own "
-                "name"
+                f"{kind} is a subclass of {self._event_type.__qualname__}: forward the subclass "
+                "under its own name"
             )
         if on_trio():
             raise BridgeError(
-                "FastStream is asyncio only: on trio, send what eventkit.wire.encode() gives with "
-                "a client of your own"
+                "FastStream works on asyncio only: on trio, send the result of "
+                "eventkit.wire.encode() with a client of your own"
             )
         delivery = current_delivery()
         wired = encode(
@@ -124,7 +124,7 @@ async def send(publisher: Any, engine: Engine, body: bytes, options: dict[str, A
         return
     refusal = engine.refusal(result)
     if refusal is not None:
-        raise BridgeError(f"the broker has not taken the message: {refusal}")
+        raise BridgeError(f"the broker has not accepted the message: {refusal}")
 
 
 def _correlation_id() -> str | None:

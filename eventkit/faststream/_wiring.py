@@ -55,7 +55,7 @@ class Group:
             ValueError: The limit is not above 0.
         """
         if not within > 0:
-            raise ValueError(f"within takes seconds above 0, not {within!r}")
+            raise ValueError(f"within has to be above 0 seconds, not {within!r}")
         if self.patience is not None and within >= self.patience:
             raise BridgeError(
                 f"the broker hands a message out again after {self.patience:g} s, so it would be "
@@ -72,7 +72,7 @@ def group_of(subscriber: Any) -> Group:
     is_list = isinstance(subscriber, list | tuple)
     subscribers = [*cast("Sequence[Any]", subscriber)] if is_list else [subscriber]
     if not subscribers:
-        raise BridgeError("consume() takes a subscriber, and an empty list has none")
+        raise BridgeError("consume() needs a subscriber, and the list is empty")
     engine = _engine_for(subscribers[0], "subscriber")
     for each in subscribers:
         if _engine_for(each, "subscriber") is not engine:
@@ -81,8 +81,8 @@ def group_of(subscriber: Any) -> Group:
             )
         if each.calls:
             raise BridgeError(
-                "this subscriber has a handler already: give consume() one of its own, and all of "
-                "its event types at once"
+                "this subscriber has a handler already: pass another one to consume(), with all of "
+                "its event types in one call"
             )
         _refuse(engine.problem_of_subscriber(each) or problem_of_policy(each))
     _refuse(engine.problem_of_subscribers(subscribers))
@@ -118,8 +118,8 @@ def check_dead_letter(publisher: Any, group: Group) -> Engine:
         engine.comes_to(publisher, each) for each in group.subscribers
     ):
         raise BridgeError(
-            f"dead letters of {group.name!r} would come back to it, and go round for ever: give "
-            "them a place of their own"
+            f"dead letters of {group.name!r} would come back to the same consumer, in an endless "
+            "circle: publish them to another place"
         )
     return engine
 
@@ -175,13 +175,13 @@ def check_options(deliver: object, *, durable: bool, **given: object) -> None:
         named.append("deliver")
     if named and durable:
         raise BridgeError(
-            f"{', '.join(named)} and durable=True exclude each other: retries and dead letters are "
-            "the outbox's then, by Durable(...) of each handler"
+            f"{', '.join(named)} and durable=True exclude each other: with durable=True the outbox "
+            "retries, as Durable(...) of each handler says"
         )
     if named and deliver is not None:
         raise BridgeError(
-            f"{', '.join(named)} and deliver= exclude each other: what deliver= raises is tried "
-            "again, however often"
+            f"{', '.join(named)} and deliver= exclude each other: if deliver= raises, the message "
+            "comes again, any number of times"
         )
     most = given["max_deliveries"]
     if isinstance(most, int) and most < 1:
@@ -214,8 +214,8 @@ def note_forwarded(bus: EventBus, event_type: type) -> None:
 def _refuse_both(consumed: type, forwarded: type) -> None:
     if issubclass(consumed, forwarded):
         raise BridgeError(
-            f"{consumed.__qualname__} is consumed and forwarded on one bus, and would go round in "
-            "a circle: give what is sent on a type of its own"
+            f"{consumed.__qualname__} is consumed and forwarded on one bus, so its messages would "
+            "go in a circle: forward an event of another class"
         )
 
 

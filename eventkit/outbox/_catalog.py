@@ -62,8 +62,9 @@ class Catalog:
             self._warned = True
             log(
                 logging.WARNING,
-                "what is stored under these names is found by no process that imports the script: "
-                "name the event, @named(...), and the handler, name=, or move them to a module",
+                "these names are valid only in a script that is run directly: a process that "
+                "imports it cannot run deliveries stored under them. Use @named(...) for the event "
+                "and name= for the handler, or move both to a module",
                 names=", ".join(of_a_script),
             )
 

@@ -43,7 +43,7 @@ _PATIENCE = 5.0  # seconds that `close` waits for transactions
 # Seconds, if nobody called `close` before the end of the process or of the object.
 _LAST_PATIENCE = 2.0
 _OLDEST = {"postgresql": (12,), "sqlite": (3, 35)}
-_WHICH = "the outbox needs PostgreSQL 12, SQLite 3.35, or a newer one of these"
+_WHICH = "the outbox needs PostgreSQL 12 or later, or SQLite 3.35 or later"
 # Keys in `Connection.info`, which lasts as long as the driver's connection.
 _BUSY_TIMEOUT_IS_SET = "eventkit_busy_timeout_is_set"
 _IS_READ_COMMITTED = "eventkit_is_read_committed"
@@ -167,7 +167,7 @@ class Database:
             return await link.run(work, self._threads())
         if on_trio():
             raise RuntimeError(
-                f"{link.engine!r} has asyncio's driver; on trio use a blocking engine"
+                f"{link.engine!r} works on asyncio only: on trio use a blocking engine"
             )
         return await asyncio.wrap_future(link.submit(work, reserved=False))
 
@@ -355,7 +355,8 @@ class _LoopThread:
                     result = await connection.run_sync(work)
         except asyncio.CancelledError:
             if ticket.running() or ticket.set_running_or_notify_cancel():
-                ticket.set_exception(RuntimeError("the outbox's connections were closed meanwhile"))
+                closed = "the outbox's connections were closed during this call"
+                ticket.set_exception(RuntimeError(closed))
         except BaseException as error:  # noqa: BLE001 - raised where the ticket is waited for
             ticket.set_exception(error)
         else:
@@ -407,7 +408,7 @@ def _close(links: dict[int, _Blocking | _Awaiting], patience: float) -> None:
 def _refuse(engine: Engine | AsyncEngine) -> None:
     if engine.dialect.name not in _OLDEST:
         raise ValueError(
-            f"{_WHICH}, and {engine!r} is none: use deliver_on_commit, which works with others, too"
+            f"{_WHICH}, not {engine!r}: use deliver_on_commit, which works with other databases"
         )
     option = engine.get_execution_options().get("isolation_level")
     if "AUTOCOMMIT" in {_spelled(option), _isolation_level(engine.dialect)}:

@@ -59,7 +59,7 @@ class Looking(Protocol):
         """Write the waiting outcomes soon. To be called on the relay's event loop only."""
 
     def expect(self, seconds: float | None) -> None:
-        """Note that a row is due in this time; None: no row. Thread-safe."""
+        """Note that a row is due in `seconds`; None: no row. Thread-safe."""
 
 
 class Holdings:
@@ -175,7 +175,7 @@ class Holdings:
             relay.hear()
 
     async def settle(self) -> None:
-        """Write the outcomes of deliveries, within five seconds. A cancellation waits for it."""
+        """Write the outcomes of deliveries, within five seconds. A cancellation has to wait."""
         if self._outcomes or self._flushes:
             try:
                 await self._settle()
@@ -214,7 +214,7 @@ class Holdings:
                 raise TimeoutError("the database does not answer")
         except Exception as error:  # noqa: BLE001 - of a database, or of its driver
             self._outcomes.extendleft(reversed(outcomes))
-            self.complain("outcomes of deliveries could not be written down, and wait", error)
+            self.complain("outcomes of deliveries could not be written, and wait", error)
             return False
         except BaseException:  # `Task.cancel()` ignores shields
             _doubt(outcomes)
@@ -263,7 +263,7 @@ class Holdings:
             log(
                 logging.WARNING,
                 "the lease of a delivery was lost before its outcome was written: another process "
-                "has been given it, and it may run twice",
+                "has taken over the delivery, so it may run twice",
                 handler=row.handler,
                 delivery_id=str(row.id),
             )
@@ -304,7 +304,9 @@ class Holdings:
         try:
             given_back = await self.database.run(farewell)
         except Exception as error:  # noqa: BLE001 - as above
-            self.complain("deliveries could not be given back, and lapse", error)
+            self.complain(
+                "deliveries could not be given back, and wait until the lease ends", error
+            )
         else:
             self.given_back += given_back
             if given_back:
@@ -394,7 +396,7 @@ def _doubt(outcomes: Sequence[Outcome]) -> None:
 def _say_dead(outcome: Outcome) -> None:
     log(
         logging.ERROR,
-        "a delivery is dead: its attempts are used up, or it was given up. "
+        "a delivery is dead: it has no attempts left, or `backoff` returned None. "
         "`eventkit outbox retry module:outbox ID` tries it again",
         handler=outcome.row.handler,
         delivery_id=str(outcome.row.id),

@@ -111,8 +111,8 @@ class Keeper:
         if len(payload) > _LARGE:
             self._warn_once(
                 ("large", codec.name),
-                "an event is large, and is stored with each delivery: put an id into it, and load "
-                "the rest",
+                "an event is large, and is stored once for each delivery: put an id into the "
+                "event, and load the rest in the handler",
                 event_type=codec.name,
                 characters=len(payload),
             )
@@ -133,7 +133,7 @@ class Keeper:
                 self._holdings.know(row)
 
     def _before_session_commit(self, session: Session) -> None:
-        """Let a session without a statement begin a transaction, if its commit decides events."""
+        """Begin the transaction of a session without statements, if its commit decides events."""
         transaction = self._tie.transaction_of(session)
         if transaction is not None and _deciding(transaction):
             session.connection()
@@ -198,8 +198,8 @@ class Keeper:
                 row.lost = True
                 self._holdings.tell_lost([row])
                 raise LeaseLostError(
-                    f"another process has been given delivery {row.id} meanwhile: nothing of this "
-                    "transaction is committed"
+                    f"another process has taken over delivery {row.id}, so this transaction is not "
+                    "committed"
                 )
         underway.completed = marked
 
@@ -267,8 +267,8 @@ class Keeper:
             if rows.location is not None:
                 self._warn_once(
                     rows.location,
-                    "an event with durable handlers belongs to no transaction: it is kept from now "
-                    "on only, and a crash before loses it. Publish inside of a session's "
+                    "an event with durable handlers belongs to no transaction: it is stored only "
+                    "now, and a crash before would have lost it. Publish it inside a session's "
                     "transaction",
                     published_from=rows.location,
                     bus=self._state.name,
@@ -355,7 +355,7 @@ class Keeper:
 
     def settle(self) -> Coroutine[Any, Any, None]:
         """Write the outcomes of deliveries. See the core's `Keeper`."""
-        return self._holdings.settle()  # not `async def`: each unit of work pays for a coroutine
+        return self._holdings.settle()  # not `async def`: saves a coroutine per unit of work
 
     def serve(self, host: Host, tasks: TaskGroup, *, concurrency: int) -> Relay:
         """Make a relay for this event loop. See the core's `Keeper`."""
@@ -404,7 +404,7 @@ def complete_with(
     if isinstance(found, AsyncSession):
         found = found.sync_session
     if not isinstance(found, Session):
-        raise TypeError(f"complete_with() takes a session of SQLAlchemy's, not {session!r}")
+        raise TypeError(f"complete_with() takes a session of SQLAlchemy, not {session!r}")
     unit = current()
     keeper = None if unit is None else unit.state.keeper
     if unit is not None and unit.delivery is not None and isinstance(keeper, Keeper):

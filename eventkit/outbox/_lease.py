@@ -45,7 +45,7 @@ class Store(Protocol):
     """The statements that a heartbeat needs."""
 
     def beat(self, connection: Connection, owner: str, lease_seconds: float) -> object:
-        """Write that the owner is alive for this time from now on."""
+        """Write that the owner is alive for `lease_seconds` from now on."""
         ...
 
     def owned(self, connection: Connection, owner: str) -> set[UUID]:
@@ -80,7 +80,8 @@ class _Process:
         self.times = _Times(0.0, 0.0, object())
         self.stops = 0  # the number of calls of `stop`
         self.beating = threading.Lock()
-        # Leased rows that this process does not know, and the time of the first look. By `beating`.
+        # Leased rows that this process does not know, and when each was first seen so. The lock
+        # `beating` guards it.
         self.unknown: dict[UUID, float] = {}
         self.warned: float | None = None  # the time of the last warning; used by the thread only
         self.thread: Thread | None = None
@@ -119,7 +120,7 @@ class Lease:
     The thread has only a weak reference to the lease. It ends when the lease is garbage-collected.
 
     Attributes:
-        seconds: A heartbeat makes the lease valid for this time.
+        seconds: The length of the lease, from each heartbeat.
         given_back: The number of rows that were given back because this process did not know them.
     """
 
@@ -183,8 +184,8 @@ class Lease:
     def steady(self) -> bool:
         """Whether the lease has been valid for `seconds` without a break.
 
-        Only then this process may take others for dead. After an outage of the database, all other
-        living processes have renewed their leases within this time.
+        This process may treat others as dead only if this is True. After an outage of the database,
+        all living processes have renewed their leases within these seconds.
         """
         process = self._processes.get(os.getpid())
         if process is None:
@@ -250,7 +251,7 @@ class Lease:
             self.given_back += count
             log(
                 logging.INFO,
-                "deliveries that nobody here waits for were given back to the table",
+                "deliveries that this process does not know were given back to the table",
                 deliveries=count,
                 owner=process.owner,
             )
@@ -285,7 +286,7 @@ class Lease:
         """Give back unknown rows; return those that are still unknown, and how many went back."""
         owned = self._store.owned(connection, process.owner)
         look = self.now()
-        # `alive` is called after `owned`: a row in the table is known to this process before.
+        # `alive` has to be called after `owned`: a process knows its rows before they are leased.
         lost = owned.difference(self._alive())
         unknown = {each: process.unknown.get(each, look) for each in lost}
         twice = [each for each, first in unknown.items() if look - first >= self.seconds / 3]
@@ -303,7 +304,7 @@ class Lease:
         process.warned = now
         log(
             logging.WARNING,
-            "the lease of this process cannot be renewed, and is tried again: without it no "
+            "the lease of this process cannot be renewed, and is tried again: without a lease no "
             "durable delivery starts here",
             owner=process.owner,
             error=error,

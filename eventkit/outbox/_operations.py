@@ -221,7 +221,7 @@ class Operations:
             connection: A connection in a transaction.
             ids: Only rows with these ids.
             handler: Only rows of this handler.
-            before: Only rows that were published at least this time ago: seconds or a timedelta.
+            before: Only rows of events that are at least this old: seconds or a timedelta.
             after: The `last` of the previous call.
             limit: The maximum number of rows.
 
@@ -249,7 +249,7 @@ class Operations:
             connection: A connection in a transaction.
             ids: Only rows with these ids.
             handler: Only rows of this handler.
-            before: Only rows that were published at least this time ago: seconds or a timedelta.
+            before: Only rows of events that are at least this old: seconds or a timedelta.
             state: Only rows in this state.
             after: The `last` of the previous call.
             limit: The maximum number of rows.
@@ -384,7 +384,7 @@ def _states(state: str | None) -> tuple[State, ...]:
     if state is None:
         return tuple(State)
     if state not in _STATES:
-        raise ValueError(f"there is no state '{state}': it is one of {', '.join(_STATES)}")
+        raise ValueError(f"there is no state '{state}': use one of {', '.join(_STATES)}")
     return _STATES[state]
 
 

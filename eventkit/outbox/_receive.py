@@ -89,7 +89,7 @@ def _accept(keeper: Keeper, envelope: Envelope) -> None:
         raise
     except Exception as error:
         kind = type(error).__qualname__
-        raise ValueError(f"the key of a durable handler cannot be told: {kind}") from error
+        raise ValueError(f"the key function of a durable handler failed: {kind}") from error
 
 
 def _stage(unit: Unit, envelope: Envelope) -> None:

@@ -46,7 +46,7 @@ from eventkit.outbox._source import Fed, RowSource
 
 _AWAY = "the outbox cannot reach its database"
 POLL = 0.5  # seconds between two looks, while rows are found
-# Seconds. With the spread below 2 s, the time that we promise for a takeover after a lease is over.
+# Seconds. With the spread it stays below 2 s, the documented limit for a takeover after a lease.
 _SLOWEST_POLL = 1.6
 _SPREAD = 0.2  # so that processes do not look at the same moments
 _GATHERING = 0.005  # seconds to collect outcomes, so that one transaction writes several
@@ -148,7 +148,7 @@ class Relay:
         self._heard.set()  # also write outcomes that a cancelled task has put back
 
     def expect(self, seconds: float | None) -> None:
-        """Look also in this time; None: no further look. Thread-safe."""
+        """Look again after `seconds`; None: no further look. Thread-safe."""
         if seconds is not None and seconds < self._poll:
             self._due_at = min(self._due_at, self._holdings.lease.now() + seconds)
             self.wake()
@@ -248,7 +248,7 @@ class Relay:
     async def _reap(self, lapsed: frozenset[str]) -> bool:
         """Make the rows of dead processes ready for others; return whether there were some.
 
-        While the database is away, no process can renew its lease. So a relay takes others for dead
+        While the database is away, no process can renew its lease. So a relay treats others as dead
         only after its own lease has been valid for a whole lease.
 
         On SQLite the lease of a living process may be over because another process holds the lock
@@ -276,7 +276,7 @@ class Relay:
         self._told_of = lapsed
         log(
             logging.WARNING if rows else logging.INFO,
-            "a process has ended without a farewell, and its deliveries are run by others",
+            "a process has stopped without ending its lease, and others run its deliveries",
             bus=self._state.name,
             processes=", ".join(sorted(lapsed)),
             deliveries=rows,
@@ -300,8 +300,9 @@ class Relay:
                 self._unknown.add((handler, event_type))
                 log(
                     logging.WARNING,
-                    "stored deliveries wait for a handler that is not known here: a process that "
-                    "includes its router runs them, or `formerly` names what it is called now",
+                    "stored deliveries wait for a handler that is not known here: run a process "
+                    "that includes its router or, for a renamed handler, add this name to its "
+                    "`formerly`",
                     handler=handler,
                     event_type=event_type,
                     deliveries=rows,
@@ -351,7 +352,7 @@ async def examine(holdings: Holdings) -> bool:
         return True
     if holdings.database.awaits and on_trio():
         raise RuntimeError(
-            "an AsyncEngine is asyncio's driver: on trio use a blocking engine, Outbox(bus, "
+            "an AsyncEngine works on asyncio only: on trio use a blocking engine, Outbox(bus, "
             "create_engine(...))"
         )
     try:

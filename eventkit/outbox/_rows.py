@@ -244,7 +244,7 @@ def pause_after(row: Row, error: BaseException) -> float | None:
     except Exception as broken:  # noqa: BLE001 - `backoff` is user code
         log(
             logging.ERROR,
-            "backoff failed, so the default pause holds",
+            "backoff failed, so the default pause is used",
             error=broken,
             handler=row.handler,
         )
@@ -327,12 +327,12 @@ def key_of(handler: str, durable: Durable, envelope: Envelope) -> str | None:
     if isinstance(key, str) and len(key.encode()) > LONGEST_INDEXED:
         raise ValueError(
             f"the key of durable handler {handler} has more than {LONGEST_INDEXED} bytes, which "
-            "PostgreSQL does not index: a hash of it orders deliveries as well"
+            "PostgreSQL does not index: use a hash of the key"
         )
     if key is None or isinstance(key, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         return key
     raise TypeError(
-        f"the key of durable handler {handler} is a text or None, not {type(key).__name__}: "
+        f"the key of durable handler {handler} has to be a str or None, not {type(key).__name__}: "
         "key=lambda event: str(event.order_id)"
     )
 

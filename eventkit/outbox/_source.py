@@ -139,8 +139,8 @@ class RowSource:
     async def claim(self, within: float = 0.0) -> int:
         """Claim due rows, as far as there is room; return the number of claimed rows.
 
-        A *busy* handler holds at least half of the rows. It gets no more rows while others wait,
-        and its rows do not count, so that there is room for rows of other handlers.
+        A *busy* handler has at least half of the rows that may be held. It gets no more rows while
+        others wait. Its rows do not count, so that there is room for rows of other handlers.
 
         A suspect is claimed when no other row is held, or after some seconds without such a moment.
         The next suspect is claimed after the outcome of this one is written.
@@ -222,12 +222,12 @@ class RowSource:
         holdings = self._holdings
         found = find(claimed.handler, claimed.event_type)
         if found is None:
-            reason = "no handler of this name takes such events here"
+            reason = "this process has no handler with this name for these events"
             holdings.hear(Outcome(row, reason, unreadable=True))
             return
         row.durable = found.subscription.durable or _UNKNOWN
         if claimed.attempt > row.durable.attempts:
-            holdings.hear(Outcome(row, "its process ended, each time"))
+            holdings.hear(Outcome(row, "its process ended during the last attempt"))
             return
         event = found.codec.decode(claimed.payload, claimed.event_type)
         variables = self._variables.copy()

@@ -113,7 +113,7 @@ def _claim(condition: str) -> str:
     # - a row of its key runs, also a later one: an unreadable row may find a later row running;
     # - an earlier row of its key is ready or suspect;
     # - an earlier row of its key is unreadable, is due again, and has an event type known here.
-    # It does not wait for dead rows, nor for unreadable rows that are due later.
+    # A row does not wait for dead rows, or for unreadable rows that are due later.
     return f"""
         with chosen as (
             select id from {{outbox}} as r
@@ -202,7 +202,7 @@ class Store(Operations):
         self._insert.run(connection, events, owner)
 
     def beat(self, connection: Connection, owner: str, lease_seconds: float) -> None:
-        """Write that a process is alive for this time from now on."""
+        """Write that a process is alive for `lease_seconds` from now on."""
         self._statements.count(connection, _BEAT, owner=owner, seconds=lease_seconds)
 
     def owned(self, connection: Connection, owner: str) -> set[UUID]:
@@ -296,8 +296,8 @@ class Store(Operations):
         another transaction holds are left for the next time.
 
         Returns:
-            The number of rows. A row whose second or later attempt had begun becomes suspect, not
-            ready.
+            The number of rows. A row in its first attempt becomes ready, any other row becomes
+            suspect.
         """
         others = [each for each in lapsed if each != owner]
         rows = self._statements.run(connection, _LAPSED, owners=others)
@@ -309,7 +309,7 @@ class Store(Operations):
         return len(reaped)
 
     def reap_orphans(self, connection: Connection) -> int:
-        """Make rows ready whose owner has no row in the process table; return their number."""
+        """Do the same as `reap` for owners without a row in the process table."""
         return len(self._statements.run(connection, _REAP_ORPHANS))
 
     def claim(
@@ -359,7 +359,7 @@ class Store(Operations):
     def unknown(
         self, connection: Connection, known: Known, older_than: float = 60.0
     ) -> list[tuple[str, str, int]]:
-        """Count rows that have been due for this time, and cannot run in this process.
+        """Count rows that have been due for `older_than` seconds, and cannot run in this process.
 
         Returns:
             Tuples of handler, event type and number of rows.
@@ -381,7 +381,7 @@ class Store(Operations):
         return bool(noted)
 
     def forget_messages(self, connection: Connection, older_than: float, limit: int) -> int:
-        """Delete ids of messages that were received at least this time ago, the oldest first.
+        """Delete ids of messages received at least `older_than` seconds ago, the oldest first.
 
         Returns:
             Their number. It is below `limit` only if no more are left, or if other processes are

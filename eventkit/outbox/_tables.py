@@ -109,7 +109,7 @@ def _place(connection: Connection, schema: str | None) -> str:
     if schema is not None:
         return f" in schema '{schema}'"
     path = connection.exec_driver_sql("select current_setting('search_path')").scalar_one()
-    return f" in the search_path ({path}), or Outbox(schema=...) has to name its schema"
+    return f" in the search_path ({path}), and Outbox() has no schema="
 
 
 def _sorted(table: Table) -> list[Index]:

@@ -91,8 +91,8 @@ class Codec(Generic[E]):
         kind = type(event).__qualname__
         return Loss(
             kind,
-            f"only {self.event_type.__qualname__} itself is stored here, not what is derived from "
-            f"it: subscribe to {kind}",
+            f"only events of {self.event_type.__qualname__} itself are stored here, not of its "
+            f"subclasses: subscribe to {kind}",
         )
 
     def _written(self, event: object) -> tuple[bytes, Loss | None]:
@@ -216,14 +216,14 @@ def _is_class(event_type: object) -> bool:
 def _refuse_what_nobody_finds(event_type: type) -> None:
     if not _is_class(event_type) or event_type is object:
         raise InvalidEventTypeError(
-            f"{event_type!r} is not a class of events that can be stored: name a dataclass, a "
+            f"{event_type!r} is not a class of events that can be stored: use a dataclass, a "
             "pydantic model, a msgspec.Struct or an attrs class"
         )
     if "<locals>" in event_type.__qualname__ and not is_named(event_type):
         name = event_type.__name__
         raise InvalidEventTypeError(
             f"{name} is defined in a function, where no other process finds it: move it to the "
-            f'module, or `@named("shop.{name.lower()}")`'
+            f'module, or give it a name, `@named("shop.{name.lower()}")`'
         )
 
 

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 Part = tuple[str, object]
 
-REMEDY = "Declare the field as exactly what it holds, or convert the value before"
+REMEDY = "Declare the field with the exact type of its value, or convert the value before"
 
 _EASY = {str, int, bool, type(None), bytes, UUID, date}  # for two of the same type, `==` is enough
 _SETS = (set, frozenset)

@@ -12,9 +12,9 @@ from typing import Any, TypeVar, cast
 
 C = TypeVar("C", bound=type)
 
-# Converts the stored dict of a former name to the dict of the next name. See `named`.
-# Any: values of JSON.
+# Any: what JSON holds.
 Upcast = Callable[[dict[str, Any]], dict[str, Any]]
+"""Takes the fields that were stored under an older name, and returns those of the next name."""
 
 _ATTRIBUTE = "__eventkit_names__"
 _EXAMPLE = '@named("shop.order.placed")'
@@ -86,14 +86,14 @@ def named(name: str, *, formerly: Mapping[str, Upcast | None] = {}) -> Callable[
         if (before := _own(event_type)) is not None:
             raise ValueError(
                 f"{event_type.__qualname__} is named {before.current!r} already: name it once, "
-                "and list the names it had in formerly="
+                "and list its former names in formerly="
             )
         try:
             setattr(event_type, _ATTRIBUTE, names)
         except TypeError:
             raise TypeError(
-                f"{event_type.__qualname__} cannot be named, as its class is not yours: publish "
-                "an event class of your own"
+                f"{event_type.__qualname__} cannot be named, because it is not a class of the "
+                "application: publish an event class of your own"
             ) from None
         return event_type
 

@@ -132,7 +132,7 @@ class Probe:
         if origin in (Union, types.UnionType):
             return self._judge_union(arguments, place, config)
         if origin in _ONE_SHOT:
-            _refuse(place, f"{hint!r} is no data: publish what it gives, as a list or a value")
+            _refuse(place, f"{hint!r} is no data: publish its result, as a list or a value")
         if not isinstance(origin, type):
             return self._judge_unknown(hint, place)
         if _is_any(origin, collections.abc.Mapping):
@@ -176,8 +176,8 @@ class Probe:
             other = " or ".join(found.languages)
             _refuse(
                 place,
-                f"{kind.__qualname__} is {found.called}, which {other} writes, and "
-                f"{self._language.name} the class around it: make both the same kind of class",
+                f"{kind.__qualname__} is {found.called}, which {other} writes, in a class that "
+                f"{self._language.name} writes: make both the same kind of class",
             )
         return self._judge_record(kind, found, place, config)
 
@@ -269,7 +269,7 @@ _REMEDY = (
     "make it a dataclass, a pydantic model, a msgspec.Struct or an attrs class of such values, or "
     "publish an id and load the rest"
 )
-_MEMBERS = "give its members values that are str or int, all different as text"
+_MEMBERS = "use str or int values for its members, all different as text"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -312,15 +312,14 @@ def _reason_against(kind: Any) -> str | None:
     """Return why the class is refused, independent of its fields; None if it is not."""
     if hasattr(kind, "__mapper__") or hasattr(kind, "_sa_class_manager"):
         return (
-            f"{kind.__qualname__} is mapped by SQLAlchemy, and a row is not what has happened: "
+            f"{kind.__qualname__} is mapped by SQLAlchemy, and a mapped object cannot be stored: "
             "publish its id and the values that handlers need"
         )
     if _is_any(kind, BaseException):
         return f"{kind.__qualname__} is an exception, which is not stored: {_REMEDY}"
     if inspect.isabstract(kind) and _kind_of(kind) is not None:
         return (
-            f"{kind.__qualname__} is abstract, so nothing can be read as one: name the "
-            "classes that are made"
+            f"{kind.__qualname__} is abstract, so it has no instances: use its concrete subclasses"
         )
     return None
 
@@ -334,8 +333,8 @@ def _fields_of(kind: Any, found: _Kind, place: str) -> Iterable[tuple[str, Hint]
     except Exception as error:  # noqa: BLE001 - annotations are the application's code
         _refuse(
             place,
-            f"the annotations of {kind.__qualname__} cannot be read ({error}): what they "
-            "name has to be there when the module runs, not only while types are checked",
+            f"the annotations of {kind.__qualname__} cannot be read ({error}): their names have "
+            "to be defined at run time, not only for the type checker",
         )
     if found is _DATACLASS:
         return _fields_of_dataclass(kind, hints)
@@ -356,7 +355,7 @@ def _fields_of_model(kind: Any) -> Iterator[tuple[str, Hint]]:
         if each.exclude:
             _refuse(
                 f"{kind.__qualname__}.{name}",
-                "exclude=True leaves it out of what is stored: take it out of the class",
+                "exclude=True leaves it out of the stored JSON: remove the field from the class",
             )
         hint = each.annotation
         yield name, Annotated[hint, *each.metadata] if each.metadata else hint
@@ -374,7 +373,7 @@ def _fields_of_dataclass(kind: Any, hints: Mapping[str, Hint]) -> Iterator[tuple
         if _is_made_anew(kind, each):
             _refuse(
                 f"{kind.__qualname__}.{each.name}",
-                "with init=False its factory would make another value when the event is read: use "
+                "with init=False, its factory makes another value when the event is read: use "
                 "kw_only=True instead",
             )
         yield each.name, hints.get(each.name, Any)

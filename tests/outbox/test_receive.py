@@ -573,7 +573,7 @@ def long_key(event: object) -> str:
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        (key_of_nobody, "the key of a durable handler cannot be told: KeyError"),
+        (key_of_nobody, "the key function of a durable handler failed: KeyError"),
         (long_key, "the key of durable handler keyed has more than 1000 bytes"),
     ],
 )
