@@ -30,7 +30,15 @@ LOOP_TESTS = [
     "tests/web/test_lifespan.py",
     "tests/web/test_streams.py",
 ]
-CHECKED = ["eventkit", "eventkit_pytest.py", "tests", "examples", "benchmarks", "noxfile.py"]
+CHECKED = [
+    "eventkit",
+    "eventkit_pytest.py",
+    "tests",
+    "examples",
+    "benchmarks",
+    "noxfile.py",
+    "zensical_docstrings.py",
+]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 
@@ -242,7 +250,7 @@ def docs(session: nox.Session) -> None:
     """Build the documentation into `site/` and test it; `nox -s docs -- --serve` serves it."""
     session.install("-e", ".", *group("docs"))
     if "--serve" in session.posargs:
-        session.run("zensical", "serve")
+        session.run("zensical", "serve", *(each for each in session.posargs if each != "--serve"))
         return
     session.run("zensical", "build", "--clean", "--strict")
     session.run("pytest", *(session.posargs or ["tests/site"]))

@@ -46,6 +46,7 @@ async def get_bus(connection: HTTPConnection) -> EventBus:
 
 
 Bus = Annotated[EventBus, Depends(get_bus)]
+"""The bus of the application, as a parameter of an endpoint or a handler: `events: Bus`."""
 
 
 async def get_context(bus: Bus) -> EventContext:
@@ -61,3 +62,4 @@ async def get_context(bus: Bus) -> EventContext:
 
 
 CurrentContext = Annotated[EventContext, Depends(get_context)]
+"""The active event context of that bus, as a parameter: `context: CurrentContext`."""

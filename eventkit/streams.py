@@ -28,6 +28,7 @@ __all__ = ["EventStream", "Overflow", "end_at_shutdown", "stream"]
 E = TypeVar("E")
 
 Overflow = Literal["drop_oldest", "raise"]
+"""What a full buffer does: drop its oldest event, or end the stream with an error."""
 
 # Changed by `stream` and `end_at_shutdown` alone, in single steps, and read by a signal handler.
 _open: set[EventStream[Any]] = set()  # Any: streams of all types

@@ -72,13 +72,17 @@ class Server:
 
 @contextmanager
 def serving(
-    command: Callable[[int], Sequence[str]], *, env: Mapping[str, str] | None = None
+    command: Callable[[int], Sequence[str]],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
 ) -> Generator[Server]:
     """Start a server, wait until it accepts connections, and end it after the block.
 
     Args:
-        command: Given a free port, the command line; run in the project's root.
+        command: Given a free port, the command line.
         env: Its environment variables; None for ours.
+        cwd: The folder that it is run in.
 
     Raises:
         AssertionError: It ended or did not accept connections; the message has its output.
@@ -89,7 +93,7 @@ def serving(
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command(port),
-                cwd=ROOT,
+                cwd=cwd,
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
