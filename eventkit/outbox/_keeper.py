@@ -348,8 +348,8 @@ class Keeper:
         if engine is not None and engine.pool is not self._engine.pool:
             raise ValueError(
                 f"complete_with() takes a session of the outbox's engine, {self._engine!r}, not of "
-                f"{engine!r}: the delivery's row is in another database. A test with its own engine "
-                "runs in `with outbox.in_memory():`"
+                f"{engine!r}: the delivery's row is in another database. A test with its own "
+                "engine runs in `with outbox.in_memory():`"
             )
         with self._lock:
             self._marks[session] = row
