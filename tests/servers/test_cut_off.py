@@ -104,5 +104,6 @@ def test_at_the_deadline_a_coroutine_is_given_back_and_a_thread_that_runs_is_not
 
     assert "still_running=blocks x1" in log
     with closing(sqlite3.connect(tmp_path / "cut.db")) as connection:
-        rows = connection.execute("select handler, state from eventkit_outbox order by handler")
-        assert rows.fetchall() == [("blocks", 1), ("sleeps", 0)]  # leased, and ready
+        columns = "select handler, state, attempt from eventkit_outbox order by handler"
+        rows = connection.execute(columns).fetchall()
+        assert rows == [("blocks", 1, 1), ("sleeps", 0, 0)]  # leased, and ready as if not begun
