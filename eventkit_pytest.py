@@ -1,8 +1,8 @@
-"""The pytest plugin: the fixture `capevents`, honest tests, and messages that explain.
+"""The pytest plugin: the fixture `capevents`, failures that no test hides, and clear messages.
 
-A module beside the package and not in it: pytest imports its plugins at each start, and whoever
-imports a module of a package imports the package. So nothing of eventkit is imported before a
-test needs it, which costs no time where nothing does, and hides nothing from coverage.
+The module is not inside the package, because pytest imports its plugins at each start, and an
+import of `eventkit.x` imports `eventkit`. So eventkit is imported only if a test needs it. This
+saves time, and coverage sees all lines of eventkit.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["capevents"]
 _ALLOW = "eventkit_allow_failures"
 
 _NO_BUS = """\
-capevents needs to know the bus under test, from a fixture of yours named event_bus. Paste this \
-into conftest.py, and have it return the bus that your application publishes to:
+capevents needs the bus under test, and gets it from a fixture of yours that is named event_bus. \
+Paste this into conftest.py. The fixture has to return the bus that your application publishes to:
 
     import pytest
     from eventkit import EventBus
-    from shop import bus  # wherever yours is
+    from shop import bus  # the module that has your bus
 
     @pytest.fixture
     def event_bus() -> EventBus:
@@ -38,10 +38,16 @@ into conftest.py, and have it return the bus that your application publishes to:
 
 @pytest.fixture
 def capevents(request: pytest.FixtureRequest) -> Iterator[EventCapture]:
-    """What happens on the bus of the fixture `event_bus` during the test.
+    """Watch the bus of the fixture `event_bus` during the test.
 
-    An `eventkit.testing.EventCapture`: lists of events, assertions that explain, fakes, waiting.
-    Afterwards the bus is as it was, and a handler that failed unnoticed fails the test.
+        def test_sign_up(client: TestClient, capevents: EventCapture) -> None:
+            client.post("/users", json={"name": "Ada"})
+
+            assert capevents.published == [UserCreated(1)]
+
+    The fixture gives an `eventkit.testing.EventCapture`: lists of events, assertions, fakes, and
+    methods that wait. After the test, the bus is in its earlier state. The test fails if a handler
+    failed and the test did not look at `failures`.
     """
     from eventkit.testing import EventCapture
 
@@ -53,22 +59,22 @@ def capevents(request: pytest.FixtureRequest) -> Iterator[EventCapture]:
 
 @pytest.fixture
 def _eventkit_watch(request: pytest.FixtureRequest) -> None:
-    """Watch a test that uses `event_bus` and does not ask for `capevents`."""
+    """Use `capevents` also in tests that use `event_bus` without it."""
     from eventkit import EventBus
 
-    if isinstance(request.getfixturevalue("event_bus"), EventBus):  # or another library's
+    if isinstance(request.getfixturevalue("event_bus"), EventBus):  # not one of another library
         request.getfixturevalue("capevents")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known."""
+    """Register the marker."""
     config.addinivalue_line(
-        "markers", f"{_ALLOW}: handlers may fail in this test, which does not look at failures"
+        "markers", f"{_ALLOW}: handlers may fail in this test, and the test does not fail for it"
     )
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Have each test that uses the bus watched, around all fixtures that live as long as it."""
+    """Watch each test that uses the bus, from before its function-scoped fixtures are set up."""
     names: list[str] = getattr(item, "fixturenames", [])
     if "capevents" in names:
         names.remove("capevents")
@@ -96,13 +102,13 @@ def _bus_under_test(request: pytest.FixtureRequest) -> EventBus:
             raise
         pytest.fail(_NO_BUS, pytrace=False)
     if not isinstance(bus, EventBus):
-        pytest.fail(f"the fixture event_bus gave {bus!r}, which is no EventBus", pytrace=False)
+        pytest.fail(f"the fixture event_bus gave {bus!r}, not an EventBus", pytrace=False)
     return bus
 
 
 def _first_of_function(item: pytest.Item, names: list[str]) -> int:
-    """Where the fixtures begin that live as long as one test; pytest has sorted them by scope."""
-    # Any: what pytest knows of the scopes is private; AnyIO's plugin reads the same attribute.
+    """The index of the first function-scoped fixture; pytest has sorted the fixtures by scope."""
+    # Any: pytest's scopes are private; AnyIO's plugin reads the same attribute.
     definitions: Any = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009
     for index, name in enumerate(names):
         if name in definitions and definitions[name][-1].scope == "function":

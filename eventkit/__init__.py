@@ -1,7 +1,9 @@
-"""An async-first event bus for Python services, made for FastAPI and Starlette.
+"""An async event bus for Python services, made for FastAPI and Starlette.
 
-Say what happened with `EventBus.publish`; handlers elsewhere do the side effects, after the
-response was sent and after the transaction was committed.
+Application code publishes events with `EventBus.publish`. Handlers in other modules do the side
+effects. They run after the response was sent and after the transaction was committed.
+
+The documentation is at https://fastapi-eventkit.readthedocs.io/.
 """
 
 from eventkit._core.ambient import current_delivery
@@ -89,7 +91,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-# What users have says where they have it from, also in its repr and in tracebacks.
+# The repr of a public name, and tracebacks, show the module that users import the name from.
 for _name in __all__:
     if globals()[_name].__module__.startswith(("eventkit._core", "eventkit.wire")):
         globals()[_name].__module__ = __name__

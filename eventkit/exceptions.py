@@ -1,7 +1,7 @@
-"""The error tree: one class per situation that a caller would treat differently.
+"""The errors of eventkit: one class for each situation that a caller would treat differently.
 
-Every error derives from `EventKitError` and keeps the facts it was built from as attributes.
-This module knows nothing of the rest of the package.
+Every error derives from `EventKitError`. An error has attributes for the facts in its message.
+This module imports nothing else of the package.
 """
 
 from __future__ import annotations
@@ -39,10 +39,14 @@ __all__ = [
 
 
 class EventKitError(Exception):
-    """Base of every error that eventkit raises on purpose."""
+    """Base class of all errors that eventkit raises on purpose.
+
+    Most errors are also the built-in exception for that kind of problem. For example,
+    `InvalidHandlerError` is also a `TypeError`.
+    """
 
     def __reduce__(self) -> tuple[Callable[..., EventKitError], tuple[object, ...]]:
-        """Pickle it as it is, without going through `__init__` again."""
+        """Pickle the message and the attributes; unpickling does not call `__init__`."""
         return _restored, (type(self), self.args, self.__dict__)
 
 
@@ -56,7 +60,7 @@ def _restored(
 
 
 def not_installed(module: str, package: str, extra: str) -> ModuleNotFoundError:
-    """What a module raises whose package is missing; it names the extra that brings the package."""
+    """The error for a missing third-party package; it names the extra that installs the package."""
     return ModuleNotFoundError(
         f"{module} needs {package}, which is not installed: install fastapi-eventkit[{extra}]",
         name=package,
@@ -64,17 +68,25 @@ def not_installed(module: str, package: str, extra: str) -> ModuleNotFoundError:
 
 
 class InvalidEventTypeError(EventKitError, TypeError):
-    """Something that is not an event class was subscribed to, or a class itself was published."""
+    """A subscription or a publish was given something that cannot be an event type or an event.
+
+    Raised when an event type is not a class, and when the published object is a class, a list of
+    events, or another object that is not an event and has no handler.
+    """
 
 
 class InvalidHandlerError(EventKitError, TypeError):
-    """A handler cannot be subscribed: not callable, a wrong signature, or impossible options."""
+    """A handler cannot be subscribed: the message says why.
+
+    Possible reasons: it is not callable, its signature does not take an event, it has a parameter
+    that nothing provides, or its options contradict each other.
+    """
 
 
 _HAS_RUN_TWICE = (
-    "A line runs twice in a function that is called twice: where it makes an application, make "
-    "the bus in it, too. And it runs twice in a script that is also imported: subscribe and "
-    "include in a module that is only imported"
+    "There are two usual causes. A function is called twice, for example an application factory: "
+    "create the bus inside the function. Or a script is also imported: subscribe and include in a "
+    "module that is only imported"
 )
 
 
@@ -82,9 +94,9 @@ class DuplicateSubscriptionError(EventKitError, ValueError):
     """The same handler was subscribed twice to one event type.
 
     Attributes:
-        handler: The handler's name.
-        first: Where it was subscribed first, as `file:line`.
-        second: Where it was subscribed again.
+        handler: Name of the handler.
+        first: Place of the first subscription, as `file:line`.
+        second: Place of the second subscription, as `file:line`.
     """
 
     def __init__(
@@ -110,8 +122,8 @@ class DuplicateSubscriptionError(EventKitError, ValueError):
         else:
             reason = f"first at {first}, again at {second}. Remove one of the two"
         super().__init__(
-            f"{handler} is already subscribed to {event_type}: {reason}; a handler runs once per "
-            "event in any case"
+            f"{handler} is already subscribed to {event_type}: {reason}. A second subscription has "
+            "no use: a handler runs once for each event"
         )
         self.handler = handler
         self.first = first
@@ -119,28 +131,34 @@ class DuplicateSubscriptionError(EventKitError, ValueError):
 
 
 class NoOutboxError(EventKitError, RuntimeError):
-    """An application starts whose bus has to keep deliveries, and has no outbox for them.
+    """An application starts, and its bus needs an outbox but has none.
 
-    The bus has durable handlers, or consumers that hand messages of other services to its outbox.
+    A bus needs an outbox if it has durable handlers, or consumers that store the messages of other
+    services in the outbox. Create an `eventkit.outbox.Outbox` for the bus before the application
+    starts.
     """
 
     def __init__(self, bus: str, handlers: Sequence[str], consumers: Sequence[str] = ()) -> None:
         found = (("durable handlers", handlers), ("durable consumers", consumers))
         needs = " and ".join(f"{kind} ({', '.join(names)})" for kind, names in found if names)
         super().__init__(
-            f"bus {bus!r} has {needs} and no outbox: "
-            "Outbox(bus, engine), where the application is wired"
+            f"bus {bus!r} has {needs} but no outbox. Create one where you set up the application: "
+            "Outbox(bus, engine)"
         )
 
 
 class OutboxSchemaError(EventKitError, RuntimeError):
-    """The tables of an outbox are missing, or are not as this version of eventkit needs them."""
+    """The tables of an outbox are missing, or this version of eventkit needs other tables.
+
+    Raised at start-up. The message names what is missing, and says how to create it.
+    """
 
 
 class LeaseLostError(EventKitError, RuntimeError):
-    """Another process was given a delivery that `complete_with` was to complete in a commit.
+    """The lease of a delivery is lost, so `complete_with` must not commit the handler's work.
 
-    Raised out of that commit: nothing of its transaction is committed.
+    Another process runs the delivery now. The error is raised from the commit, and nothing of the
+    transaction is committed.
     """
 
 
@@ -149,14 +167,14 @@ class DuplicateNameError(EventKitError, ValueError):
 
     Attributes:
         name: The name.
-        first: The handler that has it, as `file:line`.
-        second: The handler that was to have it too.
+        first: Place of the handler that has the name, as `file:line`.
+        second: Place of the handler that was refused, as `file:line`.
     """
 
     def __init__(self, name: str, first: str, second: str) -> None:
         super().__init__(
-            f"two handlers are called {name!r}, the one at {first} and the one at {second}. A name "
-            "says in logs and counters whose a delivery is: give one of them another name="
+            f"two handlers have the name {name!r}, the one at {first} and the one at {second}. "
+            "Logs and counters identify a handler by its name: give one of the two another name="
         )
         self.name = name
         self.first = first
@@ -164,14 +182,20 @@ class DuplicateNameError(EventKitError, ValueError):
 
 
 class RouterClosedError(EventKitError, RuntimeError):
-    """A handler was declared on a router after the router had been included somewhere."""
+    """A handler was declared on a router that had been included already.
+
+    Declare all handlers of a router before the bus, or another router, includes it.
+    """
 
 
 class NoEventContextError(EventKitError, RuntimeError):
-    """There is no unit of work here that an event could belong to.
+    """The caller is not inside an event context of the bus, so an event would belong to none.
+
+    The message names the likely cause and the remedy: install the middleware, or open a context
+    with `bus.context()`.
 
     Attributes:
-        bus: The name of the bus.
+        bus: Name of the bus.
     """
 
     def __init__(self, bus: str, cause: str) -> None:
@@ -184,21 +208,25 @@ class NoDeliveryError(EventKitError, LookupError):
 
 
 class NoRequestError(EventKitError, LookupError):
-    """A dependency of a handler asked for something that only a request has.
+    """A dependency of a handler used something that only a request has.
+
+    A handler runs after its request, or without a request. Put the data that the handler needs
+    into the event.
 
     Attributes:
-        missing: What it asked for.
+        missing: The part of the request that the dependency used, for example `headers`.
     """
 
     def __init__(self, missing: str) -> None:
         if missing == "app":
             reason = (
-                "the unit of work was opened neither in a request nor in the lifespan of an "
-                "application whose EventContextMiddleware has this bus"
+                "the handler's unit of work was not opened in a request or in the lifespan of an "
+                "application that has EventContextMiddleware for this bus"
             )
         else:
             reason = (
-                "a handler runs after its request, or without one. Put what it needs into the event"
+                "a handler runs after its request, or without a request. Put what the handler "
+                "needs into the event"
             )
             if missing.startswith("state."):
                 reason = f"{reason}, or have the lifespan yield it"
@@ -207,15 +235,24 @@ class NoRequestError(EventKitError, LookupError):
 
 
 class BusLookupError(EventKitError, LookupError):
-    """An alias of `eventkit.fastapi` stands for the only bus of an application with none or two."""
+    """`Bus` or `CurrentContext` was used, and the application does not have exactly one bus.
+
+    Both aliases stand for the only bus of an application. If there is no bus, install
+    `EventContextMiddleware`. If there are several, write an alias for each.
+    """
 
 
 class EventContextClosedError(EventKitError, RuntimeError):
-    """The event context has ended: its events were delivered or discarded before."""
+    """The event context is not open: it has ended, or was not opened yet.
+
+    When a context ends, its events are delivered or discarded. Afterwards it takes no events.
+    """
 
 
 class EventContextFullError(EventKitError, RuntimeError):
-    """The unit of work already has as many events waiting as the bus allows.
+    """The publish would leave more events waiting in one event context than the bus allows.
+
+    Nothing of this publish was accepted.
 
     Attributes:
         limit: The bus's `max_events`.
@@ -223,31 +260,38 @@ class EventContextFullError(EventKitError, RuntimeError):
 
     def __init__(self, bus: str, limit: int) -> None:
         super().__init__(
-            f"an event context of bus {bus!r} may have {limit} events waiting (max_events). "
-            "Publish one event for the whole batch, or raise EventBus(max_events=...). After a "
-            "commit, outside of a handler, `await bus.current_context().drain()` delivers what "
-            "waits; before the commit it would deliver what may still be rolled back"
+            f"more than {limit} events would wait in one event context of bus {bus!r} "
+            "(max_events). Publish one event for the whole batch, or raise "
+            "EventBus(max_events=...). After a commit, and outside of handlers, you can also "
+            "deliver the events that wait: `await bus.current_context().drain()`. Do not drain "
+            "before the commit, because the transaction may still be rolled back"
         )
         self.limit = limit
 
 
 class EventContextUsageError(EventKitError, RuntimeError):
-    """An event context was opened in a way that cannot work."""
+    """An event context was used in a way that cannot work.
+
+    For example: it was opened twice, or `with bus.context()` was used on an event loop, which the
+    block would stop.
+    """
 
 
 class EventDepthError(EventKitError, RuntimeError):
-    """Handlers published events whose handlers published events, deeper than the bus allows.
+    """Events caused events in a longer chain of deliveries than the bus allows.
+
+    The usual reason is a loop: a handler publishes an event that the same handler gets again.
 
     Attributes:
         limit: The bus's `max_depth`.
-        chain: What led here, oldest first, each as `Event -> handler`.
+        chain: The deliveries that led to this event, oldest first, each as `Event -> handler`.
     """
 
     def __init__(self, event: str, limit: int, chain: Sequence[str]) -> None:
         steps = "\n  ".join(chain)
         super().__init__(
-            f"{event} would be more than {limit} events deep (max_depth), which is usually a "
-            f"loop. It was caused by:\n  {steps}\nBreak the loop, or raise "
+            f"{event} comes after a chain of more than {limit} deliveries (max_depth), which is "
+            f"usually a loop. The chain is:\n  {steps}\nBreak the loop, or raise "
             "EventBus(max_depth=...)"
         )
         self.limit = limit
@@ -255,11 +299,15 @@ class EventDepthError(EventKitError, RuntimeError):
 
 
 class EventEncodingError(EventKitError, ValueError):
-    """An event cannot be stored: it would not come back equal and of the same types.
+    """An event cannot be written as JSON and read back without a loss.
+
+    An event is written as JSON where an outbox stores it, and where it is sent to another service.
+    The event that is read back must be equal, and its fields must have the same types.
 
     Attributes:
-        event: The name of the event's class.
-        field: Where in the event, as `OrderPlaced.lines[...].price`; never the value.
+        event: Name of the event's class.
+        field: Path of the field in the event, such as `OrderPlaced.lines[...].price`. The value of
+            the field is never shown.
     """
 
     def __init__(self, event: str, field: str, problem: str) -> None:
@@ -269,11 +317,13 @@ class EventEncodingError(EventKitError, ValueError):
 
 
 class BadMessageError(EventKitError, ValueError):
-    """A message cannot be read as one of the events that are consumed. The text quotes no body.
+    """A message from a broker cannot be read as one of the events that the service consumes.
+
+    The error text does not contain the body of the message.
 
     Attributes:
-        reason: "foreign": the message is no CloudEvent. "unknown": nobody consumes its type.
-            "undecodable": its body is not the JSON of its type.
+        reason: One of three texts. "foreign": the message is not a CloudEvent. "unknown": no
+            consumer takes this type of event. "undecodable": the body is not the JSON of its type.
     """
 
     def __init__(self, reason: str, problem: str) -> None:
@@ -282,25 +332,26 @@ class BadMessageError(EventKitError, ValueError):
 
 
 class BridgeError(EventKitError, RuntimeError):
-    """Events cannot be sent to a broker, or received from it, as the application is wired.
+    """The setup of the application does not allow events to be sent to a broker, or received.
 
-    Raised by a forward, the error is the failure of one delivery: the broker has not confirmed it.
+    In a delivery that forwards an event, this error means: the broker has not confirmed the
+    message. Then only this delivery has failed.
     """
 
 
 class DrainInProgressError(EventKitError, RuntimeError):
-    """The context is being drained already, or the caller is one of its handlers."""
+    """`drain()` was called while another task drains the context, or inside one of its handlers."""
 
 
 class HandlerTimeoutError(EventKitError):
-    """A handler took longer than it may, and was cancelled.
+    """A handler took longer than its time limit, and was cancelled.
 
-    Distinct from a `TimeoutError` of the handler's own. Its `__cause__` is the cancellation,
-    whose traceback shows where the handler was waiting.
+    This error is not a `TimeoutError`: a `TimeoutError` comes from the handler's own code. The
+    `__cause__` is the cancellation. Its traceback shows the line at which the handler waited.
 
     Attributes:
-        handler: The handler's name.
-        timeout: What it was allowed, in seconds.
+        handler: Name of the handler.
+        timeout: The time limit, in seconds.
     """
 
     def __init__(self, handler: str, timeout: float) -> None:
@@ -313,16 +364,19 @@ class HandlerTimeoutError(EventKitError):
 
 
 class HandlerCancelledError(EventKitError):
-    """A handler raised the cancellation exception although nobody had cancelled it.
+    """A handler raised a cancellation exception, but nobody had cancelled the handler.
+
+    Usually the handler has awaited a task or a future that was cancelled.
 
     Attributes:
-        handler: The handler's name.
+        handler: Name of the handler.
     """
 
     def __init__(self, handler: str) -> None:
         super().__init__(
-            f"{handler} raised the cancellation exception itself; it most likely awaited a task "
-            "or future that had been cancelled. Catch that where it is awaited"
+            f"{handler} raised a cancellation exception, but nobody had cancelled the handler. It "
+            "probably awaited a task or future that was cancelled: catch the exception at that "
+            "await"
         )
         self.handler = handler
 
@@ -330,23 +384,32 @@ class HandlerCancelledError(EventKitError):
 class StreamOverflowError(EventKitError, RuntimeError):
     """A stream with `overflow="raise"` was read too slowly, and has ended.
 
+    The reader gets the events in the buffer first, then this error.
+
     Attributes:
-        buffer: How many events were kept.
+        buffer: Size of the buffer, in events.
     """
 
     def __init__(self, event_type: str, buffer: int) -> None:
         super().__init__(
-            f"a stream of {event_type} had {buffer} events waiting (buffer) when one more came. "
-            "Open it afresh after reading how things stand, read faster, or give it a larger "
-            "buffer="
+            f"a stream of {event_type} had {buffer} events waiting (buffer) when one more came, so "
+            "it has ended. Load the current state, then open a new stream. To prevent this, read "
+            "faster, or use a larger buffer="
         )
         self.buffer = buffer
 
 
 class DispatchError(EventKitError, ExceptionGroup[Exception]):
-    """Everything that failed in one dispatch or drain, each with a note naming its handler.
+    """All failures of one dispatch or drain, as an `ExceptionGroup`.
 
-    An `ExceptionGroup`: use `except*`, or look at `exceptions`.
+    Each exception in the group has a note that names its handler. Use `except*`, or read
+    `exceptions`:
+
+        try:
+            await bus.dispatch(OrderPaid(7))
+        except DispatchError as failed:
+            for error in failed.exceptions:
+                print(error, error.__notes__)
     """
 
     def derive(  # type: ignore[override]

@@ -1,4 +1,14 @@
-"""What FastAPI users have: its `Depends` in handlers, and aliases for the bus and its context."""
+"""Aliases for FastAPI: `Bus` and `CurrentContext` in endpoints, `Depends` in handlers.
+
+    from eventkit.fastapi import Bus
+
+    @app.post("/orders")
+    async def place_order(events: Bus) -> None:
+        events.publish(OrderPlaced(1))
+
+The two aliases work in endpoints, in dependencies and in handlers. They stand for the only bus of
+the application. Handlers declare their dependencies as endpoints do: see `FastAPIResolver`.
+"""
 
 from __future__ import annotations
 
@@ -20,28 +30,32 @@ __all__ = ["Bus", "CurrentContext", "FastAPIResolver", "get_bus", "get_context"]
 
 
 async def get_bus(connection: HTTPConnection) -> EventBus:
-    """The bus whose middleware the request or websocket came through; in a handler, its own.
+    """Return the only bus of the application; in a handler, the bus of the handler.
 
-    The dependency behind `Bus`, to be named in `app.dependency_overrides`.
+    This is the dependency behind `Bus`. Name it as a key in `app.dependency_overrides`. The bus is
+    the one of the `EventContextMiddleware` that the request or websocket has passed.
+
+    Args:
+        connection: The request or websocket. FastAPI passes it.
 
     Raises:
-        BusLookupError: There is none, or there are several.
+        BusLookupError: The application has no bus, or several.
     """
     buses = list[EventBus](connection.scope.get("eventkit", ()))
     if len(buses) == 1:
         return buses[0]
     if not buses:
         raise BusLookupError(
-            "no EventContextMiddleware has seen this request: "
+            "this request has not passed an EventContextMiddleware. Add one: "
             "app.add_middleware(EventContextMiddleware, bus=bus)"
         )
     raise BusLookupError(
         f"this application has {len(buses)} buses, {', '.join(repr(bus.name) for bus in buses)}, "
-        "and Bus and CurrentContext stand for the only one. Write aliases of your own:\n"
+        "but Bus and CurrentContext need exactly one. Write your own aliases:\n"
         "    async def get_orders_bus() -> EventBus:\n"
         "        return orders_bus\n"
         "    OrdersBus = Annotated[EventBus, Depends(get_orders_bus)]\n"
-        "and for a context one that returns orders_bus.current_context()"
+        "For the context, write an alias in the same way that returns orders_bus.current_context()"
     )
 
 
@@ -50,13 +64,17 @@ Bus = Annotated[EventBus, Depends(get_bus)]
 
 
 async def get_context(bus: Bus) -> EventContext:
-    """The active unit of work of that bus: the request's, or in a handler the delivery's.
+    """Return the active event context: that of the request, or in a handler that of the delivery.
 
-    The dependency behind `CurrentContext`, to be named in `app.dependency_overrides`.
+    This is the dependency behind `CurrentContext`. Name it as a key in `app.dependency_overrides`.
+
+    Args:
+        bus: The bus. FastAPI passes it.
 
     Raises:
-        BusLookupError: There is no bus, or there are several.
-        NoEventContextError: In a websocket, which opens one for each message.
+        BusLookupError: The application has no bus, or several.
+        NoEventContextError: The caller is in a websocket, outside of `bus.context()`. A websocket
+            has no context of its own: it opens one for each message.
     """
     return bus.current_context()
 

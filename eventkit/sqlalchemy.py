@@ -1,8 +1,10 @@
-"""Owns the tie to SQLAlchemy: an event is delivered if and only if its transaction is committed.
+"""SQLAlchemy: an event is delivered if and only if its transaction is committed.
 
-Knows nothing of HTTP. The rules stand in `eventkit._core.transactions`; here stands how a database
-is watched. SQLAlchemy's hooks are synchronous, and run in whichever thread the session or
-connection is used in: they only mark, and no handler runs in them.
+    deliver_on_commit(bus, engine)
+
+This module watches the transactions of an engine. It knows nothing of HTTP. The rules are in
+`eventkit._core.transactions`. SQLAlchemy calls its hooks synchronously, in the thread that uses the
+session or connection. The hooks here only set marks: no handler runs in a hook.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ try:
         async_session,
         async_sessionmaker,
     )
-except ImportError as _missing:  # without greenlet SQLAlchemy raises one that has no name
+except ImportError as _missing:  # without greenlet, SQLAlchemy raises one without a `name`
     raise not_installed(__name__, _missing.name or "greenlet", "sqlalchemy") from _missing
 from sqlalchemy.engine import ExceptionContext, RootTransaction
 from sqlalchemy.engine.base import OptionEngine
@@ -36,44 +38,46 @@ from eventkit._core.transactions import Decisions, End, Transaction
 
 __all__ = ["CommitTie", "deliver_on_commit"]
 
-# A factory is invariant in the class of its sessions, which does not matter here.
+# Any: a factory is invariant in the class of its sessions, and the class does not matter here.
 _Factory = sessionmaker[Any] | async_sessionmaker[Any]
 _Sessions = _Factory | scoped_session[Any] | async_scoped_session[Any]
 
 _COMMIT_FAILED = "a commit failed, and may have happened all the same"
 _ANSWERED_ROLLBACK = "a statement had failed, so the database answered COMMIT with ROLLBACK"
-_OF_THE_DRIVER = "?"  # stands for a statement that is no text; it may write
-_DEADLOCK = 1213  # of MySQL and MariaDB
+_OF_THE_DRIVER = "?"  # stands for a statement that is not a text; it may write
+_DEADLOCK = 1213  # error code of MySQL and MariaDB
 
-_gone: Callable[[], None] = type(None)  # stands for a reference to nothing
+_gone: Callable[[], None] = type(None)  # like a weak reference whose object is gone
 _ties: list[CommitTie] = []  # those that are not detached
 
 
 def deliver_on_commit(bus: EventBus, engine: Engine | AsyncEngine | _Sessions) -> CommitTie:
-    """Have the transactions of an engine decide which events are delivered.
+    """Let the transactions of an engine decide which events are delivered.
 
-        deliver_on_commit(bus, engine)  # once, where the application is wired
+        deliver_on_commit(bus, engine)  # once, where you set up the application
 
-    An event is delivered if and only if the transaction commits in which it was published. One
-    that was published outside of any goes with the next commit, or with the request. A savepoint
-    that is rolled back takes along what was published in it. Delivery itself happens when the
-    unit of work ends; `even_on_failure=True`, `release()` and `drain()` go before all of this.
+    An event is delivered if and only if the transaction in which it was published is committed. If
+    it was published outside of all transactions, the next commit in its unit of work releases it,
+    or the outcome of the request decides. A savepoint that is rolled back discards the events that
+    were published in it. The delivery itself happens when the unit of work ends.
+    `even_on_failure=True`, `release()` and `drain()` take precedence over all of this.
 
-    All sessions and Core connections of the engine count, whoever made them. A transaction that
-    has not written has no say. `docs/commits.md` has the rules, and the rare cases.
+    All sessions and Core connections of the engine count. A transaction that has not written
+    decides nothing. The page "Transactions" has the rules and the rare cases:
+    https://fastapi-eventkit.readthedocs.io/commits/.
 
     Args:
-        bus: The bus whose events they decide. For several, call it for each.
-        engine: An `Engine` or `AsyncEngine`. Or a `sessionmaker` or `async_sessionmaker`, or a
-            scoped session of one: it leads to the engines it is bound to, and to those that its
-            sessions turn out to be bound to later.
+        bus: The bus. For several buses, call this function once for each bus.
+        engine: An `Engine`, an `AsyncEngine`, a `sessionmaker`, an `async_sessionmaker`, or a
+            scoped session. A session factory stands for all engines that it is bound to, and for
+            engines that its sessions are bound to later.
 
     Returns:
-        A handle whose `detach()` ends it; also a context manager.
+        A handle with a method `detach()`. Used as a context manager, it ends with the block.
 
     Raises:
-        TypeError: An argument is something else.
-        ValueError: This bus is tied to this engine already.
+        TypeError: An argument has the wrong type.
+        ValueError: `deliver_on_commit` was called before for this bus and this engine.
     """
     if not isinstance(bus, EventBus):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"deliver_on_commit() takes an EventBus first, not {bus!r}")
@@ -87,19 +91,22 @@ def deliver_on_commit(bus: EventBus, engine: Engine | AsyncEngine | _Sessions) -
     shown = "a str" if isinstance(engine, str) else repr(engine)  # a URL may have a password
     raise TypeError(
         "deliver_on_commit() takes an Engine or AsyncEngine, or a sessionmaker or "
-        f"async_sessionmaker that has one, not {shown}: give it the engine itself"
+        f"async_sessionmaker that has one, not {shown}: pass the engine itself"
     )
 
 
 class CommitTie:
-    """What `deliver_on_commit` has tied, until `detach()`. Also a context manager.
+    """The handle that `deliver_on_commit` returns: `detach()` ends it. Also a context manager.
+
+        with deliver_on_commit(bus, engine):    # detached at the end of the block
+            ...
 
     Attributes:
         detached: Whether it has ended.
-        before_commit: Called right before the driver's COMMIT, on the user's connection, with the
-            connection and the transaction, whose `decides()` is what this commit releases. What
-            one of them raises comes out of the user's `commit()`, and nothing is committed.
-        ended: Called with the transaction and how it ended, when that is known.
+        before_commit: Called right before the driver's COMMIT, with the user's connection and the
+            transaction. The events that the commit releases are `transaction.decides()`. If one
+            raises, the user's `commit()` raises it, and nothing is committed.
+        ended: Called with the transaction and its `End`, once that is known.
     """
 
     def __init__(self, bus: EventBus, engines: list[Engine], factory: _Factory | None) -> None:
@@ -109,8 +116,8 @@ class CommitTie:
             elif other is bus and (shared := [each for each in engines if each in tie._engines]):  # noqa: SLF001
                 raise ValueError(
                     f"{bus!r} is tied to {shared[0]!r} already: all sessions and connections of "
-                    "an engine count, so call deliver_on_commit() once, where the application is "
-                    "wired"
+                    "an engine count, so call deliver_on_commit() once, where you set up the "
+                    "application"
                 )
         self.detached: bool = False
         self.before_commit: list[Callable[[Connection, Transaction], object]] = []
@@ -119,9 +126,9 @@ class CommitTie:
         self._factory = factory
         self._engines: WeakSet[Engine] = WeakSet()
         self._sessions: WeakKeyDictionary[Session, _Watched] = WeakKeyDictionary()
-        # By the transaction of a connection: that of a session, or its own.
+        # By SQLAlchemy's transaction of a connection: that of its session, or the connection's own.
         self._transactions: WeakKeyDictionary[RootTransaction, _Watched] = WeakKeyDictionary()
-        # By the connection of its caller that a session is to begin a savepoint on.
+        # By the caller's connection: the session that is about to begin a savepoint on it.
         self._expected: WeakKeyDictionary[Connection, _Watched] = WeakKeyDictionary()
         self._engine_hooks: dict[str, Callable[..., None]] = {
             "before_cursor_execute": self._execute,
@@ -148,7 +155,7 @@ class CommitTie:
         state_of(bus).decisions = Decisions()
 
     def detach(self) -> None:
-        """Watch no transaction any more. One that is open and has written counts as lost."""
+        """Stop watching transactions. An open transaction that has written counts as lost."""
         if not self.detached:
             self.detached = True
             _ties.remove(self)
@@ -166,13 +173,13 @@ class CommitTie:
         self.detach()
 
     def transaction_of(self, session: Session) -> Transaction | None:
-        """The transaction that the session is in; None where nothing is known of one."""
+        """The watched transaction of the session; None if there is none."""
         return self._sessions.get(session)
 
     def _watch(self, engine: Engine) -> None:
         for name, hook in self._engine_hooks.items():
-            event.listen(engine, name, hook)  # once, however often it is told
-        self._engines.add(engine)  # from now on other threads rely on it
+            event.listen(engine, name, hook)  # SQLAlchemy adds a listener only once
+        self._engines.add(engine)  # last: other threads rely on the listeners from now on
 
     @property
     def _state(self) -> BusState | None:
@@ -185,7 +192,7 @@ class CommitTie:
         self,
         connection: Connection,
         cursor: object,
-        statement: object,  # a text, unless a driver takes other things
+        statement: object,  # usually a text
         parameters: object,
         context: object,
         executemany: bool,
@@ -210,9 +217,9 @@ class CommitTie:
                 transaction.take_step(step, name)
 
     def _of(self, connection: Connection) -> _Watched | None:
-        """The innermost one that the connection is in; made where nothing is known of it."""
+        """The innermost watched transaction of the connection; created if there is none yet."""
         root = connection.get_transaction()
-        if root is None:  # it begins just now
+        if root is None:  # this statement begins the transaction
             return None
         transaction = self._transactions.get(root)
         if transaction is None and (state := self._state) is not None:
@@ -221,7 +228,7 @@ class CommitTie:
         return transaction
 
     def _outermost(self, connection: Connection | None) -> _Watched | None:
-        """That which the connection's own COMMIT and ROLLBACK end."""
+        """The transaction that the connection's own COMMIT and ROLLBACK end."""
         root = None if connection is None else connection.get_transaction()
         transaction = None if root is None else self._transactions.get(root)
         while transaction is not None and transaction.covers is not None:
@@ -237,7 +244,7 @@ class CommitTie:
                 except BaseException:
                     _undo(connection)
                     all_of_it = [tie._outermost(connection) for tie in [*_ties]]  # noqa: SLF001
-                    for each in filter(None, all_of_it):  # other buses are not asked any more
+                    for each in filter(None, all_of_it):  # SQLAlchemy calls no other bus's hook now
                         each.roll_back("the commit was refused")
                     raise
             transaction.committing, transaction.committed_by = True, get_ident()
@@ -265,7 +272,7 @@ class CommitTie:
         transaction = self._outermost(context.connection)
         if transaction is None:
             return
-        if transaction.committing and context.statement is None:  # else another hook has asked
+        if transaction.committing and context.statement is None:  # else a hook's own statement
             transaction.look_around()
             refused = isinstance(
                 context.sqlalchemy_exception or context.original_exception, DBAPIError
@@ -288,9 +295,9 @@ class CommitTie:
         if begun.nested:
             if (transaction := self._sessions.get(session)) is not None:
                 transaction.begin_savepoint()
-        elif begun.parent is None:  # else it is a part of a flush
+        elif begun.parent is None:  # else it is part of a flush
             if (before := self._sessions.get(session)) is not None:
-                before.leave()  # a connection was lost while it was being closed
+                before.leave()  # the connection was lost while the transaction was being closed
             bind = session.bind
             if bind is not None and self._counts(session, bind.engine):
                 transaction = self._begin(session)
@@ -305,7 +312,7 @@ class CommitTie:
         return transaction
 
     def _counts(self, session: Session, engine: Engine) -> bool:
-        """Whether the engine is tied, and whether it is now, for the session is the factory's."""
+        """Whether the engine is watched; starts it if the session comes from the factory."""
         engine = root_of(engine)
         if engine in self._engines:
             return True
@@ -325,7 +332,7 @@ class CommitTie:
         if root is None or transaction is None:
             return
         if begun.nested:
-            transaction.forget_savepoint()  # that on the connection, which is the session's own
+            transaction.forget_savepoint()  # it was seen on the connection, and is the session's
             return
         if session.bind is connection:
             transaction.covers = below = self._of(connection)
@@ -343,7 +350,7 @@ class CommitTie:
             transaction.roll_back_session()
 
     def _session_ended(self, session: Session, ended: SessionTransaction) -> None:
-        if ended.parent is not None and not ended.nested:  # a part of a flush
+        if ended.parent is not None and not ended.nested:  # it is part of a flush
             return
         transaction = self._sessions.get(session)
         if transaction is None:
@@ -363,20 +370,20 @@ class CommitTie:
 
 
 class _Watched(Transaction):
-    """A transaction of a session, or of a connection that no session has.
+    """A transaction of a session, or of a connection without a session.
 
     Attributes:
-        of_session: Whether a session says how it ends.
-        root: Gives the transaction of its connection, as SQLAlchemy has it.
-        covers: That of the caller's connection, which a session is in.
-        sent: A statement was sent that writes, and commits itself.
-        committing: COMMIT is on its way, or was answered.
-        committed_by: The thread that has sent it.
-        prepared: It is in the second of two phases.
-        failed: A statement has failed, so the database may refuse all that follows.
+        of_session: Whether it is the transaction of a session.
+        root: Returns SQLAlchemy's transaction of the connection.
+        covers: The transaction of the caller's connection, if the session has joined it.
+        sent: A statement that writes was sent in AUTOCOMMIT, and its result is not known yet.
+        committing: COMMIT was sent.
+        committed_by: The thread that has sent COMMIT.
+        prepared: PREPARE of a two-phase commit was sent.
+        failed: A statement has failed, so the database may refuse all others.
         doomed: The database will answer COMMIT with ROLLBACK.
-        had_written: Whether it had written before the statement that was sent last.
-        savepoint: That on its caller's connection which it is for the database, if it is one.
+        had_written: Whether it had written before the last statement.
+        savepoint: Name of its savepoint on the caller's connection, if it is only a savepoint.
     """
 
     __slots__ = (
@@ -413,7 +420,7 @@ class _Watched(Transaction):
 
     @property
     def is_root(self) -> bool:
-        """Whether its commit is the database's, and not that of a savepoint of its caller's."""
+        """Whether its commit is a COMMIT of the database, and not a RELEASE of a savepoint."""
         return self.savepoint is None
 
     def look(self) -> None:
@@ -430,18 +437,18 @@ class _Watched(Transaction):
         if root is None or not root.is_active:
             if not self.committing:
                 if self._tie.detached and self.levels[0].wrote:
-                    return  # who knows what became of it
+                    return  # its end was not observed
                 self.roll_back("the transaction was rolled back")
             elif root is not None and root.connection.get_transaction() is root:
                 if self.committed_by != get_ident():
-                    return  # the thread that commits it is in the middle of that
-                self.roll_back("the commit failed", _COMMIT_FAILED)  # it is not left, so it failed
+                    return  # another thread is in the middle of this commit
+                self.roll_back("the commit failed", _COMMIT_FAILED)  # still there, so it failed
             else:
                 self._end_well()
             self.leave()
 
     def look_around(self) -> None:
-        """Find out whether connections have ended before this, of which nobody is told."""
+        """Check connections without a session: no hook says when their transaction has ended."""
         for unit in [*self.units]:
             for other in [*unit.queue.transactions]:
                 if other is not self and not other.of_session:
@@ -450,14 +457,14 @@ class _Watched(Transaction):
     def end(
         self, how: End, reason: str | None = None, warning: str | None = None, *, at: int = 0
     ) -> None:
-        """As in every transaction, and tell those who want to know."""
+        """As in the base class; then call the `ended` hooks of the tie."""
         news = at == 0 and self.levels[0].end is None
         super().end(how, reason, warning, at=at)
         for hook in self._tie.ended if news else ():
             hook(self, how)
 
     def is_over(self) -> bool:
-        """Whether it has ended, or was forgotten, or is no longer watched."""
+        """Whether it has ended, was garbage collected, or is no longer watched."""
         if self.gone or self._tie.detached:
             return True
         if self.of_session:
@@ -465,7 +472,7 @@ class _Watched(Transaction):
         return (root := self.root()) is None or not root.is_active
 
     def has_unflushed(self) -> bool:
-        """Whether its session has objects that are still to be written."""
+        """Whether its session has objects that are not written yet."""
         session = self._session()
         if session is None:
             return False
@@ -473,11 +480,11 @@ class _Watched(Transaction):
             return bool(
                 session.new or session.deleted or any(map(session.is_modified, session.dirty))
             )
-        except Exception:  # noqa: BLE001 - a type of the user's that cannot be compared, or a change
-            return True  # by another thread at this moment
+        except Exception:  # noqa: BLE001 - a user's type cannot be compared, or another thread has
+            return True  # changed the session at this moment
 
     def be_part_of(self, below: _Watched) -> None:
-        """Its session has joined the transaction of its caller's connection, which decides."""
+        """Its session has joined the caller's transaction `below`, which decides from now on."""
         self.levels[0].around, below.inside = below.levels[-1], ref(self)
         if self.levels[-1].wrote:
             below.write()
@@ -491,7 +498,7 @@ class _Watched(Transaction):
             return
         depth = len(self.levels) - 1
         while (found := self.levels[depth].name) != name:
-            if found is None:  # the session's own, one of its caller's connection, or not known
+            if found is None:  # a savepoint of the session or of the caller, or an unknown one
                 if self.covers is not None:
                     self.covers.take_step(step, name)
                 return
@@ -499,16 +506,16 @@ class _Watched(Transaction):
         how = End.KEPT if step is Step.KEEP else End.ROLLED_BACK
         self.end(how, "the savepoint was rolled back", at=depth)
         self.levels.pop()
-        if step is Step.UNDO:  # it is there still, and empty
+        if step is Step.UNDO:  # after ROLLBACK TO, the savepoint still exists and is empty
             self.begin_savepoint(name)
 
     def forget_savepoint(self) -> None:
-        """The savepoint that a statement has just begun is a session's, which says how it ends."""
+        """Forget a savepoint that a statement has begun: it is the session's, whose hooks count."""
         while self.levels[-1].name is not None:
             self.levels.pop()
 
     def confirm(self) -> None:
-        """What was sent and has committed itself has not failed, for it would be known by now."""
+        """Count an AUTOCOMMIT statement as committed: a failure would be known by now."""
         if self.sent:
             self.sent = False
             self.commit()
@@ -530,12 +537,12 @@ class _Watched(Transaction):
         self.look()
         depth = self._depth_of_session()
         if depth > 0:
-            self.levels[depth].wrote = True  # it was begun on purpose, and so it was rolled back
+            self.levels[depth].wrote = True  # an explicit rollback to a savepoint always decides
         warning = _COMMIT_FAILED if self.committing and depth == 0 else None
         self.end(End.ROLLED_BACK, "the transaction was rolled back", warning, at=depth)
 
     def leave_savepoint(self) -> None:
-        """Its session has left its innermost savepoint; not ended before, it was not kept."""
+        """Its session has left its innermost savepoint; if it has not ended, it was rolled back."""
         depth = self._depth_of_session()
         if depth > 0:
             self.end(End.ROLLED_BACK, "the savepoint was rolled back", at=depth)
@@ -567,11 +574,11 @@ class _Watched(Transaction):
 
 
 def root_of(bind: Any) -> Engine:  # Any: all that a session can be bound to
-    """The engine that shares its events with all that were made of it by options."""
+    """The original engine: engines made by `execution_options` share the events of it."""
     found: Any = bind.engine
     engine: Engine = getattr(found, "sync_engine", found)
     while isinstance(engine, OptionEngine):
-        engine = engine._proxied  # noqa: SLF001 - no other way leads there
+        engine = engine._proxied  # noqa: SLF001 - there is no public attribute
     return engine
 
 
@@ -582,20 +589,20 @@ def _engines_of(factory: _Factory) -> list[Engine]:
 
 
 def _made(factory: _Factory, session: Session) -> bool:
-    """Whether the factory has made the session, or the one to await around it."""
+    """Whether the factory has made the session, or the `AsyncSession` around it."""
     return isinstance(session, factory.class_) or isinstance(async_session(session), factory.class_)
 
 
 def _commits_itself(connection: Connection) -> bool:
-    """Whether each statement on the connection does, by SQLAlchemy's own option."""
+    """Whether each statement on the connection commits itself, by SQLAlchemy's own option."""
     level = connection.get_execution_options().get("isolation_level")
-    if level is None:  # what `create_engine` was given can be had nowhere else
+    if level is None:  # the argument of `create_engine` has no public attribute
         level = connection.dialect._on_connect_isolation_level  # noqa: SLF001
     return str(level).upper() == "AUTOCOMMIT"
 
 
 def _begins_savepoint(connection: Engine | Connection, session: Session) -> TypeGuard[Connection]:
-    """Whether a session on its caller's connection is to begin a savepoint of its own there."""
+    """Whether a session on its caller's connection will begin its own savepoint there."""
     if isinstance(connection, Engine):
         return False
     match session.join_transaction_mode:
@@ -608,7 +615,7 @@ def _begins_savepoint(connection: Engine | Connection, session: Session) -> Type
 
 
 def _is_doomed(connection: Connection) -> bool:
-    """Whether the database refuses all in this transaction because of what has failed in it."""
+    """Whether the database refuses every statement, because one in this transaction has failed."""
     try:
         connection.execute(select(1))
     except DBAPIError as error:
@@ -617,21 +624,21 @@ def _is_doomed(connection: Connection) -> bool:
 
 
 def _undo(connection: Connection) -> None:
-    """Roll back what SQLAlchemy leaves open where a listener of `commit` has raised.
+    """Roll back a transaction that SQLAlchemy leaves open after a listener of `commit` has raised.
 
-    It takes the transaction for ended, and the next one to get the connection from the pool would
+    SQLAlchemy treats this transaction as ended. The next user of the connection from the pool would
     commit it.
     """
     try:
         connection.connection.rollback()
-    except Exception as error:  # noqa: BLE001 - of the driver; the one that was raised goes before
+    except Exception as error:  # noqa: BLE001 - the driver's; the listener's exception is raised
         connection.invalidate(error)
 
 
 def _was_undone(connection: Connection, error: BaseException) -> bool:
-    """Whether the database has rolled the transaction back by itself, and begins another one."""
+    """Whether the database has rolled back the transaction by itself; the next one begins."""
     match connection.dialect.name:
-        case "sqlite":  # `sqlite3` and `aiosqlite` know it
+        case "sqlite":  # `sqlite3` and `aiosqlite` have the attribute
             driver = connection.connection.driver_connection
             return not getattr(driver, "in_transaction", True)
         case "mysql" | "mariadb":

@@ -1,6 +1,6 @@
-"""Owns the ASGI middleware: one unit of work per request, ended after the response.
+"""The ASGI middleware: one unit of work for each request, delivered after the response.
 
-Knows nothing of FastAPI and of databases: an app is anything that speaks ASGI.
+It works with every ASGI application, also without Starlette or FastAPI. It knows no databases.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from eventkit.exceptions import NoOutboxError
 __all__ = ["EventContextMiddleware", "Origin", "Outcome", "succeeded"]
 
 _SCOPE_KEY = "eventkit"
-_MAX_LAYERS = 100  # of middleware around an app, which may lead back to themselves
+_MAX_LAYERS = 100  # longest chain of middlewares that is followed: a chain may be a cycle
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})  # RFC 9110, section 9.2.1
 
 _WEBSOCKET = (
-    "a websocket has no event context of its own, because it would be open for hours. Open one "
-    "per message: `async with bus.context():`, or `bus.context(background=True)` to go on while "
-    "its handlers run"
+    "a websocket has no event context of its own, because it would be open for hours. Open one for "
+    "each message: `async with bus.context():`, or `async with bus.context(background=True):` if "
+    "the websocket must not wait for the handlers"
 )
 _LIFESPAN = (
     "start-up and shutdown code belongs to no request. Open a unit of work: "
@@ -56,14 +56,17 @@ _NO_STATE: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a request ended, for `deliver_if` to judge.
+    """How a request has ended: the argument of `deliver_if`.
+
+        def deliver_if(outcome: Outcome) -> bool:
+            return succeeded(outcome) or outcome.status == 409
 
     Attributes:
-        scope: The request's ASGI scope.
+        scope: The ASGI scope of the request.
         status: The HTTP status that was sent; None if the response was never started.
-        body_complete: Whether the last part of the body was handed to the server. False where
-            the client left before.
-        exception: What the app raised. None for a client that left.
+        body_complete: Whether the last part of the body was given to the server. False if the
+            client disconnected before.
+        exception: The exception that the app raised. None if the client has disconnected.
     """
 
     scope: MutableMapping[str, Any]  # as ASGI defines it
@@ -73,9 +76,13 @@ class Outcome:
 
 
 def succeeded(outcome: Outcome) -> bool:
-    """The default of `deliver_if`: no exception, and a status below 400.
+    """Return whether the app raised no exception and the status is below 400.
 
-    A client that leaves early does not make its request fail.
+    This is the default of `deliver_if`. A client that disconnects early does not make its request
+    fail.
+
+    Args:
+        outcome: How the request has ended.
     """
     return _is_success(outcome.status, outcome.exception)
 
@@ -89,48 +96,52 @@ class EventContextMiddleware:
 
         app.add_middleware(EventContextMiddleware, bus=bus)
 
-    When the inner app has returned, so after the last part of the body, after `BackgroundTasks`
-    and after the exit of request-scoped `yield` dependencies, what was published is delivered if
-    the request succeeded, and discarded if not. Events that were released before, or published
-    `even_on_failure`, are delivered in any case. No handler's failure reaches the server.
+    The events of a request are delivered if the request succeeded, and discarded if it failed. This
+    is decided when the inner app has returned: after the last part of the body, after
+    `BackgroundTasks`, and after the exit of `yield` dependencies with request scope. Events that
+    were released before, or published with `even_on_failure`, are delivered in any case. A failure
+    of a handler never reaches the server.
 
-    Delivery happens in tasks that belong to the application's lifespan, which the middleware
-    joins by itself: no request waits for handlers, and at shutdown the lifespan is held until
-    they are done or `shutdown_timeout` is over, before the application closes its resources.
-    Where no lifespan is running (a bare `TestClient(app)`, httpx's `ASGITransport`, a mounted
-    app), and for in-process clients in any case, the request delivers its events itself before
-    its ASGI call returns, shielded from cancellation scopes, for at most `shutdown_timeout`.
-    What a deadline ends is counted, logged and told to observers as undelivered.
+    Tasks in the application's lifespan deliver the events, so no request waits for handlers. The
+    middleware starts these tasks by itself. At shutdown, the application closes its resources only
+    when these deliveries are done, or when `shutdown_timeout` is over.
 
-    A request inside another one of the same bus (a mounted app with the same middleware) shares
-    its context. An application that has the middleware twice for one bus does not start up if
-    their options differ. Websockets have none: open one per message with
-    `async with bus.context():`, or with `bus.context(background=True)`, which leaves delivery to
-    the lifespan's tasks, too.
+    A request delivers its events itself if no lifespan is running (a `TestClient(app)` without
+    `with`, httpx's `ASGITransport`, a mounted app), and always for in-process clients. Then its
+    ASGI call returns after the deliveries, at most `shutdown_timeout` later. Cancel scopes around
+    the request do not cancel the deliveries. Deliveries that a deadline ends are undelivered: they
+    are counted and logged, and observers see them.
+
+    A request inside another request of the same bus shares its context, for example in a mounted
+    app with the same middleware. If an application has the middleware twice for one bus, with
+    different options, it does not start. Websockets have no context: open one for each message,
+    with `async with bus.context():`. With `bus.context(background=True)` the tasks of the lifespan
+    deliver its events, too.
 
     Args:
-        app: The ASGI app inside.
-        bus: The bus whose events belong to requests. For several, add the middleware for each.
-        deliver_if: Judges the outcome of a request whose events nobody has released or discarded
-            before. One that raises, or returns an awaitable or a generator, counts as False and is
-            logged.
-        concurrency: How many requests' events are delivered at once in the background. Handlers
-            that each hold a database connection need `concurrency` x handlers per event of them,
-            beside those of the requests themselves.
-        max_pending: When this many deliveries wait for the background, new requests with unsafe
-            methods are held before the app sees them; None for no limit.
-        overload_timeout: Seconds that they are held for, before they are answered 503 with
-            `Retry-After` and JSON, `{"detail": ...}`.
-        shutdown_timeout: Seconds that deliveries may go on at shutdown, and that a request may
-            take to deliver its events itself.
-        background: Whether requests leave delivery to the lifespan's tasks: True and False say
-            so for all; None leaves it to them but for in-process clients, which are told from
-            servers by a scope without `asgi.spec_version`.
+        app: The inner ASGI app. `add_middleware` passes it.
+        bus: The bus that gets a context for each request. For several buses, add the middleware
+            once for each bus.
+        deliver_if: Function that gets the outcome of a request, and returns whether the request
+            succeeded. It decides about the events that were not released or discarded before. If it
+            raises, or returns an awaitable or a generator, that is logged and counts as False.
+        concurrency: How many requests' events are delivered at once in the background. If each
+            handler holds a database connection, the handlers need up to `concurrency` x handlers
+            of one event connections, in addition to those of the requests.
+        max_pending: When this many deliveries wait in the background, new requests with unsafe
+            methods (such as POST) are held back before the app sees them; None for no limit.
+        overload_timeout: How long a request is held back, in seconds. Then it is answered 503 with
+            `Retry-After` and the JSON `{"detail": ...}`.
+        shutdown_timeout: How long deliveries may go on at shutdown, in seconds, and how long a
+            request may take to deliver its events itself.
+        background: True: all requests leave the delivery to the tasks of the lifespan. False: all
+            requests deliver their events themselves. None: only requests of in-process clients
+            deliver their events themselves; their ASGI scope has no `asgi.spec_version`.
 
     Raises:
-        TypeError: `bus` is not an `EventBus`, or `deliver_if` is a class or no plain function.
-        ValueError: A number is out of range; at start-up: the application has another one for the
-            same bus with other options.
+        TypeError: `bus` is not an `EventBus`, or `deliver_if` is not a plain function.
+        ValueError: A number is out of range. Or, at start-up: the application has a second
+            middleware for the same bus, with different options.
     """
 
     def __init__(
@@ -153,7 +164,8 @@ class EventContextMiddleware:
         called = layers(deliver_if, wrapped=False)
         if any(map(_gives_no_bool, called)) or not callable(deliver_if):
             raise TypeError(
-                f"deliver_if takes a plain function from an Outcome to a bool, not {deliver_if!r}"
+                "deliver_if takes a plain function that gets an Outcome and returns a bool, not "
+                f"{deliver_if!r}"
             )
         for name, seconds in (
             ("overload_timeout", overload_timeout),
@@ -184,9 +196,9 @@ class EventContextMiddleware:
         self._shutdown_timeout = shutdown_timeout
         self._background = background
         self._announced = False
-        self._origin = Origin(None, _NO_STATE)  # of the last request that no lifespan surrounded
-        # By event loop, for a module-level app may be served by several, in several threads: each
-        # changes its own entry alone. Of several on one loop the last to begin is the last.
+        self._origin = Origin(None, _NO_STATE)  # of the last request outside of all lifespans
+        # By event loop. Several loops, in several threads, may serve one application at module
+        # level: each loop changes only its own entry. The last lifespan of a loop began last.
         self._lifespans: dict[object, list[tuple[Drainer, Origin]]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -194,7 +206,7 @@ class EventContextMiddleware:
         if scope["type"] != "http":
             await self._serve_other(scope, receive, send)
             return
-        # Joined by this mark alone: context variables of tests and servers leak into requests.
+        # Only this mark joins requests: context variables of tests and servers leak into requests.
         marks: dict[EventBus, Unit] | None = scope.get(_SCOPE_KEY)
         around = _still_open(marks) if marks else {}
         if self.bus in around:
@@ -208,7 +220,7 @@ class EventContextMiddleware:
             if not await self._has_room(drainer, scope):
                 await self._refuse(scope, receive, send)
                 return
-            drainer, origin = self._surroundings(scope, loop)  # it may have been closed meanwhile
+            drainer, origin = self._surroundings(scope, loop)  # the drainer may be closed by now
         unit = Unit(self._state)
         scope[_SCOPE_KEY] = {**around, self.bus: unit}
         response = WatchedResponse(send)
@@ -223,7 +235,7 @@ class EventContextMiddleware:
                 await self.app(scope, receive, response.send)
             finally:
                 unit.leave()
-        except GeneratorExit:  # closed from outside: nothing can be awaited any more
+        except GeneratorExit:  # the coroutine is closed, so nothing can be awaited any more
             self._abandon(unit, drainer)
             raise
         except BaseException as error:
@@ -232,7 +244,7 @@ class EventContextMiddleware:
         status = response.status
         if drainer is None or status is None or self._deliver_if is not succeeded:
             await self._end(unit, drainer, self._judge(scope, response, None))
-        else:  # so it is for nearly all requests: what `_judge` and `_end` would do
+        else:  # nearly all requests: the short form of `_judge` and `_end`
             drainer.submit(unit, success=status < 400)
 
     async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -241,26 +253,26 @@ class EventContextMiddleware:
             return
         marks = scope.get(_SCOPE_KEY, {})
         drainer, origin = self._surroundings(scope, current_loop())
-        waits = None if self.bus in marks else drainer is None  # an instance outside has said so
-        scope[_SCOPE_KEY] = {**marks, self.bus: None}  # a websocket has a bus all the same
+        waits = None if self.bus in marks else drainer is None  # decided by an outer instance
+        scope[_SCOPE_KEY] = {**marks, self.bus: None}  # so that `get_bus` finds the bus
         with outside(self._state, _WEBSOCKET, origin, waits=waits):
             await self.app(scope, receive, send)
 
     def _surroundings(self, scope: Scope, loop: object) -> tuple[Drainer | None, Origin]:
-        """Who delivers the request's events, None where it does so itself, and where it came in."""
+        """The drainer for the request's events, None if it delivers them itself; and its origin."""
         lifespans = self._lifespans.get(loop)
         if lifespans is None:
             return None, self._origin_of(scope)
-        drainer, origin = lifespans[-1]  # one for all requests, that they need not have their own
+        drainer, origin = lifespans[-1]  # one origin, shared by all requests
         background = self._background
         if background is None:
             background = "spec_version" in scope.get("asgi", {})
         return drainer if background and not drainer.closed else None, origin
 
     def _origin_of(self, scope: Scope) -> Origin:
-        """Where it came in; requests that bring no state share one, for as long as it is alike."""
+        """The origin of a request outside of a lifespan; requests without state share one."""
         app, state, origin = scope.get("app"), scope.get("state"), self._origin
-        if app is None or app is not origin.app:  # to look takes as long as all else here
+        if app is None or app is not origin.app:  # `_app_of` costs as much as the rest
             app = self._app_of(scope)
         if state:
             return Origin(app, dict(state))
@@ -269,7 +281,7 @@ class EventContextMiddleware:
         return origin
 
     def _app_of(self, scope: Scope) -> Starlette | None:
-        """The application around the middleware, or inside where it was wrapped by hand."""
+        """The application around the middleware, or inside it if the app was wrapped by hand."""
         app: object = scope.get("app", self.app)
         for _ in range(_MAX_LAYERS):
             if app is None or isinstance(app, Starlette):
@@ -290,7 +302,7 @@ class EventContextMiddleware:
             drainer.forget(unit)
 
     async def _has_room(self, drainer: Drainer, scope: Scope) -> bool:
-        """Hold an unsafe request while too many deliveries wait; False if they still do."""
+        """Hold back an unsafe request while too many deliveries wait; False if they still do."""
         if scope["method"] in _SAFE_METHODS:
             return True
         return await drainer.wait_for_room(self._overload_timeout)
@@ -307,7 +319,7 @@ class EventContextMiddleware:
         """Run the app's lifespan, and in it the tasks that deliver in the background."""
         marks: dict[EventBus, EventContextMiddleware] = scope.setdefault(_SCOPE_KEY, {})
         outer = marks.setdefault(self.bus, self)
-        if outer is not self:  # which has such tasks
+        if outer is not self:  # the outer middleware of this bus already has these tasks
             if self._options != outer._options:  # noqa: SLF001 - an instance of this class
                 await _refuse_to_start(receive, send, _added_twice(outer, self))
             await self.app(scope, receive, send)
@@ -341,7 +353,7 @@ class EventContextMiddleware:
                 try:
                     await drainer.close(timeout)
                 finally:
-                    state.remove_host(host)  # units that end later deliver their events themselves
+                    state.remove_host(host)  # units that end from now on deliver their own events
                     if service is not None:
                         await service.leave()
                     await host.entrance.close(deadline - current_time())
@@ -351,16 +363,16 @@ class EventContextMiddleware:
                 with self._running(drainer, origin), outside(state, _LIFESPAN, origin):
                     await lifespan.run(self.app, scope, ready=begin, stopping=close)
             finally:
-                await close()  # where no shutdown came: the app has ended, or was cancelled
-            if drainer.stuck:  # the group waits for these handlers, and the server need not
+                await close()  # if there was no shutdown: the app has ended, or was cancelled
+            if drainer.stuck:  # the task group waits for these handlers; the server must not
                 await lifespan.bid_farewell()
         await lifespan.end()
 
     async def _begin_service(self, host: Host, tasks: TaskGroup) -> Service | None:
-        """Have an outbox run what is due, if the bus has one.
+        """Start running due deliveries from the outbox, if the bus has one.
 
-        Not before the application has started up: handlers need what it opens, and it may be what
-        makes the tables, the outbox, or the subscriptions.
+        Only after the application has started up: its start-up opens the resources of handlers, and
+        may create the tables, the outbox or the subscriptions.
         """
         keeper = self._state.keeper
         if keeper is None:
@@ -379,7 +391,7 @@ class EventContextMiddleware:
 
     @contextmanager
     def _running(self, drainer: Drainer, origin: Origin) -> Generator[None]:
-        """Requests of this event loop find the lifespan during the block."""
+        """In the block, requests on this event loop find the lifespan."""
         loop, lifespan = current_loop(), (drainer, origin)
         lifespans = self._lifespans.setdefault(loop, [])
         lifespans.append(lifespan)
@@ -391,19 +403,19 @@ class EventContextMiddleware:
                 del self._lifespans[loop]
 
     def _judge(self, scope: Scope, response: WatchedResponse, error: BaseException | None) -> bool:
-        """Whether the request succeeded, given what the app raised."""
+        """Whether the request succeeded; `error` is the exception that the app raised."""
         if response.losses:
             error = response.without_losses(error)
-        if self._deliver_if is succeeded:  # and needs no `Outcome` to say so
+        if self._deliver_if is succeeded:  # then no `Outcome` has to be made
             return _is_success(response.status, error)
         try:
             outcome = Outcome(scope, response.status, response.body_complete, error)
             answer = self._deliver_if(outcome)
             if left_undone := _left_undone(answer):
                 if inspect.iscoroutine(answer):
-                    answer.close()  # or Python warns that nobody has awaited it
+                    answer.close()  # otherwise Python warns that it was never awaited
                 raise TypeError(
-                    f"deliver_if returned {answer!r}, which nobody {left_undone}: have it return "
+                    f"deliver_if returned {answer!r}, which nobody {left_undone}: it has to return "
                     "a bool"
                 )
             return answer
@@ -417,7 +429,7 @@ class EventContextMiddleware:
             return False
 
     def _announce(self) -> None:
-        """Log the wiring once, when the application is ready or the first request comes."""
+        """Log the wiring once: when the application is ready, or at the first request."""
         if self._announced:
             return
         self._announced = True
@@ -432,9 +444,10 @@ class EventContextMiddleware:
 
 
 class _Overload:
-    """Warns when half as many deliveries wait as may, and when requests are held for too many.
+    """Warns of overload: when half of `max_pending` deliveries wait, and when requests are held.
 
-    Once each in an episode, which is over when less than a quarter as many wait.
+    Each warning is logged once. Both may be logged again after less than a quarter of `max_pending`
+    deliveries have waited.
     """
 
     __slots__ = ("_concurrency", "_max_pending", "_said_half", "_said_held", "_state")
@@ -446,7 +459,7 @@ class _Overload:
         self._said_half = self._said_held = False
 
     def __call__(self, waiting: int, held: bool) -> None:
-        """Be told how many deliveries wait, and whether a request begins to wait for room."""
+        """Take how many deliveries wait now, and whether a request begins to wait for room."""
         if waiting * 4 < self._max_pending:
             self._said_half = self._said_held = False
         elif held and not self._said_held:
@@ -470,14 +483,14 @@ class _Overload:
         )
 
     def _slowest(self) -> str:
-        """The handler that most of what runs now belongs to: a slow one is found running."""
+        """The handler with the most running deliveries, because a slow handler runs most often."""
         running = sorted(self._state.tally.running(), key=lambda delivery: delivery.published_at)
         counted = Counter(delivery.handler for delivery in running).most_common(1)
         return counted[0][0] if counted else "none has begun"
 
 
 def _gives_no_bool(function: Callable[..., object]) -> bool:
-    """Whether a call gives an object that is true in any case: one to be awaited, for example."""
+    """Whether a call returns an object that is always true, such as a coroutine."""
     return (
         inspect.isclass(function)
         or inspect.iscoroutinefunction(function)
@@ -487,7 +500,7 @@ def _gives_no_bool(function: Callable[..., object]) -> bool:
 
 
 def _left_undone(answer: object) -> str | None:
-    """What nobody does with an answer that is true in any case; None for other answers."""
+    """The verb for the message if the answer is an awaitable or a generator; else None."""
     if inspect.isawaitable(answer):
         return "awaits"
     return "iterates" if inspect.isgenerator(answer) or inspect.isasyncgen(answer) else None
@@ -498,7 +511,7 @@ def _still_open(marks: Mapping[EventBus, Unit]) -> dict[EventBus, Unit]:
 
 
 def _added_twice(outer: EventContextMiddleware, inner: EventContextMiddleware) -> ValueError:
-    """What is wrong with two middlewares for one bus that have other options."""
+    """The error for two middlewares for one bus that have different options."""
     differences = [
         f"{name}={_shown(theirs)} outside and {name}={_shown(ours)} inside"
         for (name, theirs), ours in zip(
@@ -510,7 +523,8 @@ def _added_twice(outer: EventContextMiddleware, inner: EventContextMiddleware) -
     ]
     return ValueError(
         f"EventContextMiddleware was added twice to one application for the bus "
-        f"{inner.bus.name!r}, with other options: {', '.join(differences)}. Remove one of the two"
+        f"{inner.bus.name!r}, with different options: {', '.join(differences)}. Remove one of the "
+        "two"
     )
 
 
@@ -519,7 +533,10 @@ def _shown(option: object) -> str:
 
 
 async def _refuse_to_start(receive: Receive, send: Send, error: Exception) -> NoReturn:
-    """Tell the server why, as ASGI defines it: an app that only raises might have no lifespan."""
+    """Tell the server the reason, then raise the error.
+
+    If an app only raises, a server may think that the app does not support the lifespan protocol.
+    """
     await receive()
     await send({"type": "lifespan.startup.failed", "message": str(error)})
     raise error

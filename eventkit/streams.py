@@ -1,6 +1,6 @@
-"""Owns streams: the events of one type as an async iterator, for server-sent events or websockets.
+"""Streams: the events of one type as an async iterator, for server-sent events or websockets.
 
-Built on subscriptions alone. A stream shows what is dispatched in this process, and nothing else.
+A stream shows only the events that are dispatched in this process. It uses a subscription.
 """
 
 from __future__ import annotations
@@ -30,43 +30,45 @@ E = TypeVar("E")
 Overflow = Literal["drop_oldest", "raise"]
 """What a full buffer does: drop its oldest event, or end the stream with an error."""
 
-# Changed by `stream` and `end_at_shutdown` alone, in single steps, and read by a signal handler.
+# Only `stream` and `end_at_shutdown` change these sets, in single steps. Signal handlers read them.
 _open: set[EventStream[Any]] = set()  # Any: streams of all types
-_ending: set[EventBus] = set()  # buses whose streams end as soon as they are opened
+_ending: set[EventBus] = set()  # buses in shutdown: a new stream of them ends at once
 
 
 @asynccontextmanager
 async def stream(
     bus: EventBus, event_type: type[E], *, buffer: int = 100, overflow: Overflow = "drop_oldest"
 ) -> AsyncGenerator[EventStream[E]]:
-    """Open a stream of the events of one type, subclasses included, for the block.
+    """Open a stream of the events of one type, including subclasses, for the block.
 
         async with stream(bus, OrderPaid) as paid:
             async for event in paid:
                 yield {"order_id": event.order_id}
 
-    A websocket has to receive beside it, or it does not hear that the browser has left; the page
-    about streams has the whole example.
+    The stream gets the events that are dispatched from now on in this process, on every event loop
+    and in every thread, in the order in which handlers start. Publishers and handlers never wait
+    for the reader: a buffer keeps the events that have not been read. An open stream holds no
+    cancel scope and no task group, so an async generator may open it around a `yield`.
 
-    It gets what is dispatched from now on in this process, on whichever event loop and in
-    whichever thread, in the order in which handlers start. Nobody waits for its reader: what has
-    not been read is kept in a buffer. It holds no cancel scope and no task group while it is
-    open, so an async generator may open it around a `yield`.
+    A websocket has to receive messages at the same time, because otherwise it does not notice that
+    the browser has disconnected. The page "Streams" has the whole example:
+    https://fastapi-eventkit.readthedocs.io/streams/.
 
     Args:
-        bus: Whose events.
+        bus: The bus.
         event_type: A class; `object` for every event.
         buffer: How many events may wait to be read.
-        overflow: What happens to an event that finds the buffer full. "drop_oldest" makes room by
-            dropping what has waited longest, for a reader who wants to know how things stand.
-            "raise" drops the event and ends the stream: the reader gets what had been kept, then
-            a `StreamOverflowError`, for one who must not miss any and knows where to start
-            afresh. Either is counted in `dropped`, and logged once per stream.
+        overflow: What happens if an event arrives and the buffer is full. "drop_oldest" drops the
+            event that has waited longest. It is for readers that need only the current state.
+            "raise" drops the new event and ends the stream: the reader gets the events in the
+            buffer, then a `StreamOverflowError`. It is for readers that must not miss an event, and
+            that can load the current state again. Dropped events are counted in `dropped`. Each
+            stream logs this once.
 
     Raises:
         InvalidEventTypeError: `event_type` is not a class.
-        TypeError: `bus` is no bus.
-        ValueError: `buffer` is not above 0, or there is no such `overflow`.
+        TypeError: `bus` is not an `EventBus`.
+        ValueError: `buffer` is below 1, or `overflow` is another text.
     """
     _check("stream(bus, OrderPaid)", bus)
     if buffer < 1:
@@ -74,7 +76,7 @@ async def stream(
     if overflow not in ("drop_oldest", "raise"):
         raise ValueError(f'overflow is "drop_oldest" or "raise", not {overflow!r}')
     events = EventStream(bus, event_type, buffer, overflow)
-    with bus.subscribe(event_type, events._put, thread=False):  # noqa: SLF001 - its other half
+    with bus.subscribe(event_type, events._put, thread=False):  # noqa: SLF001 - same module
         _open.add(events)
         if bus in _ending:
             events.end()
@@ -82,18 +84,21 @@ async def stream(
             yield events
         finally:
             _open.discard(events)
-            events._close()  # noqa: SLF001 - its other half
+            events._close()  # noqa: SLF001 - same module
 
 
 class EventStream(Generic[E]):
-    """An async iterator of events; made by `stream`.
+    """An async iterator of events, opened by `stream`.
 
-    It ends when its block is left, after `end`, and where its process is told to stop (see
-    `end_at_shutdown`). Waiting for the next event can be cancelled, and loses none. Several tasks
-    may read it; each event goes to one of them.
+        async for event in events:
+            print(event)
+
+    The stream ends when its block is left, after `end()`, and at the shutdown of the process (see
+    `end_at_shutdown`). A cancellation while waiting for the next event loses no event. Several
+    tasks may read one stream. Then each event goes to one of them.
 
     Attributes:
-        dropped: How many events were not kept, because the buffer was full.
+        dropped: How many events were dropped because the buffer was full.
     """
 
     __slots__ = (
@@ -119,7 +124,7 @@ class EventStream(Generic[E]):
         self._overflow = overflow
         self._state: Literal["open", "ended", "overflown"] = "open"
         self._lock = new_lock()
-        self._arrival = Event()  # set, and never cleared: each wait has a new one
+        self._arrival = Event()  # an AnyIO event cannot be cleared, so each wait gets a new one
         self._token = current_token()
         self._call_soon = threadsafe_call_of(self._token)
 
@@ -142,9 +147,9 @@ class EventStream(Generic[E]):
             await arrival.wait()
 
     def end(self) -> None:
-        """Take no more events; the reader gets what has been kept, then the end.
+        """End the stream: it takes no more events, and the reader gets those in the buffer.
 
-        From any thread, and also from a signal handler.
+        It may be called from any thread, and from a signal handler.
         """
         with self._lock:
             if self._state == "open":
@@ -159,7 +164,7 @@ class EventStream(Generic[E]):
         )
 
     def _put(self, event: E) -> None:
-        """Keep an event for the reader. The handler that is subscribed: called on any loop."""
+        """Add an event to the buffer. This is the subscribed handler; any loop may call it."""
         with self._lock:
             if self._state != "open":
                 return
@@ -187,7 +192,7 @@ class EventStream(Generic[E]):
             )
 
     def _close(self) -> None:
-        """End it, and forget what has not been read."""
+        """End the stream, and drop the events that have not been read."""
         self._buffer.clear()
         self.end()
 
@@ -198,7 +203,7 @@ class EventStream(Generic[E]):
     def _wake_from_anywhere(self) -> None:
         try:
             self._call_soon(self._wake)
-        except RuntimeError:  # its event loop has ended, and its reader with it
+        except RuntimeError:  # the event loop of the reader has ended
             self._state = "ended"
             self._buffer.clear()
 
@@ -207,23 +212,28 @@ class EventStream(Generic[E]):
 def end_at_shutdown(
     bus: EventBus, *, signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
 ) -> Generator[None]:
-    """End the streams of a bus as soon as the process is told to stop; for the app's lifespan.
+    """End the streams of a bus when the process gets a signal to stop; use it in the lifespan.
 
         @asynccontextmanager
         async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
             with end_at_shutdown(bus):
                 yield
 
-    A server that is told to stop first waits for its responses, and only then ends the lifespan;
-    a response that reads a stream has no end. So this listens to the signals itself, and hands
-    them on to whoever listened before. Then, and at the end of the block, all streams of the bus
-    end, and so do those that are opened later, until the block has been left.
+    A server that gets a signal to stop waits for its responses first, and ends the lifespan then.
+    A response that reads a stream never ends. So this function handles the signals itself, and
+    then calls the signal handlers that were there before. At a signal, and at the end of the block,
+    all streams of the bus end. A stream that is opened between the signal and the end of the block
+    ends at once.
 
-    Python hears of signals in its main thread only: in another one (`TestClient` runs the app in
-    one) only the end of the block counts.
+    Python handles signals only in the main thread. In other threads the streams end at the end of
+    the block. `TestClient` runs the application in another thread.
+
+    Args:
+        bus: The bus.
+        signals: The signals to handle.
 
     Raises:
-        TypeError: `bus` is no bus.
+        TypeError: `bus` is not an `EventBus`.
     """
     _check("end_at_shutdown(bus)", bus)
     before: dict[signal.Signals, Any] = {}  # Any: a function, or one of two constants
@@ -249,7 +259,7 @@ def end_at_shutdown(
         _end_all(bus)
         _ending.discard(bus)
         for number, handler in before.items():
-            if signal.getsignal(number) is end:  # or somebody hands on to us
+            if signal.getsignal(number) is end:  # else a later signal handler calls `end`
                 signal.signal(number, handler)
 
 
@@ -262,15 +272,15 @@ def _check(call: str, bus: object) -> None:
 def _end_all(bus: EventBus) -> None:
     _ending.add(bus)
     for events in [*_open]:
-        if events._bus is bus:  # noqa: SLF001 - both are about the streams of a bus
+        if events._bus is bus:  # noqa: SLF001 - same module
             events.end()
 
 
 def threadsafe_call_of(token: object) -> Callable[[Callable[[], object]], object]:
-    """How to have a function called on an event loop from anywhere, without waiting for it.
+    """Return a function that schedules a call on an event loop from any thread, without waiting.
 
-    AnyIO's own way into a loop waits until the call has been made: two loops that tell each other
-    of events would wait for each other. What the loops have themselves is the same by two names.
+    AnyIO's function for this waits until the call was made. Two loops that use it for each other
+    would deadlock. asyncio and trio have the same function under different names.
     """
     loop: Any = getattr(token, "native_token", token)  # Any: as each event loop has it
     call: Callable[[Callable[[], object]], object] | None

@@ -1,1 +1,1 @@
-"""The private core: everything but the front door, the neighbours' modules and the testing kit."""
+"""The private core. Public names are in `eventkit`, its public modules, and `eventkit.testing`."""

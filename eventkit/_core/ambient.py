@@ -1,6 +1,6 @@
-"""Owns the context variables: in which unit of work the calling code is, and in which delivery.
+"""Owns the context variables: the unit of work and the delivery that the calling code is in.
 
-Knows of a unit of work only what it asks it, and makes none.
+Knows only a few attributes of units of work, and makes none.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from eventkit.exceptions import NoDeliveryError
 
 
 class Surrounding(Protocol):
-    """A unit of work, as far as it is looked at from inside.
+    """The part of a unit of work that this module uses.
 
     Attributes:
-        state: What the units of its bus share.
-        delivery: The delivery that it is, or that it is inside.
-        is_delivery: Whether it is one.
+        state: The state that all units of its bus share.
+        delivery: The delivery that the unit belongs to, or is inside of.
+        is_delivery: Whether the unit is that of a delivery.
     """
 
     state: BusState
@@ -43,20 +43,20 @@ class Surrounding(Protocol):
 
     @property
     def around(self) -> Surrounding | None:
-        """The unit around it, of whichever bus; a delivery is inside of nothing."""
+        """The unit around it, of any bus; None for the unit of a delivery."""
         ...
 
 
-# What the caller is in: a unit, or the delivery of a turn, whose unit is made when it is asked for.
-# Any: a unit, which knows more than `Surrounding` for those who put it here.
+# What the caller is in: a unit, or a turn with an index. That stands for a delivery whose unit is
+# made when it is needed. Any: callers use more of a unit than `Surrounding` has.
 active: ContextVar[Any] = ContextVar("eventkit_active", default=None)
 origin: ContextVar[object] = ContextVar("eventkit_origin", default=None)
 _outside: ContextVar[str | None] = ContextVar("eventkit_outside", default=None)
-# The buses whose units deliver their events themselves here, whatever `background` they ask for.
+# The buses whose units deliver their events themselves here, even with `background=True`.
 waiting: ContextVar[frozenset[BusState]] = ContextVar("eventkit_waiting", default=frozenset())
 
-# Headers that go along with everything a unit of work publishes, also to other processes: a trace,
-# for instance. A consumer sets them from its message; what its handlers publish inherits them.
+# Headers that travel with every event that is published here, also to other processes, such as a
+# trace id. A consumer sets them from its message. Events that its handlers publish inherit them.
 NOTHING_CARRIED: Mapping[str, str] = MappingProxyType({})
 carried: ContextVar[Mapping[str, str]] = ContextVar("eventkit_carried", default=NOTHING_CARRIED)
 
@@ -78,57 +78,61 @@ def outward(innermost: Any) -> Iterator[Any]:  # Any: as above
 
 
 def find(innermost: Any, state: BusState) -> Any:  # Any: as above; None where there is none
-    """The innermost unit of this bus."""
+    """The innermost unit of this bus; None if there is none."""
     return next((unit for unit in outward(innermost) if unit.state is state), None)
 
 
 def surrounding() -> Any:  # Any: as above
-    """The unit of work, of whichever bus, that surrounds the caller; None if it is not open."""
+    """The unit of work, of any bus, that surrounds the caller; None if it is not open."""
     unit = current()
     return None if unit is None or unit.closed else unit
 
 
 def running() -> Delivery | None:
-    """The delivery that the caller is part of, whichever unit of work it publishes to."""
+    """The delivery that the caller runs in, independent of the unit that it publishes to."""
     unit: Surrounding | None = surrounding()
     return None if unit is None else unit.delivery
 
 
 def delivering() -> dict[object, Any]:  # Any: as above
-    """The bus whose handler the caller is part of, with the unit of work that the delivery is."""
+    """The bus of the handler that the caller runs in, with the unit of work of the delivery."""
     unit = current()
     return {} if unit is None or not unit.is_delivery else {unit.state.bus: unit}
 
 
 def current_delivery() -> Delivery:
-    """The delivery that the calling handler is.
+    """Return the delivery that the caller runs in.
 
-    Its `id` is fit for an idempotency key. Seen by everything that shares the handler's context
-    variables: the functions it calls, its threads and tasks.
+        @bus.on(OrderPaid)
+        async def charge(event: OrderPaid) -> None:
+            await payments.charge(event.order_id, idempotency_key=str(current_delivery().id))
+
+    It works in the handler, and in all code that has the handler's context variables: functions
+    that the handler calls, and tasks and threads that it starts.
 
     Raises:
-        NoDeliveryError: Called outside a handler.
+        NoDeliveryError: The caller is not in a handler.
     """
     found = active.get()
-    if isinstance(found, tuple):  # a turn, which knows its delivery without its unit
+    if isinstance(found, tuple):  # a turn has the delivery, so no unit is made
         turn, index = cast("tuple[Turn, int]", found)
         return turn.delivery(index)
     unit: Surrounding | None = found
     if unit is None or unit.delivery is None:
         raise NoDeliveryError(
-            "current_delivery() is for handlers and what they call; nothing here belongs to one. "
-            "Where the delivery's id is needed elsewhere, have the handler pass it on"
+            "current_delivery() was called outside of a handler, and of the code that a handler "
+            "calls. If other code needs the delivery's id, pass the id to that code"
         )
     return unit.delivery
 
 
 def way_in() -> Callable[[tuple[Turn, int]], object]:
-    """What enters a delivery: called in the delivery's context variables, before the handler."""
+    """The function that enters a delivery, in the delivery's context variables."""
     return _enter_for_logs if binds() else active.set
 
 
 def _enter_for_logs(delivered: tuple[Turn, int]) -> None:
-    """As `active.set`, and what the handler logs with structlog says whose it is."""
+    """As `active.set`; it also adds the delivery to log lines that structlog writes."""
     active.set(delivered)
     turn, index = delivered
     event_type = type_name(type(turn.event))
@@ -137,9 +141,9 @@ def _enter_for_logs(delivered: tuple[Turn, int]) -> None:
 
 
 def on_this_loop(captured: Context) -> Context:
-    """The captured context variables, as they are to be on the event loop that calls.
+    """The captured context variables, adapted to the calling event loop.
 
-    They may be of a publisher that was in a thread, or on another kind of event loop.
+    The publisher may have been in a thread, or on another kind of event loop.
     """
     captured = captured.copy()
     captured.run(thread_level.set, thread_level.get())
@@ -151,11 +155,10 @@ def on_this_loop(captured: Context) -> Context:
 def outside(
     state: BusState, reason: str, where: object, *, waits: bool | None = None
 ) -> Generator[None]:
-    """No unit of work is active in the block; an attempt to publish is told the reason.
+    """In the block no unit of work is active; the error of a publish has this reason.
 
-    Units that are opened in it, or in tasks that are started in it, are of the origin `where`.
-    `waits` says whether those of this bus deliver their events themselves; None leaves that as it
-    was.
+    Units that are opened in the block, or in its tasks, have the origin `where`. `waits` says
+    whether units of this bus deliver their events themselves; None changes nothing.
     """
     was, told, came = active.set(None), _outside.set(reason), origin.set(where)
     states = waiting.get()
@@ -172,33 +175,33 @@ def outside(
 
 
 def why_none() -> str:
-    """Why no unit of work of a bus surrounds the caller, and what to do."""
+    """The reason why no unit of work of a bus surrounds the caller, and the remedy."""
     enclosing: Surrounding | None = current()
     reason = _outside.get()
     if enclosing is not None:
         return (
-            f"this is a unit of work of another bus, {enclosing.state.name!r}, and it is not "
-            "inside one of this bus. Publish to that one, or open a unit of work of this bus: "
-            "`async with bus.context():`; two buses in one application need the middleware each, "
-            "and names: EventBus(name=...)"
+            f"this is a unit of work of another bus, {enclosing.state.name!r}, and none of this "
+            "bus is around it. Publish to that bus, or open a unit of work of this bus: "
+            "`async with bus.context():`. If an application has two buses, add the middleware for "
+            "each bus, and give each bus a name: EventBus(name=...)"
         )
     if reason is not None:
         return reason
     if on_event_loop() or in_worker_thread():
         return (
-            "no request or job surrounds the caller. In a web application install the middleware: "
-            "app.add_middleware(EventContextMiddleware, bus=bus). If it is installed, this code "
-            "runs outside of it: add it last, because the last one added is the outermost. "
-            "Elsewhere, and in an exception_handler(Exception), which is outside of all "
-            "middlewares, open a unit of work: `async with bus.context():`, in a thread "
+            "no request or job surrounds the caller. In a web application add the middleware: "
+            "app.add_middleware(EventContextMiddleware, bus=bus). If it is there, this code runs "
+            "outside of it: add it last, because the last middleware added is the outermost. In "
+            "other code, and in an exception_handler(Exception), which runs outside of all "
+            "middlewares, open a unit of work: `async with bus.context():`, or in a thread "
             "`with bus.context():`"
         )
     thread = threading.current_thread()
     if thread is not threading.main_thread():
         return (
-            f"the thread {thread.name!r} was started without its creator's context variables. "
-            "Use anyio.to_thread.run_sync() or asyncio.to_thread(), which pass them on, or open "
-            "a unit of work of its own: `with bus.context():`"
+            f"the thread {thread.name!r} was started without its creator's context variables. Use "
+            "anyio.to_thread.run_sync() or asyncio.to_thread(), which pass them on, or open a "
+            "unit of work in the thread: `with bus.context():`"
         )
     return (
         "this is start-up code, a script or a synchronous test. Open a unit of work: "
@@ -207,19 +210,18 @@ def why_none() -> str:
 
 
 def why_not_open(unit: Any) -> str:  # Any: as above
-    """Why a unit of work takes no events, and what to do."""
+    """The reason why a unit of work takes no events, and the remedy."""
     bus = unit.state.name
     if unit.queue.state is State.NEW:
         return f"this event context of bus {bus!r} is not open yet: use `async with`"
     if unit.is_delivery:
         return (
             f"the handler that this event context of bus {bus!r} belongs to has ended "
-            f"({unit.delivery}). A task that outlives its handler needs a unit that is "
-            "independent of it: `async with bus.context(independent=True):`, in a thread `with`"
+            f"({unit.delivery}). A task that outlives its handler needs its own unit of work: "
+            "`async with bus.context(independent=True):`, or in a thread `with`"
         )
     return (
-        f"this event context of bus {bus!r} has ended: the request or job it belongs to is "
-        "over, and its events were delivered or discarded. A task or thread that outlives it "
-        "needs a unit that is independent of it: `async with bus.context(independent=True):`, "
-        "in a thread `with`"
+        f"this event context of bus {bus!r} has ended: its request or job is over, and its events "
+        "were delivered or discarded. A task or thread that outlives the request or job needs its "
+        "own unit of work: `async with bus.context(independent=True):`, or in a thread `with`"
     )

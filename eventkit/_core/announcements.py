@@ -1,4 +1,4 @@
-"""Owns what the log and observers are told when events move. Moves none itself."""
+"""Owns the log lines and observer calls when events move. It moves no events."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eventkit._core.stats import Outcome
 
 
 def announce_published(state: BusState, envelopes: Sequence[Envelope]) -> None:
-    """These were accepted."""
+    """Announce that these events were accepted."""
     for observer in state.observers.published:
         for envelope in envelopes:
             try:
@@ -28,7 +28,7 @@ def announce_published(state: BusState, envelopes: Sequence[Envelope]) -> None:
 
 
 def announce_released(state: BusState, envelopes: Sequence[Envelope]) -> None:
-    """These will be delivered. Each is announced once, however often it is released."""
+    """Announce that these events will be delivered. Each event is announced once."""
     told = state.observers.released
     if not told:
         return
@@ -44,7 +44,7 @@ def announce_released(state: BusState, envelopes: Sequence[Envelope]) -> None:
 def announce_dropped(
     state: BusState, envelopes: Sequence[Envelope], outcome: Outcome, reason: str | None = None
 ) -> None:
-    """These will not run; counts them, too. What an outbox keeps is requeued instead of lost."""
+    """Count and announce events that will not run. Deliveries in an outbox are requeued."""
     if outcome is Outcome.DISCARDED:
         for observer in state.observers.withdrawn if envelopes else ():
             with contained(observer):
@@ -58,7 +58,7 @@ def announce_dropped(
 
 
 def what_becomes_of(outcome: Outcome, index: int, rows: Rows | None) -> Outcome:
-    """The outcome of a delivery that was not run or was ended, given what an outbox keeps."""
+    """The outcome of a delivery that did not run to its end: REQUEUED if an outbox stores it."""
     if outcome is Outcome.UNDELIVERED and rows is not None and index in rows:
         return Outcome.REQUEUED
     return outcome
@@ -67,7 +67,7 @@ def what_becomes_of(outcome: Outcome, index: int, rows: Rows | None) -> Outcome:
 def announce_skipped(
     state: BusState, deliveries: Sequence[Delivery], outcome: Outcome, reason: str | None = None
 ) -> None:
-    """These deliveries will not run here; counts them, too."""
+    """Count and announce deliveries that will not run here."""
     state.tally.end(outcome, len(deliveries))
     announce_lost(state, deliveries, outcome, reason)
 
@@ -75,7 +75,7 @@ def announce_skipped(
 def announce_lost(
     state: BusState, deliveries: Sequence[Delivery], outcome: Outcome, reason: str | None = None
 ) -> None:
-    """These deliveries, which have been counted, were dropped or ended."""
+    """Announce deliveries that were dropped or ended, and that have been counted."""
     if not deliveries:
         return
     undelivered = outcome is Outcome.UNDELIVERED
@@ -100,6 +100,6 @@ def announce_lost(
 
 
 def event_types(deliveries: Sequence[Delivery]) -> str:
-    """Of which events they are, and how many of each: never the payload."""
+    """The types of their events, and how many of each; without the payload."""
     kinds = Counter(type_name(type(delivery.event)) for delivery in deliveries)
     return ", ".join(f"{kind} x{times}" for kind, times in kinds.items())

@@ -1,6 +1,6 @@
-"""Owns the watchers of a response and of the lifespan protocol, and where a unit comes from.
+"""Owns the observation of a response and of the lifespan protocol, and the origin of a unit.
 
-Knows nothing of buses and events: what happens meanwhile is up to the caller.
+Knows nothing of buses and events.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eventkit._core.log import log
 
-# The messages that carry a response's body; ASGI's extensions add the last two.
+# The messages with a response's body; the last two belong to extensions of ASGI.
 _BODY = {"http.response.body", "http.response.pathsend", "http.response.zerocopysend"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Origin:
-    """The application that a unit of work was opened in, as a `Resolver` is given it.
+    """The application in which a unit of work was opened: the argument of a `Solver`.
 
-    Of a request it has nothing: the same handler is run for jobs, which have none.
+    It has nothing of a request, because the same handler also runs for jobs without a request.
 
     Attributes:
-        app: The application whose middleware or lifespan it was; None where none is known.
-        state: What the lifespan yielded. Without a running lifespan, what `scope["state"]` held
-            when the request came in. Shared by all units of the lifespan, and not to be changed.
+        app: The application of the middleware or lifespan; None if it is not known.
+        state: The state that the lifespan yielded. Without a running lifespan, it is
+            `scope["state"]` at the start of the request. All units of the lifespan share it, so do
+            not change it.
     """
 
     app: Starlette | None
@@ -37,10 +38,11 @@ class Origin:
 
 
 class Lifespan:
-    """One run of the lifespan protocol, with something to do before the app's own steps.
+    """One run of the lifespan protocol, with actions before the app's own steps.
 
-    An app that leaves early is spoken for, and so is one that does not speak the protocol: it
-    raises before it asks for the server's first message. One that raises later has failed.
+    If an app returns early, this class answers the server for it. The same applies to an app that
+    does not support the protocol: it raises before it receives the server's first message. An app
+    that raises later has failed.
     """
 
     __slots__ = (
@@ -57,8 +59,8 @@ class Lifespan:
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive = receive
         self._send = send
-        self._asked = False  # for the server's first message
-        self._heard: set[str] = set()  # what the server has said
+        self._asked = False  # whether the app has asked for the server's first message
+        self._heard: set[str] = set()  # the messages that the server has sent
         self._answered = False
         self._ready = False
         self._farewell: Message | None = None
@@ -72,11 +74,11 @@ class Lifespan:
         ready: Callable[[], Awaitable[None]],
         stopping: Callable[[], Awaitable[None]],
     ) -> None:
-        """Run the app's lifespan but for its end, which `end` brings about.
+        """Run the app's lifespan without its last message, which `end` sends.
 
-        `ready` is awaited when the app has started up, before the server knows. If it raises, the
-        start has failed: the app is told by an exception, and closes what it has opened.
-        `stopping` is awaited when the server shuts down, before the app knows.
+        `ready` is awaited when the app has started up, before the server gets the message. If it
+        raises, the start has failed: the app gets an exception, and closes its resources.
+        `stopping` is awaited when the server shuts down, before the app gets the message.
         """
 
         async def receive() -> Message:
@@ -89,7 +91,7 @@ class Lifespan:
 
         async def send(message: Message) -> None:
             self._answered = True
-            if self._failure is not None:  # of `ready`: `end` tells the server
+            if self._failure is not None:  # `ready` has failed: `end` tells the server
                 return
             if message["type"] == "lifespan.startup.complete":
                 try:
@@ -107,7 +109,7 @@ class Lifespan:
         try:
             await app(scope, receive, send)
         except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001
-            # Kept for `end`, which raises it: the task group around it would wrap it.
+            # `end` raises it later, because the task group around this call would wrap it.
             if self._asked or self._answered or not isinstance(error, Exception):
                 self._failure = self._failure or error
                 return
@@ -117,7 +119,7 @@ class Lifespan:
                 await receive()
             try:
                 await send({"type": "lifespan.startup.complete"})
-            except Exception as error:  # noqa: BLE001 - kept for `end`, as above
+            except Exception as error:  # noqa: BLE001 - `end` raises it, as above
                 self._failure = error
         if self._ready and "lifespan.shutdown" not in self._heard:
             await receive()
@@ -126,27 +128,27 @@ class Lifespan:
     async def bid_farewell(self) -> None:
         """Send the app's last message, once.
 
-        After it hypercorn cancels whatever has not returned.
+        After this message, hypercorn cancels an app that has not returned.
         """
         farewell, self._farewell = self._farewell, None
         if farewell is not None:
             await self._send(farewell)
 
     async def end(self) -> None:
-        """Send the app's last message, and raise what it raised."""
+        """Send the app's last message, and raise the app's exception, if there is one."""
         await self.bid_farewell()
         if self._failure is not None:
             raise self._failure
 
 
 class WatchedResponse:
-    """What has been sent of one response, and whether the client was there to take it."""
+    """The state of one response: what was sent, and whether the client has disconnected."""
 
-    # Here and not in `__init__`, for this is made for every request.
+    # Defaults in the class, not in `__init__`: an instance is made for every request.
     status: int | None = None
     body_complete = False
     losses: tuple[OSError, ...] = ()
-    started: Callable[[], object] | None = None  # called when it is
+    started: Callable[[], object] | None = None  # called when the response starts
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -154,23 +156,23 @@ class WatchedResponse:
     async def send(self, message: Message) -> None:
         kind = message["type"]
         if kind == "http.response.start":
-            self.status = message["status"]  # also for a client that has just left
+            self.status = message["status"]  # also if the client has just disconnected
             if self.started is not None:
                 self.started()
         try:
             await self._send(message)
-        except OSError as error:  # ASGI 2.4: what a server raises when the client has left
+        except OSError as error:  # ASGI 2.4: servers raise it if the client has disconnected
             self.losses = (*self.losses, error)
             raise
         if kind in _BODY:
             self.body_complete = not message.get("more_body", False)
 
     def without_losses(self, error: BaseException | None) -> BaseException | None:
-        """What the app raised; None if that says only that the client has left. To be asked once.
+        """The app's exception; None if it only says that the client has disconnected.
 
-        Starlette says so in its own way, and `send` in that of the server.
+        Starlette and the servers have different exceptions for this. It may be called only once.
         """
-        losses, self.losses = self.losses, ()  # their tracebacks lead back here
+        losses, self.losses = self.losses, ()  # their tracebacks refer to this object
         if error is None:
             return None
         _, other = BaseExceptionGroup("", [error]).split(

@@ -1,4 +1,4 @@
-"""Owns one run of a handler under the eyes of observers, who are told how it ends."""
+"""Owns one run of a handler with observers, which see how it ends."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from eventkit._core.policy import failures_in, timeout_of, verdict_on
 
 
 class Attempted(Begun, Delivered, Protocol):
-    """An event on its way.
+    """An event whose handlers run.
 
     Attributes:
-        observers: Whom to tell.
+        observers: The observers to call.
     """
 
     observers: tuple[Observer, ...]
 
     @property
     def handlers(self) -> Sequence[Handler]:
-        """Whom it is delivered to."""
+        """The handlers of the event."""
         ...
 
 
 class Timed(Protocol):
-    """Who sees to the time limit that all handlers of an event have together."""
+    """Enforces one time limit for all handlers of an event together."""
 
     @property
     def late(self) -> bool:
-        """Whether they are cancelled because the time is up."""
+        """Whether the handlers are cancelled because of this time limit."""
         ...
 
 
 async def attempt(
     turn: Attempted, index: int, limit: float | None, requests: int, timed_by: Timed | None = None
 ) -> None:
-    """Run one handler of any kind, in time, under the eyes of the observers.
+    """Run one handler of any kind, within its time limit, with the observers around it.
 
     Args:
         turn: The event.
-        index: Which of its handlers.
-        limit: Seconds that it may take, if it does not say so itself.
-        requests: How often the task was asked to cancel, as far as it knows.
-        timed_by: Who sees to the limit, which all handlers of the event have together then.
+        index: Index of the handler.
+        limit: Time limit in seconds, if the handler has no own limit.
+        requests: How many cancel requests of the task are known.
+        timed_by: Enforces the limit, if all handlers of the event share one.
     """
     handler = turn.handlers[index]
     if handler.timeout is not ...:
@@ -67,4 +67,4 @@ async def attempt(
             try:
                 raise verdict from verdict.__cause__
             finally:
-                del verdict  # or this frame and its traceback keep each other alive
+                del verdict  # otherwise this frame and its traceback keep each other alive

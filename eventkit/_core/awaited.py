@@ -1,7 +1,7 @@
-"""Runs handlers for a caller that waits: in its own task, and in a task group that it opens.
+"""Runs handlers for a caller that waits: in the caller's task, and in a task group inside it.
 
 So the caller's scopes, deadlines and cancellations reach the handlers through the tree of scopes.
-The caller's task is the first worker: handlers that never wait cost no task.
+The caller's task is the first worker, so handlers that never wait cost no task.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from eventkit._core.policy import cancel_requests, in_cancelled_scope
 
 
 async def run_all(next_turn: Callable[[], Turn | None], terms: Terms) -> int:
-    """Run the handlers of each event; those of the next begin when all of this one have ended.
+    """Run the handlers of all events, one event after the other.
 
-    They begin in the given order, each in its own context variables. An event is asked for when
-    its turn has come, and never before. Afterwards every delivery of those that were given has an
-    outcome, whatever way this was left.
+    The handlers of an event begin in order, each in its own context variables. The next event is
+    taken when all handlers of the event before have ended, and never earlier. At the end every
+    delivery has an outcome, also if this call raises.
 
-    Cancelling it cancels the handlers; those that have not begun then are undelivered.
+    Cancelling the call cancels the handlers. Those that have not begun are then undelivered.
 
     Returns:
         How many handlers have ended well.
 
     Raises:
-        BaseException: What a handler raised that is neither an `Exception` nor a cancellation,
-            after its siblings have been cancelled.
+        BaseException: A handler raised an exception that is neither an `Exception` nor a
+            cancellation. The other handlers were cancelled.
     """
     return await _AwaitedRun(next_turn, terms).work()
 
@@ -42,8 +42,8 @@ async def run_all(next_turn: Callable[[], Turn | None], terms: Terms) -> int:
 class _AwaitedRun(Run):
     """A run in the caller's task.
 
-    One scope is around all its workers: that of the task group where there is one. The group has
-    to be open before the first handler of an event begins: cancel scopes have to nest.
+    One scope is around all its workers: that of the task group, if there is one. The group must be
+    open before the first handler of an event begins, because cancel scopes have to nest.
     """
 
     __slots__ = ("_deadline", "_first", "_scope", "_tasks")
@@ -51,13 +51,13 @@ class _AwaitedRun(Run):
     def __init__(self, next_turn: Callable[[], Turn | None], terms: Terms) -> None:
         super().__init__(next_turn, terms, drive_here())
         self._first: Worker | None = next(iter(self.workers))  # in the caller's task
-        self._tasks: TaskGroup | None = None  # open while there may be helpers
-        self._scope: CancelScope | None = None  # around all that the workers do
+        self._tasks: TaskGroup | None = None  # open while there may be other workers
+        self._scope: CancelScope | None = None  # around everything that the workers do
         self._deadline = math.inf
 
     @property
     def _is_cancelled(self) -> bool:
-        """Whether the scope around the workers is."""
+        """Whether the scope around the workers is cancelled."""
         return self._scope is not None and self._scope.cancel_called
 
     @property
@@ -82,8 +82,8 @@ class _AwaitedRun(Run):
     def _must_hand_on(self, worker: Worker) -> bool:
         if self._tasks is None:
             return self._needs_group()
-        # `Task.cancel()` of the caller's task would not wait for a thread. So helpers begin the
-        # handlers that run in threads.
+        # `Task.cancel()` of the caller's task would not wait for a thread. So other workers begin
+        # the handlers that run in threads.
         return self.turn.in_threads and worker is self._first
 
     def _needs_group(self) -> bool:
@@ -105,19 +105,19 @@ class _AwaitedRun(Run):
         assert self._tasks is not None
         try:
             self._tasks.start_soon(self._help, worker, name="eventkit handlers")
-        except Exception as error:  # noqa: BLE001 - the caller's, once the handlers have ended
+        except Exception as error:  # noqa: BLE001 - the caller gets it when all handlers have ended
             self.miss(worker, error)
 
     async def work(self) -> int:
-        """Have the handlers run. See `run_all`."""
+        """Run the handlers. See `run_all`."""
         first = cast("Worker", self._first)
-        self.terms.tally.runs.add(self)  # one step for all threads, and nothing to count yet
+        self.terms.tally.runs.add(self)  # without the lock: one step, and nothing is counted yet
         try:
             if in_cancelled_scope():
                 await checkpoint()
-                # If this line is reached, a worker thread has called, and the thread's task was
-                # cancelled before. AnyIO on asyncio does not tell this task, and
-                # `checkpoint_if_cancelled` would wait for ever.
+                # This line is reached only if a worker thread has called, and the thread's task was
+                # cancelled before. AnyIO on asyncio does not cancel this task then, and
+                # `checkpoint_if_cancelled` would never return.
                 raise asyncio.CancelledError
             await first.take_cancellation()
             while not self.fatal and (self.not_begun or self.advance(first)):
@@ -152,32 +152,33 @@ class _AwaitedRun(Run):
                 self.call()
             self.workers.discard(first)
         self._tasks = None
-        # Asyncio may have cancelled helpers before their first step: they say no farewell.
+        # asyncio may have cancelled other workers before their first step. Nothing of them has run.
         self.workers.clear()
         self._coming = 0
 
     async def _help(self, worker: Worker) -> None:
-        """Do a helper's part in a task of its own, which only a cancellation leaves as such."""
+        """Run another worker in its own task; the task raises nothing but a cancellation."""
         try:
-            if in_cancelled_scope():  # a task begins in it all the same
+            if in_cancelled_scope():  # a task begins even in a cancelled scope
                 await checkpoint()
             self._coming -= 1
             await worker.serve()
-            await worker.take_cancellation()  # or AnyIO takes it for the whole group's
+            await worker.take_cancellation()  # otherwise AnyIO takes it for one of the whole group
         except get_cancelled_exc_class():
             if not cancel_requests() and in_cancelled_scope():
                 raise  # a trio nursery learns from its children that it was cancelled
-            # On asyncio the waiting task is cancelled itself. Raised here too, the cancellation of
-            # this task alone would reach its siblings, and AnyIO would keep it and the event alive.
+            # On asyncio the waiting task itself is cancelled. If it were raised here, too, the
+            # cancellation of this task alone would reach its siblings, and AnyIO would keep it and
+            # the event alive.
             self.workers.discard(worker)
             if self.workers and not self._is_cancelled and not in_cancelled_scope():
-                # Others do what this worker was to do next. Of the last worker, the caller does it.
+                # The other workers do the rest of this worker. After the last one, the caller does.
                 self.get_help()
                 self.start_clock()
         finally:
             self.workers.discard(worker)
 
     def _disband(self) -> None:
-        """Forget workers and scopes: a reference cycle would keep exceptions and events alive."""
+        """Drop workers and scopes: a reference cycle would keep exceptions and events alive."""
         self.workers.clear()
         self._tasks = self._scope = self._first = None

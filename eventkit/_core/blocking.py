@@ -1,4 +1,4 @@
-"""Owns the warning of handlers that block the event loop. For debug mode."""
+"""Owns the warning about handlers that block the event loop, in debug mode."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any, cast
 from eventkit._core.handlers import Handler, Solver
 from eventkit._core.log import log
 
-# A step on the event loop that takes longer is too long; asyncio's debug mode has the same limit.
+# Longest step on the event loop without a warning; asyncio's debug mode has the same limit.
 _BLOCKING_SECONDS = 0.1
 
 
 def timed(handler: Handler) -> Handler:
-    """The same handler, which says in the log if it blocks the event loop. For debug mode.
+    """The same handler, with a warning in the log if it blocks the event loop.
 
-    Its steps on the event loop are timed, those of its dependencies too: from where the loop goes
-    on with it to where it waits again. A call in a worker thread blocks nobody and is not timed.
+    The steps of the handler and of its dependencies on the event loop are timed. A step goes from
+    one wait to the next. A call in a worker thread does not block the loop and is not timed.
     """
     watch = _Watch(handler)
     function = handler.function if handler.in_thread else _Timed(handler.function, watch)
@@ -30,7 +30,7 @@ def timed(handler: Handler) -> Handler:
 
 
 class _Watch:
-    """Knows whose steps they are, and warns of the first one that takes too long."""
+    """Times the steps of one handler, and warns once if a step takes too long."""
 
     __slots__ = ("_handler", "_told")
 
@@ -38,7 +38,7 @@ class _Watch:
         self._handler = handler
         self._told = False
 
-    def step(self, step: Callable[..., Any], *arguments: object) -> Any:  # Any: what it gives
+    def step(self, step: Callable[..., Any], *arguments: object) -> Any:  # Any: its result
         """Take one step, and time it."""
         begun = perf_counter()
         try:
@@ -55,13 +55,13 @@ class _Watch:
                     location=self._handler.location,
                     seconds=round(seconds, 3),
                 )
-            # Or this frame and the traceback of an exception in them keep each other alive, and a
-            # traceback that shows local variables shows the payload.
+            # Otherwise this frame and the traceback of an exception in `arguments` keep each other
+            # alive, and a traceback with local variables would show the payload.
             del arguments
 
 
 class _Timed:
-    """A handler's function whose call is timed, and the steps of the coroutine that it makes."""
+    """A handler's function. Its call is timed, and also the steps of its coroutine."""
 
     def __init__(self, function: Callable[..., object], watch: _Watch) -> None:
         self.__wrapped__ = function
@@ -76,7 +76,7 @@ class _Timed:
 
 
 class _TimedSolution(AbstractAsyncContextManager[Mapping[str, object]]):
-    """The dependencies of one delivery: to make them, and to clean them up, takes timed steps."""
+    """The dependencies of one delivery. The steps to make them and to clean up are timed."""
 
     __slots__ = ("_inner", "_watch")
 
@@ -93,18 +93,18 @@ class _TimedSolution(AbstractAsyncContextManager[Mapping[str, object]]):
             swallowed: bool | None = await _steps_of(self._inner.__aexit__(*raised), self._watch)
             return swallowed
         finally:
-            del raised  # or this frame and its traceback keep each other alive
+            del raised  # otherwise this frame and its traceback keep each other alive
 
 
-def _steps_of(result: object, watch: _Watch) -> Any:  # Any: what a handler may give
-    """The same coroutine with timed steps; what else there may be, and be awaited, as it is."""
+def _steps_of(result: object, watch: _Watch) -> Any:  # Any: the result of a handler
+    """The same coroutine with timed steps; any other object unchanged."""
     if isinstance(result, Coroutine):
         return _Steps(cast("Coroutine[object, Any, object]", result), watch)
     return result
 
 
-class _Steps(Coroutine[Any, Any, Any]):  # Any: what passes through is the event loop's
-    """A coroutine each of whose steps is timed."""
+class _Steps(Coroutine[Any, Any, Any]):  # Any: objects of the event loop pass through
+    """A coroutine with timed steps."""
 
     __slots__ = ("_coroutine", "_watch")
 
@@ -116,13 +116,13 @@ class _Steps(Coroutine[Any, Any, Any]):  # Any: what passes through is the event
         try:
             return self._watch.step(self._coroutine.send, value)
         finally:
-            del value  # on trio an exception may be in it
+            del value  # on trio it may hold an exception
 
     def throw(self, *error: Any) -> Any:
         try:
             return self._watch.step(self._coroutine.throw, *error)
         finally:
-            del error  # or this frame and its traceback keep each other alive
+            del error  # otherwise this frame and its traceback keep each other alive
 
     def close(self) -> None:
         self._watch.step(self._coroutine.close)
@@ -135,10 +135,10 @@ class _Steps(Coroutine[Any, Any, Any]):  # Any: what passes through is the event
 
     @property
     def cr_frame(self) -> object:
-        """Its frame, for messages that say where it waits."""
+        """The frame of the coroutine, for messages with the line at which it waits."""
         return getattr(self._coroutine, "cr_frame", None)
 
     @property
     def cr_await(self) -> object:
-        """What it awaits."""
+        """The object that the coroutine awaits."""
         return getattr(self._coroutine, "cr_await", None)

@@ -1,4 +1,4 @@
-"""Owns the façade: one object through which users subscribe, publish, dispatch and observe."""
+"""Owns `EventBus`: the object with which users subscribe, publish, dispatch and observe."""
 
 from __future__ import annotations
 
@@ -30,12 +30,25 @@ from eventkit._core.units import Unit, active_unit
 
 E = TypeVar("E")
 
-# All buses of the process, by their id, as long as somebody else keeps them.
+# All buses of the process, by their id. A bus leaves this mapping when nothing else refers to it.
 _buses: WeakValueDictionary[int, EventBus] = WeakValueDictionary()
 
 
 class Wiring(TypedDict):
-    """One subscription as plain data, as `EventBus.describe` gives it."""
+    """One subscription as plain data: an entry in the result of `EventBus.describe`.
+
+        for each in bus.describe():
+            print(each["event_type"], "->", each["handler"])
+
+    Attributes:
+        event_type: Name of the event class, with its module.
+        handler: Name of the handler.
+        location: Place where the handler is defined, as `file:line`.
+        subscribed_at: Place where the handler was subscribed, as `file:line`.
+        thread: Whether the handler starts in a worker thread.
+        timeout: Time limit of one delivery in a drain, in seconds; None for no limit.
+        durable: Whether an outbox stores the deliveries until they are done.
+    """
 
     event_type: str
     handler: str
@@ -47,7 +60,7 @@ class Wiring(TypedDict):
 
 
 class EventBus(Subscribing, Aliased):
-    """Ties events to handlers, and says what becomes of them.
+    """Connects events to handlers: subscribe handlers, publish events, observe deliveries.
 
         bus = EventBus()
 
@@ -55,38 +68,37 @@ class EventBus(Subscribing, Aliased):
         async def greet(event: UserCreated) -> None: ...
 
         async with bus.context():          # in a web application the middleware does this
-            bus.publish(UserCreated(1))    # delivered when the block has ended well
+            bus.publish(UserCreated(1))    # delivered when the block ends without an exception
 
-    It holds nothing that is bound to an event loop: one bus at module level serves any number of
-    loops, one after the other or at once. Subscribing, publishing and reading are thread-safe.
-    A process may be forked at any moment, also while other threads publish. The child has the
-    subscriptions and the counters of that moment; what other threads had published is pending
-    there for ever, and is delivered by the parent alone.
+    A bus is not bound to an event loop. One bus at module level serves any number of loops, one
+    after the other or at the same time. Subscribing, publishing and reading are thread-safe.
+
+    A process may be forked at any moment, also while other threads publish. The child process has
+    the subscriptions and the counters of that moment. Events that other threads had published stay
+    pending in the child. Only the parent process delivers these events.
 
     Args:
-        name: Stands in logs and messages.
-        sequential: Handlers of one event run one after the other instead of concurrently.
-        handler_timeout: Seconds that a handler may take in a drain, counted from when all handlers
-            of its event have begun; None for no limit. A subscription's own `timeout=` goes before
-            it; plain `def`s in a thread have none, and neither has `dispatch`.
-        max_events: How many events with a handler may wait in one unit of work.
-        max_depth: How many handlers deep events may cause events.
-        resolver: What gives handlers their dependencies; left out, FastAPI's `Depends` does, which
-            is looked for when the first handler that has some is subscribed.
-        debug: Whether a failure's note says where its event was published, and so does
-            `Delivery.published_from`; it makes `publish` look for its caller. The log line about
-            events that nobody handles is then a warning. It also times each step of a handler on
-            the event loop, and the log names a handler that blocks the loop, once. Left out, all
-            are so under `python -X dev`, and under pytest all but the last.
-
-    Attributes:
-        name: As given.
-        report_failure: Called with the delivery and the exception of each failure that nobody
-            awaits, in the task of the failed handler; writes a line to the log. Assign another
-            callable to replace it; what it raises is logged.
+        name: Name of the bus in logs and messages.
+        sequential: If True, the handlers of one event run one after the other. By default they run
+            at the same time.
+        handler_timeout: Time limit of a handler in a drain, in seconds; None for no limit. The time
+            starts when all handlers of the event have begun. A `timeout=` of the subscription
+            replaces it. A plain `def` in a thread has no limit, and `dispatch` sets none.
+        max_events: How many events may wait in one event context. Events without a handler do not
+            count.
+        max_depth: Greatest depth of an event. An event that no handler published has the depth 0.
+            An event that a handler publishes is one deeper than the handler's own event.
+        resolver: Gives handlers their dependencies. By default FastAPI's `Depends` does; FastAPI
+            is imported when the first handler with dependencies is subscribed.
+        debug: Turns on three aids for development. (1) `Delivery.published_from`, and the note on
+            a failure, say where the event was published; for this, each `publish` looks for its
+            caller. (2) The log line about events that nobody handles is a warning. (3) The steps
+            of handlers on the event loop are timed, and the log names a handler that blocks the
+            loop, once. By default, all three are on under `python -X dev`, and (1) and (2) under
+            pytest.
 
     Raises:
-        TypeError: `resolver` is no `Resolver`.
+        TypeError: `resolver` is not a `Resolver`.
         ValueError: A limit is not above 0.
     """
 
@@ -115,7 +127,7 @@ class EventBus(Subscribing, Aliased):
             raise TypeError(
                 f"resolver takes an object with the methods of eventkit.Resolver, not {resolver!r}"
             )
-        # Not under pytest: tests run handlers as production does, and may stop the clock.
+        # Not under pytest: tests run handlers exactly as in production, and may stop the clock.
         timed = bool(sys.flags.dev_mode) if debug is None else debug
         self._registry = Registry(resolver, _fastapi_resolver, self._log_unhandled, timed=timed)
         self._state = BusState(
@@ -130,18 +142,24 @@ class EventBus(Subscribing, Aliased):
             tally=Tally(),
             report_failure=log_failure,
         )
-        # The first subscription of each place that subscribes in units of work, and its unit.
+        # By place (`file:line`): the first subscription made there inside a unit of work, and the
+        # unit. None once the warning was written.
         self._made_in_units: dict[str, tuple[Subscription, ref[Unit]] | None] = {}
         _buses[id(self)] = self
 
     @property
     def name(self) -> str:
-        """What the bus is called in logs and messages."""
+        """Name of the bus in logs and messages."""
         return self._state.name
 
     @property
     def report_failure(self) -> Callable[[Delivery, Exception], None]:
-        """What is called with each failure that nobody awaits; assign to replace it."""
+        """Callable that reports each failure of a handler that no code awaits.
+
+        It gets the delivery and the exception, in the task of the failed handler. By default it
+        writes a line to the log. Assign another callable to replace it. An exception that the
+        callable raises is logged.
+        """
         return self._state.report_failure
 
     @report_failure.setter
@@ -150,11 +168,11 @@ class EventBus(Subscribing, Aliased):
 
     @property
     def stats(self) -> Stats:
-        """The counters of this bus at this moment. Thread-safe."""
+        """The counters of this bus at this moment. Reading them is thread-safe."""
         return self._state.tally.snapshot()
 
     @overload
-    def subscribe(  # what a lambda can be inferred from
+    def subscribe(  # for type checkers: lets them infer the parameter of a lambda
         self,
         event_type: type[E],
         handler: Callable[[E], object],
@@ -185,31 +203,34 @@ class EventBus(Subscribing, Aliased):
         thread: bool | None = None,
         durable: bool | Durable = False,
     ) -> Subscription:
-        """Have the handler called for events of this type and its subclasses.
+        """Subscribe a handler to events of this type and of its subclasses.
 
         Args:
             event_type: A class; `object` for every event.
-            handler: Anything callable with the event and its dependencies: `async def`, plain
-                `def` (runs in a worker thread), methods, partials, callable objects.
-            name: A stable name, where `module:qualname` would not be one.
-            timeout: Seconds that one delivery may take, None for no limit; left out, the bus's
-                `handler_timeout` holds in drains.
-            thread: Where the call starts: True in a worker thread, False on the event loop; left
-                out, a plain `def` in a thread and everything async on the loop.
-            durable: Whether its deliveries are kept in a table until they are done, so that no
-                crash loses them; `Durable(...)` says how often they are tried. Needs an
-                `eventkit.outbox.Outbox`. May run twice: use `complete_with(session)` for your own
-                rows, `current_delivery().id` as a key elsewhere. Every process that publishes
-                includes the router.
+            handler: A callable that takes the event, and its dependencies as keyword arguments: an
+                `async def`, a plain `def` (runs in a worker thread), a method, a partial, or an
+                object with `__call__`.
+            name: A stable name of the handler. By default it is `module:qualname`.
+            timeout: Time limit of one delivery, in seconds; None for no limit. By default the
+                bus's `handler_timeout` applies in drains.
+            thread: True starts the call in a worker thread, False on the event loop. By default a
+                plain `def` starts in a thread, and everything async on the event loop.
+            durable: Whether a table stores the deliveries until they are done, so that a crash
+                loses none. `Durable(...)` also says how often a delivery is tried. Needs an
+                `eventkit.outbox.Outbox`. The handler may run twice for one event: use
+                `complete_with(session)` for your own rows, and `current_delivery().id` as the
+                idempotency key for other systems. Every process that publishes the event must
+                subscribe the handler, too.
 
         Returns:
-            The subscription; `cancel()` ends it, and so does leaving it as a context manager.
+            The subscription. `cancel()` ends it. Used as a context manager, it ends with the block.
 
         Raises:
             InvalidEventTypeError: `event_type` is not a class.
-            InvalidHandlerError: The handler takes no event, or something that nobody provides.
-            DuplicateSubscriptionError: It is subscribed to this type already.
-            DuplicateNameError: Another handler has been given this name.
+            InvalidHandlerError: The handler takes no event, or has a parameter that nothing
+                provides.
+            DuplicateSubscriptionError: The handler is subscribed to this type already.
+            DuplicateNameError: Another handler has this name.
         """
         declaration = declare(
             event_type, handler, name=name, timeout=timeout, thread=thread, durable=durable
@@ -217,12 +238,15 @@ class EventBus(Subscribing, Aliased):
         return self._add([declaration])[0]
 
     def include(self, router: EventRouter) -> None:
-        """Subscribe all handlers of a router, or none.
+        """Subscribe all handlers of a router. If this raises, none is subscribed.
+
+        Args:
+            router: The router. Afterwards no handler can be declared on it.
 
         Raises:
-            DuplicateSubscriptionError: One of them is subscribed already.
-            InvalidHandlerError: One of them takes something that nobody provides.
-            DuplicateNameError: Another handler has been given the name of one of them.
+            DuplicateSubscriptionError: One of the handlers is subscribed already.
+            InvalidHandlerError: One of the handlers has a parameter that nothing provides.
+            DuplicateNameError: Another handler has the name of one of the handlers.
         """
         include_into(self, router)
 
@@ -231,16 +255,16 @@ class EventBus(Subscribing, Aliased):
             self._state.keeper.admit(declarations)
         made = self._registry.add(declarations)
         unit = surrounding()
-        if unit is not None:  # which is rare: subscribing belongs to where the bus is made
+        if unit is not None:  # rare: most handlers are subscribed at import or start-up
             for subscription in made:
                 self._watch(subscription, unit)
         return made
 
     def _watch(self, subscription: Subscription, unit: Unit) -> None:
-        """Warn once of a place that subscribes in one unit of work after the other."""
+        """Warn once about a line of code that subscribes in each unit of work and never cancels."""
         place = subscription.subscribed_at
         before = self._made_in_units.setdefault(place, (subscription, ref(unit)))
-        if before is None:  # who reads the log knows
+        if before is None:  # the warning was written already
             return
         earlier, its_unit = before
         if not earlier.active:
@@ -257,88 +281,106 @@ class EventBus(Subscribing, Aliased):
             )
 
     def publish(self, *events: object, even_on_failure: bool = False) -> None:
-        """Say that something happened; handlers run when the unit of work has succeeded.
+        """Publish events: their handlers run when the unit of work has succeeded.
 
-        Queues in the active event context, in order, and returns at once: it never blocks and is
-        no checkpoint. Thread-safe. Handlers are looked up now, and will run in the context
-        variables of this moment. All events are accepted, or one error is raised.
+        The events wait in the active event context, in order. `publish` returns at once: it never
+        blocks, and it is not a checkpoint. It is thread-safe. The handlers are looked up now. They
+        will run with the context variables of this moment. Either all events are accepted, or an
+        error is raised and none is accepted.
 
         Args:
-            events: Instances of any class. Without a handler they are counted and forgotten.
-            even_on_failure: Deliver although the unit of work fails, a `LoginFailed` on a 401
-                for instance.
+            events: Instances of any class. An event without a handler is counted and dropped.
+            even_on_failure: If True, the events are delivered also if the unit of work fails. An
+                example is a `LoginFailed` in a request that is answered with 401.
 
         Raises:
-            NoEventContextError: No unit of work is active here; the message says why.
-            EventContextClosedError: It has ended.
-            EventContextFullError: More than `max_events` would wait in it.
-            EventDepthError: A handler published this, too many handlers deep.
-            InvalidEventTypeError: A class was given instead of an instance of it, or something
-                that nobody handles and that is no event: a list of events, a name, a `dict`, None.
+            NoEventContextError: No event context of this bus is active here. The message says why.
+            EventContextClosedError: The event context has ended.
+            EventContextFullError: More than `max_events` events would wait in the event context.
+            EventDepthError: The event would be deeper than `max_depth`.
+            EventEncodingError: The event has a durable handler and cannot be stored.
+            InvalidEventTypeError: A class was given instead of an instance. Or the object has no
+                handler and is not an event: a list of events, a name, a `dict`, None.
         """
         active_unit(self._state).publish(events, even_on_failure)
 
     async def dispatch(self, event: object) -> None:
-        """Run the handlers now, then those of what they publish, and wait for all of them.
-
-        A unit of work of its own: what it delivered stays delivered if an outer one fails. Not
-        for use inside an open transaction, whose changes the handlers' own sessions cannot see:
-        publish there instead. It has no timeout but those given to a subscription; cancelling it,
-        for instance by a timeout around it, cancels the handlers. With no handler, and with
-        handlers that do not wait, it is no checkpoint.
-
-        All handlers of an event run at the same time, and only those that wait cost a task: up to
-        the first of them, its handlers begin in the task that dispatches, and share its identity;
-        those of what they publish may begin in any of these tasks.
-        Asyncio's own `Task.cancel()` reaches one waiting handler there, through shields.
-        `docs/dispatch.md` has all of it.
+        """Run the handlers of an event now, and wait for them and for the events they publish.
 
             try:
                 await bus.dispatch(OrderPaid(7))
             except DispatchError as failed:
-                print(failed.exceptions)  # what handlers raised, each with a note saying which
+                print(failed.exceptions)  # each exception has a note that names its handler
+
+        A dispatch is a unit of work of its own: events that it delivered stay delivered if an outer
+        unit of work fails. Do not dispatch inside an open transaction, because the handlers' own
+        sessions cannot see its changes. Publish there instead.
+
+        The only time limits are those of the subscriptions (`timeout=`). Cancelling the call
+        cancels the handlers, for example by a timeout around the call. The call is not a checkpoint
+        if the event has no handler, or if no handler waits.
+
+        All handlers of an event run at the same time. A handler costs a task only if it waits. The
+        handlers up to the first one that waits begin in the calling task, and share its identity.
+        Handlers of the events that they publish may begin in any of these tasks. asyncio's own
+        `Task.cancel()` on the calling task reaches one waiting handler, also through a shield. The
+        page "How dispatch works" explains this: https://fastapi-eventkit.readthedocs.io/dispatch/.
+
+        Args:
+            event: An instance of any class.
 
         Raises:
-            DispatchError: Handlers failed; the group has every failure.
-            EventDepthError: Handlers dispatch to handlers, too many deep.
-            InvalidEventTypeError: A class was given instead of an instance of it, or something
-                that nobody handles and that is no event: a list of events, a name, a `dict`, None.
+            DispatchError: Handlers failed. The group has every failure.
+            EventDepthError: A handler dispatches, and the event would be deeper than `max_depth`.
+            InvalidEventTypeError: A class was given instead of an instance. Or the object has no
+                handler and is not an event: a list of events, a name, a `dict`, None.
         """
         dispatching = dispatch(self._state, event)
-        del event  # or a traceback that shows local variables shows the payload
+        del event  # otherwise a traceback with local variables would show the payload
         failures = await dispatching
         try:
             if failures:
                 raise together(failures)
         finally:
-            failures.clear()  # or this frame and the tracebacks keep each other alive
+            failures.clear()  # otherwise this frame and the tracebacks keep each other alive
 
     def context(self, *, independent: bool = False, background: bool = False) -> EventContext:
-        """A unit of work outside HTTP, for `async with`, or for `with` in synchronous jobs.
+        """Create an event context for `async with`, or for `with` in synchronous jobs.
 
-        A clean exit delivers its events, and returns when their handlers have ended; an exception
-        discards them. Cancelling it while they run ends them: they, and what has not started, are
-        undelivered. Inside another context of this bus it is a savepoint: see `EventContext`.
+        It is for code outside of requests, such as jobs, scripts and websocket messages. The end of
+        the block delivers the events, and waits until their handlers have ended. An exception in
+        the block discards the events. If the block is cancelled while handlers run, the handlers
+        are cancelled. Their deliveries are undelivered, and so are those that have not started.
+        Inside another context of this bus the block works like a savepoint: see `EventContext`.
 
-        With `with`, in a thread that has no event loop, the handlers run on the loop that the
-        thread works for (a worker thread of AnyIO or trio); else on the loop of the unit of work
-        whose context variables the thread has; else on that of a running application whose
-        middleware has this bus; else on one of asyncio's that the process keeps for all such
-        blocks. The block waits: do not block an event loop until such a thread has ended.
+        `with` is for threads that have no event loop. The handlers run on the first loop in this
+        list that exists:
+
+        1. the loop that the thread works for, in a worker thread of AnyIO or trio;
+        2. the loop of the unit of work in the thread's context variables;
+        3. the loop of a running application whose middleware has this bus;
+        4. an asyncio loop that the process keeps for such blocks.
+
+        The block waits for that loop. So code on the loop must not block until the thread has
+        ended.
 
         Args:
-            independent: It is no savepoint. The unit of work around it neither delivers nor
-                discards its events, and neither does a transaction that is open in that unit.
-                For tasks and threads that may outlive what started them. Inside a handler its
-                events still name that delivery as their cause, and count in `max_depth`.
-            background: The block does not wait for handlers. The tasks of the application's
-                lifespan, which `EventContextMiddleware` starts on this event loop, deliver the
-                events, as they do for requests: at most `concurrency` units at once, and at
-                shutdown before the application closes its resources. The exit is no checkpoint
-                then, and a cancellation that comes later does not reach the handlers. The exit
-                waits all the same where no lifespan is running, and in a request or a websocket
-                of an in-process client. A savepoint hands its events to the unit around it, which
-                decides when they are delivered: there it has no effect.
+            independent: If True, the context is not a savepoint. The unit of work around it, and a
+                transaction that is open in that unit, neither deliver nor discard its events. Use
+                it in tasks and threads that may outlive the code that started them. Inside a
+                handler, its events still have that delivery as their cause, and count in
+                `max_depth`.
+            background: If True, the end of the block does not wait for handlers. The events are
+                delivered as those of requests are: by the tasks that `EventContextMiddleware` runs
+                in the application's lifespan on this event loop. At most `concurrency` units are
+                delivered at once, and at shutdown they are delivered before the application closes
+                its resources. Then the end of the block is not a checkpoint, and a later
+                cancellation does not reach the handlers. The block still waits where no lifespan
+                is running, and in a request or websocket of an in-process client. In a savepoint
+                `background` has no effect: the outer unit decides when events are delivered.
+
+        Returns:
+            The context. It is open inside the block.
         """
         unit = Unit(self._state)
         if independent:
@@ -348,15 +390,18 @@ class EventBus(Subscribing, Aliased):
         return EventContext(unit)
 
     def current_context(self) -> EventContext:
-        """The active unit of work of this bus.
+        """Return the active event context of this bus.
 
         Raises:
-            NoEventContextError: There is none; the message says why.
+            NoEventContextError: No event context is active here. The message says why.
         """
         return context_of(active_unit(self._state))
 
     def handlers_for(self, event_type: type) -> tuple[Subscription, ...]:
-        """The subscriptions that an event of exactly this class reaches, in start order.
+        """Return the subscriptions that an event of exactly this class reaches, in start order.
+
+        Args:
+            event_type: The class of the event.
 
         Raises:
             InvalidEventTypeError: `event_type` is not a class.
@@ -365,8 +410,9 @@ class EventBus(Subscribing, Aliased):
         return self._registry.resolve(event_type)
 
     def describe(self) -> list[Wiring]:
-        """The whole wiring as plain data, in start order."""
-        defaults = {False: self._state.handler_timeout, True: None}  # a thread cannot be stopped
+        """Return all subscriptions as plain data, in start order."""
+        # By `thread`: a thread cannot be stopped, so it has no limit.
+        defaults = {False: self._state.handler_timeout, True: None}
         return [
             Wiring(
                 event_type=type_name(subscription.event_type),
@@ -383,13 +429,17 @@ class EventBus(Subscribing, Aliased):
         ]
 
     def explain(self, event_type: type) -> str:
-        """Which handlers an event of exactly this class reaches, and why, as text to read.
-
-        For each one, in start order: where it is defined and subscribed, through which class it
-        gets the event, whether it runs on the event loop or in a thread, and for how long. Then
-        what might have been meant: handlers of subclasses, and of other classes with its name.
+        """Explain which handlers an event of exactly this class reaches, and why.
 
             print(bus.explain(OrderPaid))
+
+        The text lists the handlers in start order. For each handler it says: where the handler is
+        defined and subscribed, through which class it gets the event, whether it runs on the event
+        loop or in a thread, and its time limit. The text also lists handlers that were perhaps
+        meant: those of subclasses, and of other classes with the same name.
+
+        Args:
+            event_type: The class of the event.
 
         Raises:
             InvalidEventTypeError: `event_type` is not a class.
@@ -398,13 +448,17 @@ class EventBus(Subscribing, Aliased):
         return explain(event_type, reached, [*self._registry], self._state)
 
     def observe(self, observer: Observer) -> Observation:
-        """Have an observer told what happens from now on.
+        """Call the hooks of an observer from now on. Thread-safe.
+
+        Args:
+            observer: An instance of a subclass of `Observer`.
 
         Returns:
-            A handle whose `detach()` ends it; also a context manager.
+            A handle with a method `detach()` that ends the observation. Used as a context manager,
+            it ends with the block.
 
         Raises:
-            TypeError: It is not an instance of `Observer`.
+            TypeError: `observer` is not an instance of `Observer`.
         """
         if not isinstance(observer, Observer):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"observe() takes an instance of eventkit.Observer, not {observer!r}")
@@ -421,9 +475,9 @@ class EventBus(Subscribing, Aliased):
             state.observers = Audience(tuple(left))
 
     def _log_unhandled(self, event_type: type) -> None:
-        """Say once that nobody handles events of this type, and which other buses would."""
+        """Log once that no handler takes events of this type, and name the buses that have one."""
         others = (other() for other in _buses.valuerefs())
-        names = dict.fromkeys(  # buses may have one name
+        names = dict.fromkeys(  # several buses may have the same name
             other.name for other in others if other is not None and _handles(other, event_type)
         )
         handled_by = ", ".join(f"another bus {name!r}" for name in names)
@@ -442,32 +496,32 @@ class EventBus(Subscribing, Aliased):
 
 
 def _fastapi_resolver() -> Resolver:
-    """FastAPI's, which is not imported before a handler needs it."""
+    """The resolver for FastAPI. FastAPI is imported here, when a handler needs it."""
     from eventkit._core.depends import FastAPIResolver
 
     return FastAPIResolver()
 
 
 def all_buses() -> list[EventBus]:
-    """Those of this process, in the order in which they were made, for the command."""
+    """The buses of this process, in the order in which they were created; for the command line."""
     return [bus for each in _buses.valuerefs() if (bus := each()) is not None]
 
 
 def registry_of(bus: EventBus) -> Registry:
-    """Who is subscribed to the bus, for the testing kit."""
-    return bus._registry  # noqa: SLF001 - the one door to it
+    """The subscriptions of the bus, for the testing kit."""
+    return bus._registry  # noqa: SLF001 - the only access from other modules
 
 
 def _handles(bus: EventBus, event_type: type) -> bool:
-    """Whether the bus has a handler of it, other than one for every event."""
+    """Whether the bus has a handler for this type that is not subscribed to `object`."""
     return any(each.event_type is not object for each in registry_of(bus).resolve(event_type))
 
 
 def _debugging() -> bool:
-    """Whether this is `python -X dev`, or pytest is running, which says so since 8.2."""
+    """Whether Python runs with `-X dev`, or under pytest (8.2 or later sets this variable)."""
     return sys.flags.dev_mode or "PYTEST_VERSION" in os.environ
 
 
 def state_of(bus: EventBus) -> BusState:
-    """What the bus's units of work share, for the modules above."""
-    return bus._state  # noqa: SLF001 - the one door to it
+    """The state that all units of work of the bus share, for the modules above the core."""
+    return bus._state  # noqa: SLF001 - the only access from other modules

@@ -1,6 +1,6 @@
-"""Owns what users have of units of work: `EventContext`, and a dispatch, which is one of its own.
+"""Owns the public side of units of work: `EventContext`, and `dispatch`, which makes its own unit.
 
-The unit itself, and all that happens to it, is in `units`.
+The unit itself is in `units`.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ from eventkit.exceptions import (
 
 
 class EventContext(Aliased):
-    """A unit of work: events published in it are delivered when it succeeds.
+    """An event context is a unit of work: its events are delivered when it succeeds.
 
-    Made by `EventBus.context()`, by the middleware for each request, and for each delivery.
-    Opened inside another one of the same bus it works like a savepoint: an exception drops only
-    its own events, a clean exit hands them to the outer unit.
+        async with bus.context() as unit:
+            unit.publish(OrderPlaced(1))
+            bus.publish(OrderPlaced(2))    # the same: `unit` is the active context
 
-    Events may be published from any task and any thread that sees the context; everything else
-    belongs to the event loop on which it was opened, but `release` and `discard`, which are
-    thread-safe too. It cannot be opened twice. While it is open it holds no cancel scope and no
-    task group, so an async generator may open it around a `yield`.
+    The middleware opens one for each request, `EventBus.context()` creates one for other code, and
+    each delivery has one. A context inside another context of the same bus works like a savepoint:
+    an exception drops only its own events, and a clean exit hands its events to the outer context.
+
+    `publish`, `release` and `discard` are thread-safe. All other methods belong to the event loop
+    on which the context was opened. A context can be opened only once. An open context holds no
+    cancel scope and no task group, so an async generator may open it around a `yield`.
     """
 
     __slots__ = ("__weakref__", "_unit")
@@ -50,45 +53,57 @@ class EventContext(Aliased):
 
     @property
     def closed(self) -> bool:
-        """Whether it takes no more events, because its own were delivered or discarded."""
+        """Whether the context has ended. A context that has ended takes no more events."""
         return self._unit.closed
 
     @property
     def pending(self) -> tuple[Delivery, ...]:
-        """The deliveries that wait here, released ones first. Thread-safe."""
+        """The deliveries that wait in this context, released ones first. Thread-safe."""
         waiting = self._unit.queue.pending
         return tuple(delivery for envelope in waiting for delivery in envelope.deliveries())
 
     def publish(self, *events: object, even_on_failure: bool = False) -> None:
-        """Say that something happened in this unit of work. See `EventBus.publish`."""
+        """Publish events in this context. See `EventBus.publish`.
+
+        Args:
+            events: Instances of any class.
+            even_on_failure: If True, the events are delivered also if the unit of work fails.
+        """
         self._unit.publish(events, even_on_failure)
 
     def release(self) -> None:
-        """What was published so far will be delivered, whatever follows. Thread-safe.
+        """Decide that the events published so far are delivered, whatever follows. Thread-safe.
 
-        For the moment after a commit. Delivery itself happens when the unit ends, or in `drain`;
-        where a cancellation reaches that, what it ends or leaves is undelivered.
+        Call it after a commit. The delivery itself happens when the context ends, or in `drain`. If
+        the delivery is cancelled, its remaining deliveries are undelivered.
         """
         self._unit.release()
 
     def discard(self) -> None:
-        """Drop what is neither released nor `even_on_failure`. Thread-safe.
+        """Drop the events that are neither released nor `even_on_failure`. Thread-safe.
 
-        For the moment after a rollback. What is dropped is counted, logged, and told observers.
+        Call it after a rollback. The dropped events are counted and logged, and observers see them.
         """
         self._unit.discard()
 
     async def drain(self) -> DrainReport:
-        """Release what was published so far, and deliver it and all that it causes now.
+        """Release the events published so far, and deliver them and the events they cause now.
 
-        May be called as often as wanted while the unit is open: per chunk, per message, after
-        each commit. Not before a commit: it would deliver what may still be rolled back. Failures
-        are reported as in every drain, and are in the result too. What a cancellation interrupts
-        is undelivered; what had not started waits for the next drain.
+            report = await unit.drain()
+            report.raise_for_failures()
+
+        It may be called any number of times while the context is open: for each chunk, for each
+        message, after each commit. Do not call it before a commit: it would deliver events of a
+        transaction that may still be rolled back. Failures are reported as in every drain, and are
+        also in the result. If the call is cancelled, the handlers that run are cancelled, and their
+        deliveries are undelivered. Events that have not started wait for the next drain.
+
+        Returns:
+            How many deliveries succeeded, and the failures.
 
         Raises:
-            DrainInProgressError: Called inside a handler, or while another drain of it runs.
-            EventContextClosedError: It has not been opened.
+            DrainInProgressError: Called inside a handler, or while another task drains the context.
+            EventContextClosedError: The context has not been opened.
         """
         unit = self._unit
         self._refuse_drain()
@@ -104,7 +119,7 @@ class EventContext(Aliased):
             handled = await deliver(unit, report)
             return DrainReport(handled, tuple(failures), unit.requeued - before)
         finally:
-            failures.clear()  # a traceback leads to `report`, which would close a reference cycle
+            failures.clear()  # a traceback refers to `report`: this breaks the reference cycle
 
     def _refuse_drain(self) -> None:
         unit = self._unit
@@ -112,13 +127,14 @@ class EventContext(Aliased):
             raise EventContextClosedError(why_not_open(unit))
         if unit.inside_handler():
             raise DrainInProgressError(
-                f"a handler of bus {unit.state.name!r} cannot drain its own unit of work: what it "
-                "publishes is delivered when the handlers of its event have ended. To wait for "
-                "handlers, use `await bus.dispatch(event)`"
+                f"a handler of bus {unit.state.name!r} cannot drain its own unit of work: the "
+                "events that it publishes are delivered when all handlers of its own event have "
+                "ended. To wait for handlers, use `await bus.dispatch(event)`"
             )
         if unit.draining:
             raise DrainInProgressError(
-                f"this event context of bus {unit.state.name!r} is being drained by another task"
+                f"this event context of bus {unit.state.name!r} is being drained by another task: "
+                "call drain() when that drain has ended"
             )
 
     def __enter__(self) -> Self:
@@ -151,12 +167,13 @@ class EventContext(Aliased):
         try:
             if on_event_loop():
                 raise EventContextUsageError(
-                    "`with bus.context()` was opened in a thread and ends on an event loop, "
-                    "which it would block: leave the block in the thread that entered it"
+                    "`with bus.context()` was opened in a thread without an event loop, and ends "
+                    "on an event loop, which it would block: leave the block in the thread that "
+                    "entered it"
                 )
             run(begin, unit.ways_to_loops())
         finally:
-            if not begun:  # there was no loop to run it
+            if not begun:  # no event loop has run it
                 unit.abandon()
 
     async def __aenter__(self) -> Self:
@@ -189,7 +206,7 @@ class EventContext(Aliased):
 
 
 def context_of(unit: Unit) -> EventContext:
-    """What users have of the unit; the same object for as long as somebody has it."""
+    """The `EventContext` of the unit; always the same object while somebody refers to it."""
     context: EventContext | None = None if unit.context is None else unit.context()
     return EventContext(unit) if context is None else context
 
@@ -197,9 +214,9 @@ def context_of(unit: Unit) -> EventContext:
 async def dispatch(
     state: BusState, event: object, incoming: Incoming | None = None
 ) -> list[Failure]:
-    """Run the handlers of one event, and of all that comes of it, and return what failed.
+    """Run the handlers of one event and of the events it causes, and return the failures.
 
-    See `EventBus.dispatch`. `incoming` is the message that the event was read from.
+    See `EventBus.dispatch`. `incoming` is the message that the event was read from, if any.
     """
     plan = state.plan_for(event)
     if not plan and not state.observers.watches_events:
@@ -209,10 +226,10 @@ async def dispatch(
     if plan and state.decisions is not None:
         state.decisions.dispatching(state, event)
     unit = Unit(state)
-    unit.keeps = False  # who awaits the outcome is the one who tries again
+    unit.keeps = False  # the caller awaits the outcome and can try again by itself
     unit.open(current(), nested=False)
     unit.publish((event,), False, incoming)
-    del event  # or a traceback that shows local variables shows the payload
+    del event  # otherwise a traceback with local variables would show the payload
     failures: list[Failure] = []
 
     def collect(delivery: Delivery, error: Exception) -> None:
@@ -222,10 +239,10 @@ async def dispatch(
         await finish(unit, collect, None, success=True)
         return [*failures]
     except BaseException:
-        _report_all(state, failures)  # nobody else will hear of them
+        _report_all(state, failures)  # the caller gets the exception instead of the failures
         raise
     finally:
-        failures.clear()  # a traceback leads to `collect`, which would close a reference cycle
+        failures.clear()  # a traceback refers to `collect`: this breaks the reference cycle
 
 
 def _report_all(state: BusState, failures: Sequence[Failure]) -> None:

@@ -1,4 +1,4 @@
-"""Owns what a handler takes beside the event, and who is asked for it: a `Resolver`.
+"""Owns the parameters of a handler beside the event, and the `Resolver` that provides them.
 
 Knows no container.
 """
@@ -27,27 +27,43 @@ from eventkit.exceptions import InvalidHandlerError
 
 @runtime_checkable
 class Resolver(Protocol):
-    """What gives handlers their dependencies: FastAPI where nothing is said, or another container.
+    """The protocol of an object that gives handlers their dependencies.
 
-    Asked when a handler is subscribed to a bus, or its router is included in one; afterwards only
-    the `Solver` is called. It is shown the parameters beside the event, with annotations that have
-    been evaluated: a name that does not exist at run time is a `typing.ForwardRef` in them, and
-    one that cannot be evaluated at all is a string.
+        bus = EventBus(resolver=ContainerResolver(container))
+
+    By default a bus uses FastAPI. Implement this protocol for another container. The bus calls a
+    resolver when a handler is subscribed, or when its router is included. Each delivery then calls
+    only the `Solver` that `compile` returned.
+
+    The resolver gets the parameters of a handler beside the event. Their annotations are evaluated.
+    A name that does not exist at run time is a `typing.ForwardRef`. An annotation that cannot be
+    evaluated at all is a string.
     """
 
     def provides(self, parameter: inspect.Parameter) -> bool:
-        """Say whether this is a dependency. Others keep their default, and have to have one.
+        """Say whether the resolver provides this parameter.
+
+        A parameter that the resolver does not provide keeps its default value. Without a default,
+        the handler is refused with an `InvalidHandlerError`.
+
+        Args:
+            parameter: A parameter of a handler, not the event.
 
         Raises:
-            Exception: That cannot be said. The handler's name and place are added to the message.
+            Exception: The parameter cannot be judged. It becomes an `InvalidHandlerError` whose
+                message also has the handler's name and place.
         """
         ...
 
     def compile(self, parameters: Sequence[inspect.Parameter]) -> Solver:
-        """Prepare for the deliveries to a handler that has these dependencies, one at least.
+        """Prepare the deliveries to a handler, and return the solver for them.
+
+        Args:
+            parameters: The parameters that the resolver provides, at least one.
 
         Raises:
-            Exception: What cannot work. The handler's name and place are added to the message.
+            Exception: The dependencies cannot be provided. It becomes an `InvalidHandlerError`
+                whose message also has the handler's name and place.
         """
         ...
 
@@ -55,19 +71,21 @@ class Resolver(Protocol):
 def with_dependencies(
     handler: Handler, resolver: Resolver | None, make_default: Callable[[], Resolver]
 ) -> Handler:
-    """Have the resolver compile what the handler takes beside the event.
+    """Have the resolver compile the parameters of the handler beside the event.
 
     Args:
-        handler: As it was declared.
-        resolver: Who is asked; None for the default one.
-        make_default: Makes that; not called before a handler needs it, for it imports FastAPI.
+        handler: The handler as it was declared.
+        resolver: The resolver; None for the default one.
+        make_default: Makes the default resolver. It imports FastAPI, so it is called only if a
+            handler needs it.
 
     Raises:
-        InvalidHandlerError: Something that it takes has neither a source nor a default.
+        InvalidHandlerError: A parameter is not provided and has no default.
     """
     parameters = _beside_the_event(handler.function)
     required = [parameter for parameter in parameters if is_required(parameter)]
-    # What FastAPI has to fill is an object of FastAPI's, or has no default.
+    # A parameter that FastAPI provides has no default, or has a default from FastAPI: then FastAPI
+    # has been imported.
     if resolver is None and parameters and (required or "fastapi" in sys.modules):
         names = [parameter.name for parameter in required or parameters]
         resolver = _by_default(make_default, handler, names)
@@ -91,7 +109,7 @@ def with_dependencies(
 
 
 def _beside_the_event(function: Callable[..., object]) -> list[inspect.Parameter]:
-    """What it takes beside the event and what a partial has bound, with annotations evaluated."""
+    """Its parameters beside the event, except those that a partial binds; annotations evaluated."""
     signature = None if takes_the_event_alone(function) else signature_of(function)
     if signature is None:
         return []
@@ -109,15 +127,15 @@ def _beside_the_event(function: Callable[..., object]) -> list[inspect.Parameter
 
 
 def _evaluated(annotation: object, namespace: dict[str, Any]) -> object:
-    """Evaluate a postponed annotation; names for type checkers alone become a `ForwardRef`.
+    """Evaluate a postponed annotation; names that only type checkers know become a `ForwardRef`.
 
-    What cannot be evaluated even so, stays the text that it is.
+    An annotation that cannot be evaluated in this way stays a string.
     """
     missing: dict[str, object] = {}
     while isinstance(annotation, str):
         try:
             annotation = eval(annotation, namespace, missing)
-        except Exception as error:  # noqa: BLE001 - whatever stands there is user code
+        except Exception as error:  # noqa: BLE001 - an annotation is user code
             name = error.name if isinstance(error, NameError) else None
             if name is None or name in missing:
                 break
@@ -128,40 +146,41 @@ def _evaluated(annotation: object, namespace: dict[str, Any]) -> object:
 def _by_default(
     make_default: Callable[[], Resolver], handler: Handler, parameters: Sequence[str]
 ) -> Resolver:
-    """The resolver of a bus that was given none, which has to be installed."""
+    """Make the default resolver, which needs FastAPI."""
     try:
         return make_default()
     except ModuleNotFoundError as error:
         raise InvalidHandlerError(
-            f"{handler.place} takes {', '.join(parameters)} beside the event, and what resolves "
-            "dependencies is not installed: FastAPI. Install fastapi-eventkit[fastapi], plug in "
-            "another container with EventBus(resolver=...), or close over what the handler needs"
+            f"{handler.place} takes {', '.join(parameters)} beside the event, but FastAPI, which "
+            "provides dependencies by default, is not installed. Install "
+            "fastapi-eventkit[fastapi], use another container with EventBus(resolver=...), or "
+            "remove the parameters"
         ) from error
 
 
 def _unprovided(handler: Handler, parameter: inspect.Parameter) -> str:
     text = (
         f"{handler.place} takes {parameter.name!r}, "
-        "which is neither the event (that comes first) nor "
+        "which is neither the event (the first parameter) nor "
     )
     annotation = parameter.annotation
     if isinstance(annotation, ForwardRef):
         annotation = annotation.__forward_arg__
     if isinstance(annotation, str):
         return (
-            f"{text}seen to be a dependency: its annotation {annotation!r} cannot be evaluated. "
-            "Define or import what it names before the handler gets its bus, and not for type "
-            "checkers alone"
+            f"{text}known to be a dependency: its annotation {annotation!r} cannot be evaluated. "
+            "Define or import this name before the handler is subscribed or its router included, "
+            "and not only for type checkers"
         )
     return (
-        f"{text}a dependency, and has no default. A handler has no request, so neither query, path "
-        "nor body: put what it needs into the event, or say where it comes from, with FastAPI "
-        f"`{parameter.name}: Annotated[..., Depends(...)]`"
+        f"{text}a dependency, and has no default. A handler has no request, so it has no query, no "
+        "path and no body. Put what the handler needs into the event, or declare a dependency, "
+        f"with FastAPI `{parameter.name}: Annotated[..., Depends(...)]`"
     )
 
 
 def _check_call(handler: Handler, provided: Sequence[inspect.Parameter]) -> None:
-    """Refuse what the dependencies cannot be given to by name."""
+    """Refuse a callable that does not accept its dependencies as keyword arguments."""
     signature = signature_of(handler.function, follow_wrapped=False)
     names = [parameter.name for parameter in provided]
     try:
@@ -170,16 +189,16 @@ def _check_call(handler: Handler, provided: Sequence[inspect.Parameter]) -> None
     except TypeError as error:
         raise InvalidHandlerError(
             f"{handler.place} cannot be given its dependencies {', '.join(names)} as keyword "
-            f"arguments: {error}. A decorator has to pass on what it is called with: "
-            "`def wrapper(*args, **kwargs)`; a dependency cannot be positional-only"
+            f"arguments: {error}. A decorator has to pass on all arguments: "
+            "`def wrapper(*args, **kwargs)`. A dependency cannot be positional-only"
         ) from None
 
 
 class Aliased:
-    """A class that FastAPI users name by an alias; as a field of FastAPI's it is refused.
+    """A class for which FastAPI users declare an alias; the class itself is refused as a field.
 
     Attributes:
-        alias: What to declare instead.
+        alias: The parameter to declare instead.
     """
 
     __slots__ = ()
@@ -190,17 +209,17 @@ class Aliased:
     def __get_pydantic_core_schema__(
         cls, source: object, handler: Callable[[object], object]
     ) -> object:
-        """What FastAPI and Pydantic ask, where they take the class for a field of theirs.
+        """Refuse the class as a field of FastAPI or Pydantic, with a message that helps.
 
         Raises:
-            TypeError: Pydantic cannot make one; a model that allows arbitrary types can.
+            TypeError: Pydantic cannot make a field. It can if a model allows arbitrary types.
         """
         try:
             return handler(source)
         except Exception as error:  # Pydantic's, which is not imported here
             alias = cls.alias.partition(": ")[2]
             raise TypeError(
-                f"{cls.__name__} is no field that FastAPI can read from a request. In an endpoint, "
-                f"a dependency or a handler declare `{cls.alias}`: from eventkit.fastapi import "
-                f"{alias}. In a model of Pydantic set arbitrary_types_allowed=True"
+                f"FastAPI cannot read a field of the type {cls.__name__} from a request. In an "
+                f"endpoint, a dependency or a handler declare `{cls.alias}`: from eventkit.fastapi "
+                f"import {alias}. In a model of Pydantic set arbitrary_types_allowed=True"
             ) from error

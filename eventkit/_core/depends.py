@@ -1,7 +1,7 @@
-"""Owns FastAPI's way to give handlers their dependencies. Imported when a handler has some.
+"""Owns `FastAPIResolver`. It is imported when a handler has dependencies.
 
-FastAPI itself finds, makes and cleans up the dependencies. The functions that do so are private to
-it, and used here alone. Knows nothing of databases.
+FastAPI itself finds, makes and cleans up the dependencies. Its functions for this are private, and
+only this module uses them. Knows nothing of databases.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from eventkit._core.handlers import Solver, location_of, name_of
 from eventkit._core.log import log
 from eventkit.exceptions import EventKitError, InvalidHandlerError, NoRequestError
 
-# What a parameter may declare as its default or in `Annotated`, and what is passed for its type.
+# `_MARKERS`: objects in a default or in `Annotated`. `_TYPES`: annotations without a marker.
 _MARKERS = (params.Depends, params.Param, params.Body)
 _TYPES = (HTTPConnection, Response, BackgroundTasks, SecurityScopes)
 
-# What FastAPI notes of a function that only a request or its response can fill.
+# Attributes of FastAPI's `Dependant` for parameters that only a request or response can provide.
 _FIELDS = {
     "path_params": "path parameter",
     "query_params": "query parameter",
@@ -54,23 +54,28 @@ _OBJECTS = {
 
 
 class FastAPIResolver:
-    """Gives handlers their dependencies as FastAPI gives them to endpoints.
-
-    A bus that is told of no other resolver uses it once a handler has dependencies:
+    """Gives handlers their dependencies with FastAPI's `Depends`, as in endpoints.
 
         @bus.on(UserCreated)
         async def greet(event: UserCreated, mailer: Annotated[Mailer, Depends(get_mailer)]) -> None:
             await mailer.send(event.email, "Welcome!")
 
-    Whatever `Depends` can do is done by FastAPI: nested dependencies, plain `def`s in threads,
-    `yield` with a clean-up that sees the handler's exception, the cache and `use_cache=False`, and
-    `app.dependency_overrides` of the application in whose request or lifespan the unit of work was
-    opened. Each delivery has a set of its own. A `Request` has that application and the state of
-    its lifespan, and nothing of any request: asked for more it raises `NoRequestError`.
+    It is the default resolver of a bus: `EventBus(resolver=...)` replaces it.
+
+    FastAPI itself resolves the dependencies, so all features of `Depends` work: nested
+    dependencies, plain `def`s in threads, `yield` with a clean-up that sees the handler's
+    exception, the cache and `use_cache=False`. `app.dependency_overrides` are those of the
+    application in whose request or lifespan the unit of work was opened. Each delivery gets its own
+    dependencies. A `Request` parameter has that application and the state of its lifespan.
+    Everything else of a request raises `NoRequestError`.
     """
 
     def provides(self, parameter: inspect.Parameter) -> bool:
-        """Whether it is declared in FastAPI's way; also if that is a way that only requests go."""
+        """Return whether FastAPI declares this parameter, also if only a request can provide it.
+
+        Args:
+            parameter: A parameter of a handler, not the event.
+        """
         annotation = getattr(parameter.annotation, "__value__", parameter.annotation)  # PEP 695
         declared = [parameter.default]
         if get_origin(annotation) is Annotated:
@@ -79,22 +84,25 @@ class FastAPIResolver:
         return (
             any(isinstance(thing, _MARKERS) for thing in declared)
             or _is_one_of(annotation, *_TYPES)
-            # Refused by `compile`, in words that name the alias for it.
+            # `compile` refuses these classes, with a message that names the alias.
             or (_is_one_of(annotation, Aliased) and parameter.default is parameter.empty)
         )
 
     def compile(self, parameters: Sequence[inspect.Parameter]) -> Solver:
-        """Have FastAPI look at them, once.
+        """Let FastAPI analyse the parameters, once for each handler.
+
+        Args:
+            parameters: The parameters that FastAPI provides.
 
         Raises:
-            InvalidHandlerError: One of them, or something that it depends on, needs a request.
-            EventKitError: This release of FastAPI keeps elsewhere what is needed of it.
+            InvalidHandlerError: A parameter, or one of its dependencies, needs a request.
+            EventKitError: This release of FastAPI has moved or changed the functions that are used.
         """
         private = _private_functions()
         for parameter in parameters:
             _check(parameter, private)
         dependant = private.get_dependant(path="/", call=_shell(parameters))
-        told = set[str]()  # which names in the state this handler has been warned of
+        told = set[str]()  # names in the state for which this handler has been warned
 
         def solver(origin: object) -> AbstractAsyncContextManager[Mapping[str, object]]:
             known = origin if isinstance(origin, Origin) else None
@@ -108,26 +116,26 @@ def _is_one_of(annotation: object, *classes: type) -> bool:
 
 
 def _check(parameter: inspect.Parameter, private: _Private) -> None:
-    """Refuse what FastAPI cannot resolve, or only with a request."""
+    """Refuse a parameter that FastAPI cannot resolve, or can resolve only with a request."""
     shell = _shell([parameter])
     try:
         dependant = private.get_dependant(path="/", call=shell)
-    except Exception as error:  # by assertions, too
+    except Exception as error:  # FastAPI also uses assertions
         raise InvalidHandlerError(f"FastAPI cannot resolve {parameter.name!r}: {error}") from error
     for call, what in _needs_of_a_request(dependant):
         where = "" if call is shell else f" of {name_of(call)} ({location_of(call)})"
         raise InvalidHandlerError(
             f"{parameter.name!r} needs {what}{where}, which only a request has. A handler runs "
-            "after it, or without one: put what it needs into the event, or depend on something "
-            "else"
+            "after its request, or without a request: put what the handler needs into the event, "
+            "or use another dependency"
         )
 
 
 class _Solution(AbstractAsyncContextManager[Mapping[str, object]]):
-    """The dependencies of one delivery: made when it is entered, cleaned up when it is left.
+    """The dependencies of one delivery: `__aenter__` makes them, `__aexit__` cleans up.
 
-    FastAPI keeps a stack for what ends with the endpoint, and one for what ends with the request.
-    A handler has but one end, so here they are the same, and all ends in reverse order.
+    FastAPI has one exit stack for the end of the endpoint, and one for the end of the request. A
+    handler has only one end, so here both are the same stack, and the clean-up is in reverse order.
     """
 
     __slots__ = (
@@ -176,12 +184,12 @@ class _Solution(AbstractAsyncContextManager[Mapping[str, object]]):
         return swallowed
 
     def _put_into_state(self) -> list[str]:
-        """The names in the state that are there, or are something else, since the beginning."""
+        """The names in the state that are new or have another value since the beginning."""
         nothing = object()
         return [n for n, it in self._state.items() if self._given.get(n, nothing) is not it]
 
     def _tell_of_leftovers(self) -> None:
-        """Warn of what the dependencies put into the state for a middleware of requests to end."""
+        """Warn about objects that dependencies have put into the state and have not removed."""
         left = [name for name in self._put_into_state() if name in self._made]
         if left and not self._told.issuperset(left):
             self._told.update(left)
@@ -199,7 +207,7 @@ class _Solution(AbstractAsyncContextManager[Mapping[str, object]]):
             type="http",
             state=self._state,
             eventkit=delivering(),
-            # Since 0.121 FastAPI takes the stacks from here.
+            # FastAPI 0.121 and later take the stacks from the scope.
             fastapi_inner_astack=stack,
             fastapi_function_astack=stack,
         )
@@ -219,10 +227,10 @@ class _Solution(AbstractAsyncContextManager[Mapping[str, object]]):
 
 
 def _shell(parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
-    """A function that looks as if it had these parameters."""
+    """A function whose signature has these parameters."""
 
     def shell(**_: object) -> None:
-        """Called by nobody."""
+        """It is never called."""
 
     by_name = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in parameters]
     shell.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]
@@ -232,7 +240,7 @@ def _shell(parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
 def _needs_of_a_request(
     dependant: Any,  # FastAPI's own
 ) -> Iterator[tuple[Callable[..., object], str]]:
-    """What it and its dependencies have that a handler cannot be given, and whose it is."""
+    """The parameters that only a request can provide, each with the callable that has it."""
     call = dependant.call
     for attribute, kind in _FIELDS.items():
         for field in getattr(dependant, attribute):
@@ -241,13 +249,13 @@ def _needs_of_a_request(
         if name := getattr(dependant, attribute):
             yield call, f"the {kind} {name!r}"
     if isinstance(call, SecurityBase):
-        yield cast("Any", call), "the credentials"  # each of them can be called
+        yield cast("Any", call), "the credentials"  # all security classes are callable
     for dependency in dependant.dependencies:
         yield from _needs_of_a_request(dependency)
 
 
 class _Absent(Mapping[str, Any]):
-    """Part of a request that is not there. Says so when it is read, not when FastAPI passes it."""
+    """A missing part of a request. It raises when it is read, not when FastAPI passes it on."""
 
     def __init__(self, part: str) -> None:
         self._part = part
@@ -308,7 +316,7 @@ class _HandlerRequest(Request):
 
 
 class _HandlerState(State):
-    """The state of a handler's `Request`; a middleware of requests has put nothing into it."""
+    """The state of a handler's `Request`; it has nothing from middlewares of requests."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -321,16 +329,16 @@ class _HandlerState(State):
 
 
 class _NoStateError(NoRequestError, AttributeError, KeyError):
-    """So that `hasattr`, `getattr` and `except` do what they do in an endpoint."""
+    """Has these base classes so that `hasattr`, `getattr` and `except` work as in an endpoint."""
 
     __str__ = Exception.__str__  # a `KeyError` shows its message in quotes
 
 
 class _HandlerResponse(Response):
-    """Stands for the response that a handler has not, so that FastAPI makes none."""
+    """Passed to FastAPI as the response, so that FastAPI does not make one."""
 
     def __init__(self) -> None:
-        """Have no attributes at all."""
+        """Set no attributes."""
 
     def __getattr__(self, name: str) -> NoReturn:
         raise NoRequestError("response")
@@ -340,7 +348,7 @@ _RESPONSE = _HandlerResponse()
 
 
 class _Scope(dict[str, Any]):
-    """The scope of a handler's `Request`; what it lacks, only requests have."""
+    """The scope of a handler's `Request`; a missing key is something that only requests have."""
 
     def __missing__(self, key: str) -> NoReturn:
         raise NoRequestError(key)
@@ -352,9 +360,9 @@ async def _receive_nothing() -> Message:
 
 @dataclass(frozen=True, slots=True)
 class _Private:
-    """The functions of FastAPI that are not its public interface, alike in all its releases."""
+    """The private functions of FastAPI, with the same signature for all releases."""
 
-    get_dependant: Callable[..., Any]  # what it makes is FastAPI's own
+    get_dependant: Callable[..., Any]  # it returns a private class of FastAPI
     solve: Callable[
         [Request, Any, fastapi.FastAPI | None, AsyncExitStack],
         Awaitable[tuple[Mapping[str, object], Sequence[object]]],
@@ -363,10 +371,10 @@ class _Private:
 
 @cache
 def _private_functions() -> _Private:
-    """Find them.
+    """Look up the private functions.
 
     Raises:
-        EventKitError: They are not where they were, or not what they were.
+        EventKitError: FastAPI has moved or changed them.
     """
     try:
         from fastapi.dependencies import utils
@@ -391,7 +399,7 @@ def _private_functions() -> _Private:
             "embed_body_fields": False,
         }
         solved: Any = await solve_dependencies(**{name: given[name] for name in passed})
-        # A tuple until FastAPI 0.112.2.
+        # Up to FastAPI 0.112.2 it is a tuple.
         return (
             (solved.values, solved.errors) if hasattr(solved, "values") else (solved[0], solved[1])
         )
@@ -400,7 +408,7 @@ def _private_functions() -> _Private:
 
 
 _REQUIRED = {"request", "dependant", "response", "dependency_overrides_provider"}
-_OPTIONAL = {"async_exit_stack", "embed_body_fields"}  # which have come, and may go
+_OPTIONAL = {"async_exit_stack", "embed_body_fields"}  # not in all releases of FastAPI
 _MOVED = (
     "FastAPI {} has moved or changed what eventkit uses to resolve the dependencies of handlers "
     "({}): upgrade eventkit, or install an earlier FastAPI"

@@ -1,8 +1,8 @@
-"""Runs the handlers of one event after another: the machine that every delivery goes through.
+"""Runs the handlers of one event after another: every delivery goes through this module.
 
-Knows nothing of who subscribed and why, of units of work, or of what happens before and after.
-What becomes of an exception, `policy` decides. `awaited` and `drainer` have the two kinds of run:
-they say where the workers' tasks come from, and who waits for these tasks.
+Knows nothing of subscriptions and units of work. `policy` decides what an exception means.
+`awaited` and `drainer` have the two kinds of run: they start the workers' tasks, and wait for
+these tasks.
 
 Concurrency without a task per handler
 --------------------------------------
@@ -10,31 +10,32 @@ All handlers of an event run at the same time. The plain way is a task for each 
 costs a hundred times as much as the call of a short handler, and most short handlers never wait.
 The technique here is known from parallel runtimes as continuation stealing. It rests on one fact:
 a coroutine that has to wait *yields* an object to the event loop, which says what the coroutine
-waits for. The object passes through everybody who awaits the coroutine. Here the object is called
-a trap. Whoever steps a coroutine by hand sees the trap before the event loop does.
+waits for. The object passes through all coroutines that await this one. Here the object is called
+a trap. Code that steps a coroutine by hand sees the trap before the event loop does.
 
 A task that runs handlers is a *worker*. A worker calls a handler and takes its first step itself,
 `next(...)`. Usually that is all: the handler has ended, and it has cost no task. If the step gave a
 trap instead, the handler wants to wait, and the event loop does not know it yet. At this moment the
 worker calls for help: a second worker is spawned, which goes on with the handlers that have *not
-begun*. Then the first worker hands the trap to the event loop. From there on the worker is what an
-`await` would be: a pipe between the event loop and this one handler. The second worker does the
-same. Ten handlers that wait need ten workers; ten handlers that do not wait need one.
+begun*. Then the first worker gives the trap to the event loop. From now on the worker does what an
+`await` does: it is a pipe between the event loop and this handler. The second worker does the same.
+Ten handlers that wait need ten workers; ten handlers that do not wait need one.
 
     worker 1:  a  b  c~~~~~~~~~~~~~~~~~~c      a, b, d, e and f never wait; c and g do
     worker 2:         d  e  f  g~~~~~g
 
 The worker that ends last goes on with the next event of the unit of work. Every other worker ends.
 
-A handler that has begun never changes its task. This is what keeps the technique correct: cancel
-scopes, shields, timeouts and task groups of a handler belong to the task in which the handler
-began, and a worker drives one handler at a time. Only what has not begun is given away.
+A handler that has begun never changes its task. This keeps the technique correct: cancel scopes,
+shields, timeouts and task groups of a handler belong to the task in which the handler began, and a
+worker drives one handler at a time. Only handlers that have not begun move to another worker.
 
-All workers of a unit of work share its *run*: the event at hand, what has not begun, a deadline.
+All workers of a unit of work share its *run*: the current event, the handlers that have not begun,
+and a deadline.
 
 Two things differ from a task per handler. Handlers that do not wait share the task of their
 worker. A handler that waits is stepped, not awaited: a debugger that follows `cr_await` ends at
-`drive`. `whereabouts` knows where each handler waits.
+`drive`. `whereabouts` finds the line at which each handler waits.
 """
 
 from __future__ import annotations
@@ -70,29 +71,29 @@ from eventkit._core.stats import Outcome, Tally
 Steps = Coroutine[object, object, object]
 Interlude = Callable[[], Awaitable[object]]
 
-_ENDED = object()  # in the place of a trap: the handler has ended
+_ENDED = object()  # instead of a trap: the handler has ended
 
-# So many events in a row may pass without a handler that waits, before other tasks get their turn
-# and a cancellation its chance. A turn of the event loop costs as much as twenty short handlers.
+# After so many events in a row without a handler that waits, there is a checkpoint: other tasks can
+# run, and a cancellation can arrive. A checkpoint costs as much as twenty short handlers.
 EVENTS_BETWEEN_CHECKPOINTS = 100
 
 
 class Turn(Protocol):
-    """One event whose turn has come. Each of its deliveries is known by its index in `handlers`.
+    """One event whose turn has come. Each delivery is known by its index in `handlers`.
 
     Attributes:
-        event: What is delivered.
-        handlers: Whom it is delivered to.
-        indexes: Which of them to run, in the order in which they begin; never empty.
-        observers: Whom to tell.
-        alike: Whether all handlers are bare coroutine functions under the usual time limit. Only
-            then the limit is one for all of them together.
-        in_threads: Whether the call of one of them starts in a worker thread.
-        variables: The context variables of which each delivery gets its own copy.
+        event: The event.
+        handlers: Its handlers.
+        indexes: The indexes of the handlers to run, in start order; never empty.
+        observers: The observers to call.
+        alike: Whether all handlers are plain coroutine functions with the default time limit. Only
+            then one limit serves all of them together.
+        in_threads: Whether one of the handlers starts in a worker thread.
+        variables: The context variables. Each delivery gets its own copy.
         enter: Called with `(turn, index)` in the delivery's own variables, before its handler.
-        lost: The outcomes of those that did not end well; set by the run, and by nobody else.
-        interlude: What has to be awaited before the next turn; whoever awaits it takes it out.
-            The turn has no handlers then.
+        lost: The outcomes of the deliveries that did not end well; only the run sets them.
+        interlude: Has to be awaited before the next turn. The worker that awaits it removes it.
+            A turn with an interlude has no handlers.
     """
 
     event: object
@@ -108,20 +109,20 @@ class Turn(Protocol):
 
     @property
     def origin(self) -> object:
-        """Where the unit of work comes from, for the handlers' dependencies."""
+        """The application that the unit was opened in, for the handlers' dependencies."""
         ...
 
     @property
     def received(self) -> Mapping[str, str] | None:
-        """The headers of the message that the event was read from, if it was."""
+        """The headers of the message that the event was read from; None without a message."""
         ...
 
     def delivery(self, index: int) -> Delivery:
-        """What observers are told; made when it is asked for."""
+        """The delivery to the handler at this index; made when it is needed."""
         ...
 
     def end_badly(self, index: int, outcome: Outcome) -> Outcome:
-        """Note in `lost` what has become of a delivery, and return it: it may be requeued."""
+        """Note the outcome of a delivery in `lost`, and return it: it may become REQUEUED."""
         ...
 
 
@@ -130,12 +131,12 @@ NO_TURN: Turn = cast("Turn", SimpleNamespace(indexes=(), interlude=None))
 
 @dataclass(slots=True)
 class Terms:
-    """What all deliveries of one unit of work have in common.
+    """The options that all deliveries of one unit of work share.
 
     Attributes:
-        sequential: One handler after the other, instead of all at once.
-        timeout: Seconds that a handler may wait where nothing else is said, None for no limit.
-        tally: The counters to keep.
+        sequential: Whether handlers run one after the other, instead of at the same time.
+        timeout: Default time limit of a handler in seconds; None for no limit.
+        tally: The counters.
         report: Called at once with every failure, in the context variables of the failed handler.
     """
 
@@ -146,29 +147,29 @@ class Terms:
 
 
 class Run(ABC):
-    """One unit of work on its way: its workers, and what they share.
+    """One unit of work that is being delivered: its workers, and the state that they share.
 
     | state | handlers begin | what follows |
     |---|---|---|
     | going | yes | one of the others |
-    | `cancelled`: the time of an event is up | no | the last worker that ends goes on afresh |
-    | `cancelled` for good, or `fatal` | no | the last worker that ends, ends the run |
-    | `exhausted`: no event is left | no | the last worker that ends, ends the run |
+    | `cancelled` by the time limit of an event | no | the last worker goes on with the next event |
+    | `cancelled` finally, or `fatal` | no | the last worker ends the run |
+    | `exhausted`: no event is left | no | the last worker ends the run |
 
     Only the workers change it, all on one event loop, so it needs no lock.
 
     Attributes:
         terms: As given.
-        turn: The event at hand; `NO_TURN` before the first one.
-        indexes: What has not begun of it. Whoever begins a handler takes its index from here.
-        workers: Who is at the event at hand.
+        turn: The current event; `NO_TURN` before the first one.
+        indexes: Its handlers that have not begun. A worker takes an index from here to begin it.
+        workers: The workers of the current event.
         handled: How many deliveries have ended well.
-        fatal: What ends it all.
+        fatal: The exception that ends the run.
         drive: Goes on with a handler that waits.
         exhausted: There is no further event.
-        cancelled: The workers' scopes are cancelled, so that no more handlers may begin in them. An
-            awaited run asks its one scope instead.
-        must_hand_on: The worker that asks must not begin the event's handlers: they need a task
+        cancelled: The workers' scopes are cancelled, so no more handlers may begin in them. An
+            awaited run uses its one scope instead.
+        must_hand_on: The current worker must not begin the event's handlers: they need a task
             group that is not open yet, or, for threads, another worker.
     """
 
@@ -201,14 +202,14 @@ class Run(ABC):
         self.cancelled = False
         self._next_turn = next_turn
         self.drive = drive
-        self._coming = 0  # workers that have been called and have not begun
-        self._timed = False  # the deadline is that of the event at hand
-        self._quiet_events = 0  # in a row, of which no handler has waited
+        self._coming = 0  # how many workers have been called and have not begun
+        self._timed = False  # whether the deadline is that of the current event
+        self._quiet_events = 0  # how many events in a row had no handler that waited
 
     @property
     @abstractmethod
     def late(self) -> bool:
-        """Whether they are cancelled because the time of the event at hand is up."""
+        """Whether the workers are cancelled because of the time limit of the current event."""
 
     @abstractmethod
     def spawn(self, worker: Worker) -> None:
@@ -216,7 +217,7 @@ class Run(ABC):
 
     @abstractmethod
     def set_deadline(self, seconds: float) -> None:
-        """Have the workers' scopes cancelled in so many seconds; `math.inf` for never."""
+        """Cancel the workers' scopes in so many seconds; `math.inf` for never."""
 
     @abstractmethod
     def cancel(self) -> None:
@@ -224,36 +225,36 @@ class Run(ABC):
 
     @abstractmethod
     async def may_go_on(self, worker: Worker) -> bool:
-        """Whether a worker whose handler has waited, or was cancelled, may begin the next one."""
+        """Whether a worker whose handler has waited or was cancelled may begin the next one."""
 
     @property
     def running(self) -> dict[Delivery, Steps | None]:
-        """What has begun and not ended, each with its coroutine once it has waited."""
+        """The deliveries that run, each with its coroutine if the handler has waited."""
         at_work = [(worker.index, worker.steps) for worker in self.workers.copy()]
         return {
             turn.delivery(index): steps
             for index, steps in at_work
-            # For a thread that asks, the next event's turn may have come since.
+            # Another thread may read this when the next event's turn has already come.
             if index is not None and index in (turn := self.turn).indexes
         }
 
     @property
     def is_shared(self) -> bool:
-        """Whether more than one worker is at the event at hand."""
+        """Whether the current event has more than one worker."""
         return len(self.workers) > 1
 
     @property
     def not_begun(self) -> int:
-        """How many handlers of the event at hand have not begun."""
+        """How many handlers of the current event have not begun."""
         return length_hint(self.indexes)
 
     def advance(self, worker: Worker) -> bool:
-        """Turn to the next event; False where there is none, or something comes before it.
+        """Go on to the next event; False if there is none, or if something comes before it.
 
-        That may be the end of other workers, or an interlude that is due.
+        That may be the end of other workers, or an interlude.
 
         Args:
-            worker: Who asks, to begin its handlers.
+            worker: The worker that will begin the handlers of the next event.
         """
         if (
             self.exhausted
@@ -276,9 +277,9 @@ class Run(ABC):
         return True
 
     def take_interlude(self) -> Interlude | None:
-        """What is to be awaited before the next event, once; None where nothing is.
+        """Take the awaitable that comes before the next event; None if there is none.
 
-        That is what the turn asks for, or a checkpoint, so that other tasks have their turn.
+        It is the interlude of the turn, or a checkpoint, so that other tasks can run.
         """
         interlude = self.turn.interlude
         if interlude is not None:
@@ -291,10 +292,11 @@ class Run(ABC):
         return interlude
 
     def get_help(self) -> None:
-        """Have others begin what has not begun; for a worker that is about to wait.
+        """Call other workers for the handlers that have not begun; this worker is about to wait.
 
-        One would be enough. With two, a hundred handlers that wait have begun after seven turns of
-        the event loop. At most one worker more is spawned for nothing than handlers have waited.
+        One worker would be enough. With two, a hundred handlers that wait have begun after seven
+        turns of the event loop. The number of workers without work is at most one more than the
+        number of handlers that have waited.
         """
         self._quiet_events = 0
         if not self.terms.sequential:
@@ -302,24 +304,24 @@ class Run(ABC):
                 self.call()
 
     def call(self) -> None:
-        """Have one more worker come."""
+        """Call one more worker."""
         worker = Worker(self)
         self.workers.add(worker)
         self._coming += 1
         self.spawn(worker)
 
     def miss(self, worker: Worker, error: Exception) -> None:
-        """One that was called will not come, because no task can be started: all has to end."""
+        """End the run, because the task of a worker that was called could not be started."""
         self._coming -= 1
         self.workers.discard(worker)
         self.end(error)
 
     def start_clock(self) -> None:
-        """Set the event's deadline, once a handler waits and no handler is left to begin.
+        """Set the event's deadline, once a handler waits and all handlers have begun.
 
-        One deadline serves all handlers of the event; of sequential ones, each that waits sets it
-        anew. It is not set sooner: in a cancelled scope no handler may begin, and a shielded
-        handler may wait for one that has not begun.
+        One deadline serves all handlers of the event. With sequential handlers, each one that waits
+        sets it again. It is not set earlier: in a cancelled scope no handler may begin, and a
+        shielded handler may wait for one that has not begun.
         """
         limit, sequential = self.terms.timeout, self.terms.sequential
         if limit is None or not self.turn.alike:
@@ -329,7 +331,7 @@ class Run(ABC):
             self.set_deadline(limit)
 
     def end(self, error: BaseException) -> bool:
-        """Have everything end, and the first such error propagate; False for a cancellation."""
+        """End the run, whose first such error is raised; False if it is only a cancellation."""
         failures = failures_in(error)
         if failures is None:
             return False
@@ -338,25 +340,25 @@ class Run(ABC):
         return True
 
     def lose(self, index: int, outcome: Outcome) -> None:
-        """Account for a delivery that did not end well."""
+        """Count a delivery that did not end well."""
         self.terms.tally.end(self.turn.end_badly(index, outcome), 1)
 
     def lose_the_rest(self) -> None:
-        """Account for what never began."""
+        """Count the handlers that never began as undelivered."""
         for index in self.indexes:
             self.lose(index, Outcome.UNDELIVERED)
 
 
 class Worker:
-    """One task's part of the work: it runs handlers, one at a time.
+    """A worker runs handlers in one task, one at a time.
 
     Attributes:
-        run: What it works for.
-        scope: The outermost scope of its task, where it has one of its own.
-        task: Its task, where somebody has to keep it alive.
-        index: Of the handler that has begun and not ended.
+        run: The run that it belongs to.
+        scope: The outermost scope of its task, if it has its own.
+        task: Its task, if a reference has to keep it alive.
+        index: Index of the handler that has begun and not ended.
         steps: The coroutine of that handler, while it waits.
-        requests: How often the task was asked to cancel, as far as it knows.
+        requests: How many cancel requests of the task the worker has seen.
         received: A cancellation was thrown into the handler, or came out of it.
         received_task_cancel: That may be `Task.cancel()`, which asyncio throws only once.
     """
@@ -383,7 +385,7 @@ class Worker:
         self.received_task_cancel = False
 
     async def serve(self) -> None:
-        """Run handlers, until none is left or it is not for this worker to begin the next."""
+        """Run handlers, until none is left or another worker has to begin the next one."""
         run = self.run
         drive = run.drive
         try:
@@ -402,15 +404,15 @@ class Worker:
                         if not self._settle(variables, error):
                             raise
                     else:
-                        # First this, and then it is counted: a thread that reads the counters in
-                        # between must not see the delivery as running and as handled.
+                        # `index` first, then the counter: another thread that reads the counters in
+                        # between must not see the delivery as both running and handled.
                         self.index = None
                         run.handled += 1
                     finally:
-                        # Or this frame and the exception of a future keep each other alive.
+                        # Otherwise this frame and the exception of a future keep each other alive.
                         self.steps = trap = None
                     if run.is_shared and not self.received and not run.not_begun:
-                        return  # others end this event
+                        return  # other workers end this event
                 elif not self.received:
                     if run.is_shared:
                         run.start_clock()
@@ -418,7 +420,7 @@ class Worker:
                     if run.must_hand_on or (interlude := run.take_interlude()) is None:
                         return
                     await interlude()
-                    interlude = None  # it has events, and a traceback may lead to this frame
+                    interlude = None  # it refers to events, and a traceback may refer to this frame
                 if not await run.may_go_on(self):
                     return
         except BaseException as error:
@@ -429,12 +431,12 @@ class Worker:
                 self._lose(Outcome.UNDELIVERED)
 
     def _begin_handlers(self) -> tuple[Context, Steps, object] | None:
-        """Run handlers to their end, one after the other, until there is one that waits.
+        """Run handlers to their end, one after the other, until one of them waits.
 
-        Or until one ends with a cancellation, which the worker has to receive, too.
+        It also stops if a handler ends with a cancellation, which the worker has to receive, too.
 
         Returns:
-            Its context variables, its coroutine, and the trap; None where none has begun to wait.
+            The context variables, the coroutine and the trap of the handler that waits; or None.
         """
         run = self.run
         while True:
@@ -458,7 +460,7 @@ class Worker:
                 return None
 
     def _settle(self, variables: Context, error: BaseException) -> bool:
-        """Account for what came out of the handler; False where all has to end for it."""
+        """Handle an exception of a handler; False if it ends the run."""
         run, index = self.run, cast("int", self.index)
         handler = run.turn.handlers[index]
         verdict = verdict_on(error, handler, self.requests)
@@ -472,9 +474,9 @@ class Worker:
             self._fail(variables, timeout_of(handler, cast("float", run.terms.timeout), error))
         else:
             self._lose(Outcome.UNDELIVERED)
-        # The handler may have replaced the exception, so its scope no longer recognises it. And
-        # where no scope is cancelled, it was `Task.cancel()`, whatever it looks like. So the worker
-        # receives it again.
+        # The handler may have replaced the exception, so its scope no longer recognises it. And if
+        # no scope is cancelled, it was `Task.cancel()`, even if it does not look like it. So the
+        # worker receives the cancellation again.
         self.received = self.received_task_cancel = True
         return True
 
@@ -490,26 +492,26 @@ class Worker:
         self.run.lose(index, outcome)
 
     async def take_cancellation(self) -> None:
-        """Be cancelled now, if this task was cancelled natively and does not know it yet.
+        """Receive a pending `Task.cancel()` of this task now.
 
-        What comes out of a handler then, can be told from what came before.
+        Then a cancellation that comes out of the next handler is a new one.
         """
         requests = cancel_requests()
         if requests > self.requests:
             await checkpoint()
             requests = cancel_requests()
-        # Older releases of AnyIO do not take back all their cancel requests, and a handler may have
-        # answered others with `uncancel()`.
+        # Older releases of AnyIO do not undo all their cancel requests, and a handler may have
+        # called `uncancel()` for others.
         self.requests = requests
 
     def note_thrown(self, error: BaseException) -> None:
-        """Remember what the event loop throws into the handler: the handler may swallow it."""
+        """Remember an exception thrown into the handler, because the handler may suppress it."""
         self.received |= not isinstance(error, Exception)
         self.received_task_cancel |= is_native(error)
 
 
 def _begin(worker: Worker, turn: Turn, index: int) -> tuple[Steps, object] | None:
-    """Call a handler and take its first step; None if that was all, else with what it gave."""
+    """Call a handler and take its first step. None if it has ended, else its coroutine and trap."""
     turn.enter((turn, index))
     handler, run = turn.handlers[index], worker.run
     if turn.observers:

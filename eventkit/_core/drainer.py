@@ -1,11 +1,11 @@
 """Owns delivery behind the response: the units of work that have ended, and their runs.
 
-Whoever has a task group that outlives requests makes a `Drainer` in it and submits what has ended.
-Knows nothing of HTTP and of servers.
+Code with a task group that outlives requests makes a `Drainer` in it, and submits units that have
+ended. Knows nothing of HTTP and of servers.
 
 All workers of a run are alike. The worker that ends last goes on with the next event, and in the
-end it ends the run. No scope of a user's is around them, so each worker has one, the outermost of
-its task, and the run is cancelled by cancelling those scopes. A scope cancels again at each
+end it ends the run. No scope of user code is around the workers. So each worker has a scope, the
+outermost of its task, and cancelling these scopes cancels the run. A scope cancels again at each
 checkpoint, shields hold, and threads are waited for.
 """
 
@@ -37,31 +37,32 @@ from eventkit._core.units import Ending, Unit
 
 
 class Drainer:
-    """Delivers units of work in the order in which they ended, each in tasks of its own.
+    """Delivers units of work in the order in which they ended, each in its own tasks.
 
-    Belongs to the event loop of its task group, which has to wait for `close`. No handler,
-    observer or reporter can end it.
+    It belongs to the event loop of its task group. The task group has to wait for `close`. No
+    handler, observer or reporter can end it.
 
-    | state | what is submitted | left by |
+    | state | a submitted unit | next state after |
     |---|---|---|
     | open | begins, or waits while `concurrency` units are drained | `close` |
-    | closing | the same | nothing left, the deadline, or a cancellation |
+    | closing | the same | nothing is left, the deadline, or a cancellation |
     | closed | is undelivered | |
 
-    The tasks are native ones, which cost a fraction of a task group's. A guard in the task group
-    stands for them: the group ends when they have ended, and a cancellation of it reaches them.
+    Native tasks are used, because they cost a fraction of those of a task group. A guard task in
+    the task group represents them: the group ends when they have ended, and a cancellation of the
+    group reaches them.
 
     Args:
-        state: Of the bus whose units they are.
-        tasks: The group that the guard is in. Tasks start in the context variables of this moment.
+        state: The state of the bus of these units.
+        tasks: The task group of the guard. Tasks start with the context variables of this moment.
         concurrency: How many units are drained at once.
-        max_pending: How many deliveries may wait before it calls itself full; None for no limit.
-            What is submitted is always taken: holding back new work is for the submitter.
-        watch: Called with how many deliveries wait when that changes, and when somebody begins to
-            wait for room, which its second argument says. It must not raise.
+        max_pending: How many deliveries may wait before it is full; None for no limit. It always
+            takes a submitted unit: the submitter has to hold back new work.
+        watch: Called with the number of waiting deliveries when it changes, and when a request
+            begins to wait for room; then the second argument is True. It must not raise.
 
     Attributes:
-        full: Whether as many deliveries wait as may.
+        full: Whether `max_pending` deliveries wait.
         closed: Whether it takes no more units.
     """
 
@@ -87,16 +88,16 @@ class Drainer:
         self._waiting_deliveries = 0
         self.full = False
         self._draining: set[BackgroundRun] = set()
-        self._starting = False  # what waits: see `_start_waiting`
+        self._starting = False  # see `_start_waiting`
         self._closing = False
         self.closed = False
-        self._lost = Counter[str]()  # what was undelivered at the end, by handler
-        self._over = Event()  # no more tasks are started
-        self._room = Change()  # it is not full
-        self._change = Change()  # a unit has ended, or may have nothing pending any more
+        self._lost = Counter[str]()  # undelivered deliveries at the end, by handler
+        self._over = Event()  # set when no more tasks are started
+        self._room = Change()  # announced when it is not full
+        self._change = Change()  # announced when a unit has ended, or has perhaps nothing pending
         self._cancel_timer: Callable[[], object] | None = None
         state.tally.drainers.add(self)
-        # In a copy, because older releases of AnyIO let eager tasks begin in here.
+        # In a copy of the context: with older releases of AnyIO, eager tasks begin in it.
         copy_context().run(tasks.start_soon, self._guard)
         self._tasks.open(tasks, self._over)
 
@@ -112,28 +113,28 @@ class Drainer:
 
     @property
     def stuck(self) -> bool:
-        """Whether, once closed, handlers go on that could not be ended."""
+        """Whether handlers that could not be ended still run after `close`."""
         return self.closed and bool(self._draining)
 
     def expect(self, unit: Unit) -> None:
-        """Count on a unit that has begun: once it has something pending, `close` waits for it."""
+        """Register an open unit: `close` waits for it if it has pending deliveries."""
         self._open.add(unit)
         unit.emptied = self._emptied
 
     def forget(self, unit: Unit) -> None:
-        """Count on it no longer."""
+        """Unregister a unit from `expect`."""
         self._open.discard(unit)
-        if self._closing or self.closed:  # else nobody waits for it
+        if self._closing or self.closed:  # else no task waits for a change
             self._change.announce()
 
     def submit(self, unit: Unit, *, success: bool) -> None:
-        """End a unit: release or discard what nobody has decided, deliver when its turn comes.
+        """End a unit: release or discard its undecided events, and deliver them in turn.
 
-        Never blocks, no checkpoint, so whatever becomes of the caller's task does not matter.
-        After `close` what is left to deliver is undelivered.
+        It never blocks and is not a checkpoint, so a cancellation of the caller has no effect.
+        After `close` the unit's remaining deliveries are undelivered.
         """
         if unit.close_if_idle(success=success):
-            pass  # so it is with most requests: nothing was published
+            pass  # most requests: nothing was published
         elif self.closed:
             self._abandon(unit)
         else:
@@ -141,20 +142,20 @@ class Drainer:
         self.forget(unit)
 
     def begin(self, ending: Ending) -> None:
-        """Deliver what an ending gives, beside the units that are submitted.
+        """Deliver the events of an ending, in addition to the submitted units.
 
-        It takes no room of theirs, so whoever begins it sees to it that there are few.
+        It does not count for `concurrency`, so the caller has to keep the number of endings small.
         """
         self._places += 1
         self._start(ending)
 
     @property
     def is_crowded(self) -> bool:
-        """Whether more than half as many deliveries wait as may."""
+        """Whether more than half of `max_pending` deliveries wait."""
         return self._waiting_deliveries * 2 > self._max_pending
 
     async def wait_for_room(self, timeout: float) -> bool:
-        """Wait for at most `timeout` seconds until it is not full, and say whether it is so."""
+        """Wait for at most `timeout` seconds until it is not full; False if it is still full."""
         tally = self._state.tally
         tally.shift("held", 1)
         self._watch(self._waiting_deliveries, True)
@@ -168,12 +169,12 @@ class Drainer:
         return not self.full
 
     async def close(self, timeout: float) -> None:
-        """Deliver what is left within `timeout` seconds; what remains then is undelivered.
+        """Deliver the remaining events within `timeout` seconds; the rest is then undelivered.
 
-        Waits also for units that are expected and have something pending. Logs at its start what
-        is pending, by handler, and at its end what was left. Handlers that are cancelled have a
-        moment for their clean-up. What cannot be cancelled, a plain `def` in a thread for one, is
-        named in the log and left to itself. If the caller is cancelled, the time is over.
+        It also waits for expected units with pending deliveries. It logs the pending deliveries by
+        handler at the start, and those that were lost at the end. Cancelled handlers have a moment
+        for their clean-up. A handler that cannot be cancelled, such as a plain `def` in a thread,
+        is named in the log and goes on. If the caller is cancelled, the time is over.
         """
         if self._closing:
             return
@@ -190,11 +191,11 @@ class Drainer:
                 with move_on_after(GRACE_SECONDS, shield=True):
                     while self._draining:
                         await self._change.wait()
-            finally:  # `Task.cancel()` knows no shields
+            finally:  # `Task.cancel()` ignores shields
                 self._say_what_is_left()
 
     async def _guard(self) -> None:
-        """Stand for the tasks in the task group: wait for all, and have a cancellation end all."""
+        """Represent the tasks in the task group: wait for them, and cancel them if cancelled."""
         try:
             await self._over.wait()
         finally:
@@ -212,7 +213,7 @@ class Drainer:
         )
 
     def _stop(self) -> None:
-        """Cancel what is drained, and close what waits or has not even ended."""
+        """Cancel the units that are drained, and close those that wait or have not ended."""
         if self.closed:
             return
         self.closed = True
@@ -230,11 +231,11 @@ class Drainer:
     def _abandon(self, *units: Unit) -> None:
         try:
             abandon(*units)
-        except BaseException as error:  # noqa: BLE001 - an observer's, which the server would get
+        except BaseException as error:  # noqa: BLE001 - of an observer; the server must not get it
             log(logging.CRITICAL, "an observer failed", error=error, bus=self._state.name)
 
     def _take(self, ending: Ending) -> None:
-        """Start a unit, or have it wait for its turn."""
+        """Start a unit, or let it wait for its turn."""
         if len(self._draining) < self._places:
             self._start(ending)
         else:
@@ -255,9 +256,10 @@ class Drainer:
         self._tasks.start(run, worker)
 
     def _start_waiting(self) -> None:
-        """Start what waits, as far as it may begin.
+        """Start waiting units, up to the limit.
 
-        A run that cannot start ends in here, and `ended` comes back to this loop.
+        A run that cannot start ends in this call. Then `ended` must not start others: this loop
+        does.
         """
         self._starting = True
         try:
@@ -271,7 +273,7 @@ class Drainer:
             self._room.announce()
 
     def ended(self, run: BackgroundRun) -> None:
-        """A unit is done with: let the next one begin."""
+        """Note that a run has ended, and start the next unit."""
         if run.fatal:
             log(logging.CRITICAL, "a drain was ended", error=run.fatal.pop(), bus=self._state.name)
         self._draining.remove(run)
@@ -282,10 +284,10 @@ class Drainer:
             self._change.announce()
 
     def expire_at(self, deadline: float) -> None:
-        """Have runs expire whose deadline this is.
+        """Expire the runs with this deadline when it comes.
 
-        One timer does for all: it is set for the earliest deadline, and again for the next one.
-        The limits of all units are equal, so no deadline comes before one that is set already.
+        One timer serves all runs. It is set for the earliest deadline, then for the next one. All
+        units have the same time limit, so a new deadline is never earlier than the timer's.
         """
         if self._cancel_timer is None and not self.closed:
             self._cancel_timer = self._tasks.call_at(deadline, self._expire)
@@ -301,19 +303,19 @@ class Drainer:
             self.expire_at(later)
 
     def _emptied(self) -> None:
-        """A unit may have nothing pending any more. May be called in any thread."""
-        if not self._closing or self.closed:  # once closed, it waits only for what it drains
+        """Note that a unit may have nothing pending now. Any thread may call it."""
+        if not self._closing or self.closed:  # once closed, it waits only for running units
             return
         if get_ident() == self._thread:
             self._change.announce()
         else:
-            with suppress(RuntimeError):  # the event loop has ended meanwhile
+            with suppress(RuntimeError):  # the event loop has ended in the meantime
                 self._tasks.call_soon(self._change.announce)
 
     def _by_handler(self) -> Counter[str]:
-        """How many deliveries each handler has waiting here, or running anywhere.
+        """How many deliveries of each handler wait here, or run anywhere.
 
-        One that is taken from its queue and comes to its first step next, is neither.
+        A delivery that was taken from its queue and has not begun is not counted.
         """
         draining = [run.ending.unit for run in self._draining]
         ended = [ending.unit for ending, _ in self._waiting]
@@ -325,7 +327,7 @@ class Drainer:
     def _say_what_is_left(self) -> None:
         lost = self._lost
         self._state.count_losses_no_more(lost)
-        for run in self._draining:  # what could not be ended
+        for run in self._draining:  # the runs that could not be ended
             lost.update(delivery.handler for delivery in run.running)
         self._log(
             logging.ERROR if lost else logging.INFO,
@@ -353,17 +355,17 @@ def _listed(by_handler: Counter[str]) -> str:
 
 @coroutine
 def _bare_yield() -> Generator[None]:
-    """Go through the event loop once, by asyncio's simplest trap: see `NativeTasks.spawn` there."""
+    """Yield once to asyncio's event loop: see `NativeTasks.spawn` in `native_asyncio`."""
     yield
 
 
 class BackgroundRun(Run):
-    """A run in tasks of its own.
+    """A run in its own tasks.
 
     Attributes:
         ending: The unit of work that is delivered.
-        deadline: When the time of the event at hand is up.
-        nursery: Where its tasks are, on trio.
+        deadline: When the time limit of the current event ends.
+        nursery: On trio, the nursery of its tasks.
     """
 
     __slots__ = ("_drainer", "_expired", "_stopped", "_tasks", "deadline", "ending", "nursery")
@@ -375,12 +377,12 @@ class BackgroundRun(Run):
         self.nursery: Any = None  # Any: trio's
         self._tasks = tasks
         self._drainer = drainer
-        self._stopped = False  # nothing begins any more
-        self._expired = False  # nothing of this event begins any more
+        self._stopped = False  # no handler begins any more
+        self._expired = False  # no handler of the current event begins any more
         self._coming = 1  # the first worker, which the drainer calls
 
     def miss(self, worker: Worker, error: Exception) -> None:
-        """End, because a worker's task could not be started. See `Workplace`."""
+        """End the run, because a worker's task could not be started. See `Workplace`."""
         super().miss(worker, error)
         self._leave(worker)
 
@@ -397,13 +399,13 @@ class BackgroundRun(Run):
             self._drainer.expire_at(self.deadline)
 
     def expire(self) -> None:
-        """The time of the event at hand is up."""
+        """Cancel the handlers of the current event: their time limit has ended."""
         self.deadline = math.inf
         self._expired = self.cancelled = True
         self._cancel_scopes()
 
     def cancel(self) -> None:
-        """End it: what runs is cancelled, and what has not begun is undelivered."""
+        """End the run: cancel the running handlers; those that have not begun are undelivered."""
         self._stopped = self.cancelled = True
         self._cancel_scopes()
 
@@ -420,13 +422,13 @@ class BackgroundRun(Run):
         return not self.cancelled
 
     async def work(self, worker: Worker) -> None:
-        """Do one worker's part. See `Workplace`."""
+        """Run one worker. See `Workplace`."""
         try:
             try:
                 if self._tasks.primed:
                     await _bare_yield()
             finally:
-                self._coming -= 1  # also where its task was cancelled before
+                self._coming -= 1  # also if its task was cancelled before the first step
             while not self._stopped:
                 with self._tasks.scope() as worker.scope:
                     if self.turn is NO_TURN:
@@ -437,12 +439,12 @@ class BackgroundRun(Run):
                 self._expired = self._timed = False
                 self.cancelled = self._stopped
                 await worker.take_cancellation()
-        except BaseException as error:  # noqa: BLE001 - asyncio would end the loop for some
+        except BaseException as error:  # noqa: BLE001 - some of them would end asyncio's loop
             worker.received |= not self.end(error)
         finally:
             worker.scope = None
             if worker.received and not self.cancelled:
-                self.call()  # its task alone was cancelled; another one does what it was to do next
+                self.call()  # only its task was cancelled; another worker does the rest
             self._leave(worker)
 
     def _leave(self, worker: Worker) -> None:

@@ -1,4 +1,4 @@
-"""Owns what a user says about a durable handler. Knows nothing of tables: see `eventkit.outbox`."""
+"""Owns `Durable`, the options of a durable handler. The tables are in `eventkit.outbox`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-# Thirteen hours in all, with the 25 attempts that are the default.
+# With the default of 25 attempts, all pauses together are 13 hours.
 _LONGEST_PAUSE = 3600.0
 
 
@@ -17,26 +17,28 @@ def doubling(attempt: int, error: BaseException) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Durable:
-    """How a durable handler's deliveries are kept and tried again; `durable=True` is `Durable()`.
+    """Options of a durable handler: how often and when its deliveries are tried again.
 
         @bus.on(OrderPlaced, durable=Durable(attempts=3, key=lambda event: str(event.order_id)))
         async def reserve(event: OrderPlaced) -> None: ...
 
-    A retry within an attempt, for seconds, is the handler's own: stamina does it well. `Durable`
-    is for minutes and hours between attempts.
+    `durable=True` is the same as `durable=Durable()`. `Durable` is for pauses of minutes and hours.
+    For retries within seconds, retry inside the handler, for example with stamina.
 
     Attributes:
-        attempts: How often a delivery is tried before it is dead, the first time included.
-        backoff: Called with the number of the attempt that failed, from 1 on, and its exception.
-            Returns the seconds until the next attempt, which the outbox varies by up to 20 %, or
-            None to give up at once. By default 1, 2, 4 and so on, up to an hour: 13 hours in all.
-        key: Called with the event at publish. Deliveries of this handler whose key is equal run
-            one at a time, in the order of their commits; None for no key. A dead one, and one that
-            cannot be read, does not hold up the next.
-        formerly: Names that the handler had before. Deliveries that were kept for them run here.
+        attempts: Highest number of tries, the first one included. After the last failed try the
+            delivery is dead: it stays in the table, and is not tried again by itself.
+        backoff: Called with the number of the failed attempt, from 1 on, and with its exception.
+            Returns the seconds until the next attempt, or None to give up at once. The outbox
+            varies the seconds by up to 20 %. The default is 1, 2, 4 and so on, up to one hour. With
+            25 attempts, that is 13 hours in total.
+        key: Called with the event at publish. Returns a text, or None for no key. Deliveries of
+            this handler with the same key run one at a time, in the order of their commits. A dead
+            delivery, and one whose event cannot be read, does not hold up the next.
+        formerly: Earlier names of the handler. It runs the deliveries that are stored under them.
 
     Raises:
-        TypeError: An argument is of another type.
+        TypeError: An argument has the wrong type.
         ValueError: `attempts` is below 1.
     """
 
@@ -70,7 +72,7 @@ class Durable:
 
 
 def as_durable(durable: bool | Durable) -> Durable | None:
-    """What `durable=` of a subscription means; None for a handler whose deliveries are not kept.
+    """Convert the argument `durable=` of a subscription; None if deliveries are not stored.
 
     Raises:
         TypeError: It is neither a bool nor a `Durable`.

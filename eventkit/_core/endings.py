@@ -1,4 +1,4 @@
-"""Owns how the events of a unit of work are delivered: in its midst, and at its end."""
+"""Owns how the events of a unit of work are delivered: while it is open, and at its end."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from eventkit._core.units import Ending, Report, Unit
 
 
 def abandon(*units: Unit) -> None:
-    """Close units of one bus at once: what is not released is discarded, the rest undelivered.
+    """Close units of one bus: discard the events that are not released; the rest is undelivered.
 
-    What an outbox keeps is requeued. What is undelivered is told in one go, so that the end of
-    thousands is one line in the log.
+    Deliveries that an outbox stores are requeued. All undelivered ones are announced together, so
+    that thousands of them are one line in the log.
     """
     for unit in units:
         unit.discard()
@@ -23,7 +23,7 @@ def abandon(*units: Unit) -> None:
 
 
 async def end(unit: Unit, *, success: bool) -> None:
-    """Deliver what is to be delivered, here or in the background, and close."""
+    """Deliver the events, here or in the background, and close."""
     host = unit.host() if unit.background else None
     if host is None:
         await finish(unit, unit.state.report, unit.state.handler_timeout, success=success)
@@ -32,7 +32,7 @@ async def end(unit: Unit, *, success: bool) -> None:
 
 
 async def finish(unit: Unit, report: Report, timeout: float | None, *, success: bool) -> None:
-    """Deliver what is to be delivered, then close; what a cancellation left is undelivered."""
+    """Deliver the events, then close; after a cancellation the remaining ones are undelivered."""
     if unit.close_if_idle(success=success):
         return
     ending = Ending(unit, success, current_loop())
@@ -45,7 +45,7 @@ async def finish(unit: Unit, report: Report, timeout: float | None, *, success: 
 
 
 async def deliver(unit: Unit, report: Report) -> int:
-    """Deliver what is released, and what comes of it; returns how many were handled."""
+    """Deliver the released events and those they cause; return how many deliveries succeeded."""
     unit.occupy(current_loop())
     try:
         return await run_all(unit.next_turn, unit.terms(report, unit.state.handler_timeout))

@@ -1,7 +1,7 @@
-"""Owns the data that travels: events and deliveries. Knows nothing of who sends or receives."""
+"""Owns the data classes of events and deliveries. Knows nothing of publishers and handlers."""
 
-# No `from __future__ import annotations` here: who evaluates the annotations of a DomainEvent looks
-# names up in the module it says it is from, and the front door has neither UUID nor datetime.
+# No `from __future__ import annotations` here. `DomainEvent.__module__` is `eventkit`, so the names
+# in its annotations would be looked up there, and `eventkit` has neither UUID nor datetime.
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,10 +13,7 @@ from uuid import UUID, uuid4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainEvent:
-    """An optional base for events: says which one it is, and when it happened.
-
-    Both fields are keyword-only and generated, so a subclass adds plain positional fields; both
-    are left out of comparisons, so two events with an equal payload are equal:
+    """An optional base class for events. It adds an id and a time to each event.
 
         @dataclass(frozen=True, slots=True)
         class UserCreated(DomainEvent):
@@ -24,9 +21,12 @@ class DomainEvent:
 
         assert UserCreated(1) == UserCreated(1)
 
+    Both fields get their values by themselves. They are keyword-only, so a subclass can have
+    positional fields. Comparisons ignore them, so two events with the same payload are equal.
+
     Attributes:
         event_id: A random UUID.
-        occurred_at: When the event was made, aware, in UTC.
+        occurred_at: Time at which the event object was created: an aware datetime in UTC.
     """
 
     event_id: UUID = field(default_factory=uuid4, compare=False)
@@ -34,30 +34,39 @@ class DomainEvent:
 
 
 class Publisher(Protocol):
-    """Whom application code tells what happened; all that a use case needs to know of eventkit.
+    """The protocol of everything that can publish: the only part of eventkit a use case needs.
 
-    `EventBus` and `EventContext` are publishers, and so is anything with this method.
+        def create_user(events: Publisher, email: str) -> None:
+            events.publish(UserCreated(email))
+
+    `EventBus`, `EventContext` and `eventkit.testing.EventRecorder` are publishers.
     """
 
     def publish(self, *events: object, even_on_failure: bool = False) -> None:
-        """Say that something happened. See `EventBus.publish`."""
+        """Publish events. See `EventBus.publish`.
+
+        Args:
+            events: Instances of any class.
+            even_on_failure: If True, the events are delivered also if the unit of work fails.
+        """
         ...
 
 
 _run_of_this_program = uuid4().bytes
-# Of 128 bits, those that say which kind of UUID it is; and what they say: version 5, RFC 9562.
+# `_KIND`: the bits of a UUID that say its version and variant. `_VERSION_5`: their values for
+# version 5 (RFC 9562).
 _KIND = 0xF000 << 64 | 0xC000 << 48
 _VERSION_5 = 0x5000 << 64 | 0x8000 << 48
-_ROOM = 0xFFFF  # for the handlers of one event
+_ROOM = 0xFFFF  # the low bits, which number the handlers of one event
 
 
 def ids_of(published_ns: int, number: int, indexes: Iterable[int]) -> list[UUID]:
-    """The id of the publish of this number, then those of its deliveries to these handlers.
+    """The id of the publish with this number, then the ids of its deliveries to these handlers.
 
-    All come from one hash, because hashes are the dearest part of them: the deliveries are counted
-    from the publish on.
+    The hash is the most expensive part, so there is only one. It gives the id of the publish. The
+    id of a delivery is that number plus the handler's index plus 1.
     """
-    # A forked worker goes on with its parent's numbers, so the process is part of it.
+    # A forked worker continues its parent's numbers, so the name has the process id, too.
     name = f"{os.getpid()}:{published_ns}:{number}".encode()
     digest = sha1(_run_of_this_program + name, usedforsecurity=False).digest()
     first = int.from_bytes(digest[:16]) & ~(_KIND | _ROOM) | _VERSION_5
@@ -66,10 +75,10 @@ def ids_of(published_ns: int, number: int, indexes: Iterable[int]) -> list[UUID]
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """The message of another service that an event was read from.
+    """The message of another service from which an event was read.
 
     Attributes:
-        event_id: The event's id, by the message.
+        event_id: The id of the event, from the message.
         headers: The headers of the message.
     """
 
@@ -79,16 +88,21 @@ class Incoming:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Delivery:
-    """One run of one handler for one event, as observers and `current_delivery()` see it.
+    """One event on its way to one handler, as observers and `current_delivery()` see it.
+
+        @bus.on(OrderPaid)
+        async def charge(event: OrderPaid) -> None:
+            await payments.charge(event.order_id, idempotency_key=str(current_delivery().id))
 
     Attributes:
         event: The event itself.
-        handler: The handler's stable name, `module:qualname` or what `name=` said.
-        cause: The delivery whose handler published the event; None where no handler did.
-        depth: How many deliveries led here; 0 for an event that no handler published.
-        attempt: 1 for the first try.
-        attempts: How often it is tried, if it is durable; else 1.
-        published_from: Where the event was published, as `file:line`, if the bus is in debug mode.
+        handler: Stable name of the handler: `module:qualname`, or the `name=` of the subscription.
+        cause: The delivery whose handler published the event; None if no handler published it.
+        depth: Number of deliveries that led to this one; 0 for an event that no handler published.
+        attempt: Number of this try, from 1 on.
+        attempts: Highest number of tries of a durable delivery; 1 for all others.
+        published_from: Place where the event was published, as `file:line`. None unless the bus is
+            in debug mode.
     """
 
     event: object
@@ -100,15 +114,15 @@ class Delivery:
     _number: tuple[int, int]
     published_from: str | None = None
     attempts: int = 1
-    _kept: tuple[UUID, UUID] | None = None  # its id and the event's, where it comes from a table
+    _kept: tuple[UUID, UUID] | None = None  # if read from a table: its id and the event's id
     _incoming: Incoming | None = None
 
     @property
     def id(self) -> UUID:
-        """The same for every look and every attempt, different for every delivery.
+        """Id of the delivery: the same in every attempt, and different for every delivery.
 
-        Fit for an idempotency key. Computed when asked, because random ids would be the most
-        expensive part of a publish.
+        Use it as an idempotency key. It is computed when it is read, because a random id would be
+        the most expensive part of a publish.
         """
         if self._kept:
             return self._kept[0]
@@ -117,10 +131,11 @@ class Delivery:
 
     @property
     def event_id(self) -> UUID:
-        """The same for all deliveries of one publish: the event's own, if it is a `DomainEvent`.
+        """Id of the event: the same for all deliveries of one publish.
 
-        The same object that is published twice is two events, unless it brings its own id. Where
-        the event was read from a message, it is the id that the message gave it.
+        It is the `event_id` of a `DomainEvent`. For an event from a message of another service, it
+        is the id in the message. For other events, each publish makes a new id, also if the same
+        object is published twice.
         """
         if self._kept:
             return self._kept[1]
@@ -132,20 +147,20 @@ class Delivery:
 
     @property
     def received(self) -> Mapping[str, str] | None:
-        """The headers of the message of another service that the event was read from.
+        """The headers of the message of another service from which the event was read.
 
-        None for an event that was published in this service, also by the handler of one that was
-        received. The same in a run from an outbox's table.
+        None for an event that was published in this service, also if a handler published it that
+        runs for such a message. The headers are the same if the delivery runs from an outbox.
         """
         return None if self._incoming is None else self._incoming.headers
 
     @property
     def published_at(self) -> datetime:
-        """When the event was published, aware, in UTC."""
+        """Time at which the event was published: an aware datetime in UTC."""
         return datetime.fromtimestamp(self._published_ns / 1e9, UTC)
 
     def chain(self) -> "list[Delivery]":
-        """What led here, oldest first, ending with this delivery."""
+        """Return the deliveries that led to this one, oldest first; this delivery is the last."""
         chain: list[Delivery] = [self]
         while (cause := chain[-1].cause) is not None:
             chain.append(cause)
@@ -155,7 +170,7 @@ class Delivery:
         return f"{type_name(type(self.event))} -> {self.handler}"
 
     def __repr__(self) -> str:
-        # Without the payload, which may be long or secret, and whose repr is user code.
+        # Without the payload: it may be long or secret, and its repr is user code.
         cause = "" if self.cause is None else f", caused by {self.cause}"
         again = "" if self.attempt == 1 else f", attempt {self.attempt}"
         return f"<Delivery {self}{again}{cause}>"
@@ -170,5 +185,5 @@ class Delivery:
 
 
 def type_name(event_type: type) -> str:
-    """How an event type is called in messages and logs."""
+    """The name of an event type in messages and logs."""
     return f"{event_type.__module__}.{event_type.__qualname__}"

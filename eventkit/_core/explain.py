@@ -1,6 +1,6 @@
-"""Owns the text that says which handlers an event reaches, and why. Knows nothing of running them.
+"""Owns the text that explains which handlers an event reaches, and why.
 
-For a reader who wonders why a handler is called, or is not.
+It helps users who ask why a handler is called, or is not called.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def explain(
     subscribed: Sequence[Subscription],
     state: BusState,
 ) -> str:
-    """What `EventBus.explain` returns, of what an event reaches, and of all that is subscribed."""
+    """The text of `EventBus.explain`, from the subscriptions that it reaches and all others."""
     if not reached:
         found = "no handler"
     elif len(reached) == 1:
@@ -42,8 +42,8 @@ def explain(
     near = [*_near_misses(event_type, subscribed)]
     if not reached and not near:
         lines.append(
-            f"Nor does any of its {len(subscribed)} subscriptions come close: is the module that "
-            "declares the handler imported, and its router included, bus.include(router)?"
+            f"None of its {len(subscribed)} subscriptions is for a similar class. Is the module "
+            "that declares the handler imported, and its router included: bus.include(router)?"
         )
     return "\n".join([*lines, *near])
 
@@ -69,13 +69,13 @@ def _where_and_how_long(subscription: Subscription, handler_timeout: float | Non
 
 def _how_durable(durable: Durable, state: BusState) -> str:
     if state.keeper is None:
-        return "the bus has no outbox, so it runs in memory: Outbox(bus, engine)"
+        return "the bus has no outbox, so it runs in memory. Create one: Outbox(bus, engine)"
     key = "" if durable.key is None else ", in order of its key"
     return f"kept until it is done, for at most {durable.attempts} attempts{key}"
 
 
 def _near_misses(event_type: type, subscribed: Sequence[Subscription]) -> Iterator[str]:
-    """What might have been meant: handlers of narrower classes, and of namesakes."""
+    """Handlers that were perhaps meant: those of subclasses, and of classes with the same name."""
     narrower: list[Subscription] = []
     namesakes: list[Subscription] = []
     for subscription in subscribed:

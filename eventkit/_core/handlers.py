@@ -1,7 +1,7 @@
-"""Owns what a callable is: its name, its place, and where its call starts.
+"""Owns the facts about a handler's callable: its name, its place, and where its call starts.
 
-Everything is looked at once, when subscribing. Knows nothing of event types and subscriptions, and
-of no container: whoever fills the parameters beside the event is a `Resolver`.
+A callable is inspected once, when it is subscribed. Knows nothing of event types, subscriptions
+and containers: a `Resolver` provides the parameters beside the event.
 """
 
 from __future__ import annotations
@@ -21,63 +21,73 @@ from eventkit._core.durable import Durable
 from eventkit._core.threads import call_in_thread
 from eventkit.exceptions import InvalidHandlerError
 
-# Where a chain of `__wrapped__` and `__call__` is given up, because it may lead back to its start.
+# Longest chain of `__wrapped__` and `__call__` that is followed: a chain may be a cycle.
 _MAX_LAYERS = 100
 
-# Equal only if they are the same; built-in methods, which are bound too, if their objects are.
+# Types whose `==` says whether two callables are the same one.
 _EQUAL_IF_SAME = {FunctionType, BuiltinFunctionType}
 
-# Since 3.14 annotations are evaluated when looked at; a name that does not exist is a `ForwardRef`.
+# Since 3.14 annotations are evaluated when they are read; a missing name gives a `ForwardRef`.
 _UNEVALUATED: dict[str, Any] = (  # Any: an option that earlier versions do not have
     {"annotation_format": import_module("annotationlib").Format.FORWARDREF}
     if sys.version_info >= (3, 14)
     else {}
 )
 
-# Makes a block in which a handler's time does not pass.
+# Makes a context manager: in its block the time limit of the handler is suspended.
 Untimed = Callable[[], AbstractContextManager[object]]
 
 
 class Solver(Protocol):
-    """Makes the dependencies of one handler, for one delivery. What `Resolver.compile` returns."""
+    """Makes the dependencies of one handler for each delivery. `Resolver.compile` returns it.
+
+        @asynccontextmanager
+        async def solver(origin: object) -> AsyncIterator[Mapping[str, object]]:
+            async with make_mailer() as mailer:
+                yield {"mailer": mailer}
+
+    Any callable with this signature is a solver.
+    """
 
     def __call__(self, origin: object, /) -> AbstractAsyncContextManager[Mapping[str, object]]:
-        """Return what is entered around the call; the handler is given the values by name.
+        """Return an async context manager that gives the dependencies, by parameter name.
 
-        It is entered and left on the event loop, in the task, the context variables and the unit
-        of work of the delivery, within its deadline. Its exit is told what the handler raised:
-        what the exit raises instead fails the delivery, what it swallows fails it all the same.
-        Deliveries at the same time each call it.
+        It is entered before the handler and left after it: on the event loop, in the task, the
+        context variables and the unit of work of the delivery, and within its time limit. Its
+        `__aexit__` gets the exception of the handler. If `__aexit__` raises, the delivery fails
+        with that exception. If it suppresses the exception, the delivery fails all the same. The
+        solver is called once for each delivery, also for several at the same time.
 
         Args:
-            origin: Where the unit of work was opened: an `eventkit.starlette.Origin` for one of a
-                request, a websocket or a lifespan and all inside it, None elsewhere.
+            origin: The application that the unit of work was opened in, as an
+                `eventkit.starlette.Origin`: for a request, a websocket, a lifespan, and all units
+                inside these. None elsewhere.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Handler:
-    """A user's callable, looked at.
+    """A user's callable, and the facts about it.
 
-    What it is called is kept as it was then, so that renaming the callable later changes no name
-    that was told. It is kept as the parts that the callable has anyway, and put together when
-    asked: each text would take as many bytes as all else here.
+    The name is taken when the callable is inspected, so renaming the callable later has no effect.
+    The parts of the name are stored, and joined when they are needed. A joined text would take as
+    many bytes as everything else here.
 
     Attributes:
-        function: The callable as it was given.
-        module: The module of the callable; None where it was given an explicit name.
-        called: Its qualified name in the module, or the explicit name.
-        code: What is run; None for what is built in.
-        in_thread: Its call starts in a worker thread.
-        timeout: Seconds it may take, None for no limit, `...` for what the unit of work says.
-        solver: Makes its dependencies; None where it has none.
-        direct: Calling it does nothing but make a coroutine, and that is all there is to do, but
-            for its dependencies.
-        durable: How its deliveries are kept; None where they are not.
+        function: The callable that was subscribed.
+        module: Module of the callable; None if the handler has an explicit name.
+        called: Qualified name of the callable in the module, or the explicit name.
+        code: The code that a call runs; None for a built-in.
+        in_thread: Whether the call starts in a worker thread.
+        timeout: Time limit in seconds; None for no limit, `...` for that of the unit of work.
+        solver: Makes the dependencies; None if there are none.
+        direct: Whether a call only makes a coroutine, and nothing else has to be done, except for
+            the dependencies.
+        durable: Options of a durable handler; None if the deliveries are not stored.
     """
 
-    function: Callable[..., Any]  # Any: what a call gives is looked at when it is there
+    function: Callable[..., Any]  # Any: the result of a call is checked at run time
     module: str | None
     called: str
     code: CodeType | None
@@ -89,7 +99,7 @@ class Handler:
 
     @property
     def named(self) -> bool:
-        """Whether the name is an explicit one."""
+        """Whether the handler has an explicit name."""
         return self.module is None
 
     @property
@@ -99,12 +109,12 @@ class Handler:
 
     @property
     def location(self) -> str:
-        """Where it is defined, as `file:line`."""
+        """Place where it is defined, as `file:line`."""
         return _place_of(self.code)
 
     @property
     def place(self) -> str:
-        """What it is called, and where it is defined."""
+        """The name, and the place where it is defined, for messages."""
         return f"{self.name} ({self.location})"
 
     @property
@@ -119,14 +129,15 @@ class Handler:
 
     @property
     def defined_in(self) -> str:
-        """The module whose code it is, also where it has an explicit name."""
+        """The module of the callable, also if the handler has an explicit name."""
         return self.module or _module_and_name(self.function)[0]
 
     def comes_again(self, other: Handler) -> bool:
-        """Whether the other one is of the same lines of a file, which has run again since.
+        """Whether both handlers come from the same lines of a file that was executed twice.
 
-        So it is after a reload, and where a file is imported by a second name. Functions that a
-        loop or a closure makes of the same lines share their code; a second run makes it anew.
+        A file is executed twice by a reload, and if it is imported under two names. Functions that
+        a loop or a closure makes of the same lines share one code object. A second execution makes
+        a new code object.
         """
         code, before = self.code, other.code
         if code is before or code is None or before is None:
@@ -135,20 +146,20 @@ class Handler:
             code.co_firstlineno == before.co_firstlineno
             and code.co_qualname == before.co_qualname
             and _are_same_file(code.co_filename, before.co_filename)
-            and not code.co_filename.startswith("<")  # of texts that are executed, and of no file
+            and not code.co_filename.startswith("<")  # not from a file, for example from `exec`
             and (code.co_name != "<lambda>" or code == before)  # a line may have several
         )
 
     async def start(
         self, event: object, origin: object, untimed: Untimed = nullcontext
     ) -> Awaitable[object] | None:
-        """Call the function where it belongs; what it returns to be awaited, is returned.
+        """Call the function on the event loop or in a thread; return the awaitable that is left.
 
-        With dependencies all of it is to be awaited: making them, the call, and their clean-up.
-        A thread cannot be stopped: around a call in one, `untimed` is entered.
+        With dependencies, everything is in the awaitable: making them, the call, and the clean-up.
+        A thread cannot be stopped, so `untimed` surrounds a call in a thread.
 
         Raises:
-            InvalidHandlerError: It returned a generator, whose body nobody would run.
+            InvalidHandlerError: It returned a generator, and nobody would run its body.
         """
         try:
             if self.solver is not None:
@@ -158,13 +169,13 @@ class Handler:
             else:
                 result = self.function(event)
         finally:
-            del event  # or a traceback that shows local variables shows the payload
+            del event  # otherwise a traceback with local variables would show the payload
         if result is None or inspect.isawaitable(result):
             return result
         if inspect.isgenerator(result) or inspect.isasyncgen(result):
             raise InvalidHandlerError(
-                f"{self.place} returned a generator, whose body nobody runs. Return None or an "
-                "awaitable"
+                f"{self.place} returned a generator, and nobody runs the body of a generator. "
+                "Return None or an awaitable"
             )
         return None
 
@@ -188,10 +199,10 @@ class Handler:
                 except BaseException as error:
                     failure = error
                     raise
-            if failure is not None:  # a dependency swallowed it, which makes nothing good
+            if failure is not None:  # a dependency suppressed it, but the delivery has failed
                 raise failure
         finally:
-            del failure  # or this frame and its traceback keep each other alive
+            del failure  # otherwise this frame and its traceback keep each other alive
             del event  # as in `start`
 
 
@@ -203,13 +214,13 @@ def inspect_handler(
     thread: bool | None,
     durable: Durable | None = None,
 ) -> Handler:
-    """Look at a callable, and refuse what could not work.
+    """Inspect a callable, and refuse one that cannot work as a handler.
 
     Raises:
-        InvalidHandlerError: Naming the function, its file and line, and what to change.
+        InvalidHandlerError: The message names the function, its file and line, and the remedy.
     """
     if not callable(function):
-        hint = ". It was called already: pass the function" if inspect.iscoroutine(function) else ""
+        hint = ". Pass the function without calling it" if inspect.iscoroutine(function) else ""
         raise InvalidHandlerError(
             f"a handler is a callable that takes the event, not {function!r}{hint}"
         )
@@ -223,8 +234,8 @@ def inspect_handler(
     )
     if isinstance(function, type):
         raise InvalidHandlerError(
-            f"{handler.name} is a class: every event would make an instance and nothing else. "
-            "Subscribe an instance with __call__, or one of its methods"
+            f"{handler.name} is a class: an event would only create an instance of it. Subscribe "
+            "an instance with __call__, or a method of an instance"
         )
     _refuse_generators(handler)
     _check_signature(handler)
@@ -239,13 +250,13 @@ def inspect_handler(
 
 
 def _makes_coroutine(function: Callable[..., object]) -> bool:
-    """Whether a call runs none of its body: not so of what is merely wrapped or marked as async."""
-    plain = type(function) is functools.partial  # a subclass may call it as it likes
+    """Whether a call only makes a coroutine. Not for callables that are only marked as async."""
+    plain = type(function) is functools.partial  # a subclass may do anything in its `__call__`
     if isinstance(function, functools.partial):
         return plain and _makes_coroutine(function.func)
     called: object = function
     if not isinstance(called, FunctionType) and not inspect.ismethod(called):
-        called = getattr(type(called), "__call__", None)  # noqa: B004 - the class's, on purpose
+        called = getattr(type(called), "__call__", None)  # noqa: B004 - that of the class is used
     if inspect.ismethod(called):
         called = called.__func__
     return isinstance(called, FunctionType) and inspect.CO_COROUTINE & called.__code__.co_flags != 0
@@ -254,9 +265,9 @@ def _makes_coroutine(function: Callable[..., object]) -> bool:
 def layers(
     function: Callable[..., object], *, wrapped: bool = True
 ) -> Iterator[Callable[..., object]]:
-    """The callable and what calling it calls: of partials, methods, objects with `__call__`.
+    """The callable, and the callables inside it: in partials, methods, objects with `__call__`.
 
-    With `wrapped` also what `functools.wraps` names, which is usually called too.
+    With `wrapped`, also the function that `functools.wraps` names. A call usually reaches it, too.
     """
     layer: object = function
     for _ in range(_MAX_LAYERS):
@@ -268,27 +279,27 @@ def layers(
         elif inspect.ismethod(layer):
             layer = layer.__func__
         elif wrapped and _is_wrapper(layer):
-            layer = getattr(layer, "__wrapped__")  # noqa: B009 - typed as having none
+            layer = getattr(layer, "__wrapped__")  # noqa: B009 - its type has no such attribute
         elif inspect.isroutine(layer):
             return
         else:
-            layer = getattr(type(layer), "__call__", None)  # noqa: B004 - the class's, on purpose
+            layer = getattr(type(layer), "__call__", None)  # noqa: B004 - that of the class is used
 
 
 def _is_wrapper(layer: Callable[..., object]) -> bool:
-    """Whether `functools.wraps` has named what it wraps; some objects have any attribute."""
-    # To look statically makes a function's `__dict__`, 64 bytes that most of them do without.
+    """Whether `functools.wraps` has set `__wrapped__`; some objects have every attribute."""
+    # For a function, `getattr_static` would create the `__dict__`, 64 bytes that it can do without.
     look_up = getattr if type(layer) is FunctionType else inspect.getattr_static
     return look_up(layer, "__wrapped__", None) is not None
 
 
 def name_of(function: Callable[..., object]) -> str:
-    """What a callable is called: `module:qualname`, of the function inside a partial."""
+    """The name of a callable: `module:qualname`; for a partial, that of the function inside."""
     return ":".join(_module_and_name(function))
 
 
 def _are_same_file(one: str, other: str) -> bool:
-    """Also where a script was named with detours or by a link."""
+    """Whether two paths are the same file, also if one is relative or a link."""
     return one == other or os.path.realpath(one) == os.path.realpath(other)
 
 
@@ -299,19 +310,19 @@ def _module_and_name(function: Callable[..., object]) -> tuple[str, str]:
     if not isinstance(getattr(function, "__qualname__", None), str):
         named = type(function)
     module = getattr(named, "__module__", None) or "builtins"  # methods of built-ins have none
-    return module, getattr(named, "__qualname__")  # noqa: B009 - typed as having none
+    return module, getattr(named, "__qualname__")  # noqa: B009 - its type has no such attribute
 
 
 def location_of(function: Callable[..., object]) -> str:
-    """Where a callable is defined, as `file:line`."""
+    """Place where a callable is defined, as `file:line`."""
     return _place_of(_code_of(function))
 
 
 def _code_of(function: Callable[..., object]) -> CodeType | None:
-    """The code that a call comes to in the end; None where that is not Python's."""
+    """The code object of the innermost function of a call; None if it is not written in Python."""
     for layer in reversed(list(layers(function))):
         code = getattr(layer, "__code__", None)
-        if type(code) is CodeType:  # a mock's is only said to be one
+        if type(code) is CodeType:  # `isinstance` would be true for some mocks
             return code
     return None
 
@@ -330,7 +341,7 @@ def _refuse_generators(handler: Handler) -> None:
 
 
 def _check_signature(handler: Handler) -> None:
-    """Refuse what takes no event; whether the rest has a source, depends on the bus."""
+    """Refuse a callable that takes no event. The other parameters are checked with the bus."""
     if takes_the_event_alone(handler.function):
         return
     signature = signature_of(handler.function)
@@ -345,14 +356,14 @@ def _check_signature(handler: Handler) -> None:
         first, *others = signature.parameters.values()
         if first.name != "self" or not any(map(is_required, others)):
             return
-        remedy = "It is a method: subscribe that of an instance, once there is one"
+        remedy = "It is a method of a class: subscribe the method of an instance"
     raise InvalidHandlerError(
         f"{handler.place} cannot be called with an event: its signature is {signature}. {remedy}"
     )
 
 
 def _check_annotations(handler: Handler) -> None:
-    """Refuse an annotation that raises. Before 3.14 it does so where the function is defined."""
+    """Refuse an annotation that raises. Before Python 3.14 it raises at the definition."""
     if sys.version_info >= (3, 14):
         from annotationlib import Format, get_annotations
 
@@ -362,15 +373,16 @@ def _check_annotations(handler: Handler) -> None:
                     get_annotations(layer, format=Format.FORWARDREF)
                 except Exception as error:
                     raise InvalidHandlerError(
-                        f"{handler.place}: an annotation cannot be evaluated: {error!r}"
+                        f"{handler.place}: an annotation cannot be evaluated: {error!r}. Correct "
+                        "the annotation"
                     ) from error
 
 
 def takes_the_event_alone(function: Callable[..., object]) -> bool:
-    """Whether it is a function of one parameter, as most handlers are, and is called as such.
+    """Whether it is a plain function with exactly one parameter, as most handlers are.
 
-    Then nobody needs its signature. To make one takes most of the time of subscribing, and leaves
-    the function with a dictionary of its annotations, 184 bytes.
+    Then its signature is not needed. Making a signature takes most of the time of subscribing, and
+    leaves a dictionary of annotations at the function: 184 bytes.
     """
     if type(function) is not FunctionType or _is_wrapper(function):
         return False
@@ -385,11 +397,11 @@ def takes_the_event_alone(function: Callable[..., object]) -> bool:
 def signature_of(
     function: Callable[..., object], *, follow_wrapped: bool = True
 ) -> inspect.Signature | None:
-    """The signature with its annotations as they stand; None where the call has to tell.
+    """The signature, with annotations that are not evaluated; None if there is none.
 
-    Built-ins may have none, others nonsense.
+    Built-ins may have no signature, and other objects a wrong one. Then only a call shows it.
     """
-    with suppress(Exception):  # to evaluate annotations is to run what users wrote
+    with suppress(Exception):  # annotations are user code, and evaluating one may raise
         return inspect.signature(function, follow_wrapped=follow_wrapped, **_UNEVALUATED)
     return None
 
@@ -408,7 +420,7 @@ def _check_timeout(handler: Handler) -> None:
     if handler.in_thread:
         raise InvalidHandlerError(
             f"{handler.place} runs in a worker thread, which cannot be stopped: remove "
-            "timeout=, or make it an async def"
+            "timeout=, or make the handler an async def"
         )
     if not is_duration(timeout):
         raise InvalidHandlerError(
@@ -417,7 +429,7 @@ def _check_timeout(handler: Handler) -> None:
 
 
 def _refuse_unstable_name(handler: Handler) -> None:
-    """Refuse a durable handler that another process would not find by its name."""
+    """Refuse a durable handler whose name may be different in another process."""
     function = handler.function
     if handler.named:
         return
@@ -432,11 +444,11 @@ def _refuse_unstable_name(handler: Handler) -> None:
     else:
         return
     raise InvalidHandlerError(
-        f"{handler.place} is durable and {kind}: deliveries that are kept find their handler by "
-        "its name, in another process, too. Give it a name that stays: name='shop:receipt'"
+        f"{handler.place} is durable and {kind}: stored deliveries find their handler by its name, "
+        "also in another process. Give it a name that never changes: name='shop:receipt'"
     )
 
 
 def is_duration(seconds: object) -> bool:
-    """Whether it is a number of seconds that something can take: above 0, and not NaN."""
+    """Whether it is a number of seconds above 0, and not NaN."""
     return isinstance(seconds, int | float) and not isinstance(seconds, bool) and seconds > 0

@@ -1,4 +1,4 @@
-"""Owns the time limit of one handler that is run by itself."""
+"""Owns the time limit of a handler that has its own limit."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from eventkit._core.policy import timeout_of
 
 
 class Delivered(Protocol):
-    """What a handler is run for. Not the event itself: frames of tracebacks show local variables.
+    """Has the event. Passed instead of the event, because tracebacks can show local variables.
 
     Attributes:
-        event: What is delivered.
+        event: The event.
     """
 
     event: object
 
     @property
     def origin(self) -> object:
-        """Where the unit of work comes from."""
+        """The application that the unit of work was opened in."""
         ...
 
 
 async def run_in_time(handler: Handler, turn: Delivered, limit: float | None) -> None:
-    """Run it, for at most so many seconds; a call in a thread takes as long as it takes."""
-    if limit is None:  # and no scope is made
+    """Run a handler for at most `limit` seconds; a call in a thread has no limit."""
+    if limit is None:  # then no scope is needed
         awaitable = await handler.start(turn.event, turn.origin, nullcontext)
         if awaitable is not None:
             await awaitable
@@ -52,12 +52,12 @@ async def run_in_time(handler: Handler, turn: Delivered, limit: float | None) ->
         if scope.cancelled_caught:
             raise timeout_of(handler, limit, stopped)
     finally:
-        del stopped  # or this frame and its traceback keep each other alive
+        del stopped  # otherwise this frame and its traceback keep each other alive
 
 
 @contextmanager
 def _untimed(scope: CancelScope, limit: float) -> Generator[None]:
-    """Suspend the deadline of the scope in the block; the whole limit begins anew after it."""
+    """Suspend the deadline of the scope in the block; after it, the whole limit begins again."""
     scope.deadline = math.inf
     try:
         yield

@@ -1,4 +1,4 @@
-"""Owns the question which line of whose code has called. Knows nothing of what was called."""
+"""Owns the look-up of the user's line of code that has called eventkit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _IMPORTLIB = "<frozen importlib._bootstrap>"
 
 
 def caller() -> str:
-    """The nearest line outside eventkit, and outside contextlib, which enters what we give."""
+    """The nearest calling line outside of eventkit, and of contextlib, as `file:line`."""
     return place_of(*calling())
 
 
@@ -22,8 +22,8 @@ def _is_ours(package: str | None) -> bool:
 
 
 def calling() -> tuple[str, int | None]:
-    """The file and the line that `caller` tells."""
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - `inspect` builds far more
+    """The file and the line of `caller`, as two values."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - `inspect` is far slower
     while frame is not None and (
         _is_ours(frame.f_globals.get("__package__"))
         or frame.f_globals.get("__name__") == "contextlib"
@@ -33,8 +33,8 @@ def calling() -> tuple[str, int | None]:
 
 
 def importing() -> bool:
-    """Whether a module that is being imported has called."""
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - `inspect` builds far more
+    """Whether the call comes from a module that is being imported."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - `inspect` is far slower
     while frame is not None and frame.f_code.co_filename != _IMPORTLIB:
         frame = frame.f_back
     return frame is not None

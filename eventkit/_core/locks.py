@@ -1,4 +1,4 @@
-"""Owns the locks that are free in a forked child. Knows nothing of what they guard."""
+"""Owns locks that are free in a forked child process. Knows nothing of what they guard."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from threading import RLock
 from typing import Any
 from weakref import WeakValueDictionary
 
-# All locks of the process, by their id, as long as their owners live. Any: a fork needs of them
-# what `threading` and `logging` use for it, and type checkers do not know.
+# All locks of the process, by their id, as long as their owners live. Any: a fork needs private
+# methods of a lock, as `threading` and `logging` do, and type checkers do not know them.
 _locks: WeakValueDictionary[int, Any] = WeakValueDictionary()
-_PATIENCE = 1.0  # seconds that a fork waits for a lock; nobody holds one for longer than a moment
+_PATIENCE = 1.0  # seconds that a fork waits for a lock; threads hold one only for a moment
 
 
 def new_lock() -> RLock:
-    """Make a lock that is free in a forked child, whatever other threads did with it.
+    """Make a lock that is free in a forked child process, even if another thread held it.
 
-    In a child only the thread that forked exists: a lock that another one held would stay locked.
-    So a fork waits for each lock, for one second at most. Where the fork got the lock, what the
-    lock guards is in order in the child.
+    In the child only the thread that forked exists. A lock of another thread would stay locked. So
+    a fork waits for each lock, for at most one second. If the fork gets the lock, the data that the
+    lock guards is consistent in the child.
 
-    The lock may be taken twice by one thread, since finalizers and signal handlers run anywhere.
+    A thread may take the lock twice, because finalizers and signal handlers run at any line.
     """
     lock = RLock()
     _locks[id(lock)] = lock
@@ -29,7 +29,7 @@ def new_lock() -> RLock:
 
 
 class _Forking(threading.local):
-    """What a thread that forks has taken for it: each lock, and whether it had the lock before."""
+    """The locks that a thread has taken for its fork, and whether it had each lock before."""
 
     def __init__(self) -> None:
         self.taken: list[tuple[Any, bool]] = []
@@ -44,7 +44,7 @@ def _living_locks() -> list[Any]:
 
 def _before_fork() -> None:
     for lock in _living_locks():
-        had_before = lock._is_owned()  # noqa: SLF001 - as `threading` asks
+        had_before = lock._is_owned()  # noqa: SLF001 - as `threading` does
         if lock.acquire(timeout=_PATIENCE):
             _forking.taken.append((lock, had_before))
 
@@ -56,7 +56,7 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    """Free each lock, but for those that the thread had before: it still has to release them."""
+    """Free all locks, except those that the thread had before: it still has to release them."""
     had_before = {id(lock) for lock, had_before in _forking.taken if had_before}
     _forking.taken.clear()
     for lock in _living_locks():

@@ -1,7 +1,7 @@
-"""Owns how eventkit logs: through structlog where the application configured it, else stdlib.
+"""Owns how eventkit logs: with structlog if the application has configured it, else with stdlib.
 
-Unconfigured, structlog prints to stdout and never reaches Sentry or a log file; stdlib logging
-always does what the application set up. Payloads of events are never logged.
+An unconfigured structlog prints to stdout, and its lines reach neither Sentry nor a log file.
+stdlib logging always follows the application's setup. Payloads of events are never logged.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ def log(
 ) -> None:
     """Write one line with its facts as key-value pairs.
 
-    The facts are named in the template of the line, not written into it: all lines of one kind
-    share their template, by which Sentry and log platforms group them.
+    The template of the line has the names of the facts, not their values. So all lines of one kind
+    have the same template, and Sentry and log platforms can group them by it.
 
     Args:
-        level: One of stdlib's levels, for instance `logging.ERROR`.
-        message: What happened, the same text each time.
-        error: Its traceback is added to the line.
-        facts: What it happened to. Their names are none of those that a `logging.LogRecord` has.
+        level: One of stdlib's levels, for example `logging.ERROR`.
+        message: What happened: always the same text.
+        error: An exception; its traceback is added to the line.
+        facts: The details. No name may be that of an attribute of `logging.LogRecord`.
     """
     logger = _enabled_logger()
     if structlog.is_configured():
@@ -39,17 +39,17 @@ def log(
     arguments = [facts] if facts else []
     try:
         logger.log(level, template, *arguments, exc_info=error, extra={"eventkit": facts})
-    except Exception:  # noqa: BLE001 - a filter is user code; what is logged must not depend on it
+    except Exception:  # noqa: BLE001 - a filter is user code, and its error must not end the caller
         if logging.raiseExceptions:
             traceback.print_exc()
 
 
 def _enabled_logger() -> logging.Logger:
-    """The logger of the standard library, which structlog may write to as well.
+    """The logger of the standard library. structlog may write to it as well.
 
-    `dictConfig` and `fileConfig` disable by default each logger that they do not name. No failure
-    may be silent because of that, so the logger is enabled again for each line. Its level and its
-    filters are the user's.
+    `dictConfig` and `fileConfig` disable all loggers that they do not name, by default. This must
+    not hide a failure, so each line enables the logger again. Its level and its filters stay as the
+    user has set them.
     """
     logger = logging.getLogger("eventkit")
     logger.disabled = False
@@ -59,7 +59,7 @@ def _enabled_logger() -> logging.Logger:
 def _write(
     level: int, message: str, error: BaseException | None, facts: Mapping[str, object]
 ) -> None:
-    """Write it with structlog, by the one method that all its kinds of loggers share."""
+    """Write the line with structlog, in a way that works with all its kinds of loggers."""
     logger = structlog.get_logger("eventkit").bind()
     if isinstance(logger, structlog.stdlib.AsyncBoundLogger):
         logger = logger.sync_bl
@@ -69,14 +69,14 @@ def _write(
 
 
 def binds() -> bool:
-    """Whether lines show what is given to `bind`: structlog merges it in, where it is told to.
+    """Whether structlog adds the facts of `bind` to its lines: a processor has to be configured.
 
-    For those who know that structlog is configured.
+    Only for callers that have checked that structlog is configured.
     """
     merge = structlog.contextvars.merge_contextvars
     return any(processor is merge for processor in structlog.get_config()["processors"])
 
 
 def bind(**facts: object) -> None:
-    """Add facts to the log lines that code in these context variables writes with structlog."""
+    """Add facts to structlog's lines from code with the current context variables."""
     structlog.contextvars.bind_contextvars(**facts)

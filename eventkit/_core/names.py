@@ -1,4 +1,4 @@
-"""Owns the names of handlers: no two have one name, and a file that runs again replaces its own."""
+"""Owns the names of handlers: each name is unique, but a file that runs again replaces its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ D = TypeVar("D", bound="Declaration")
 
 
 class Names:
-    """Which handler was given which name; it may have it for several event types."""
+    """The names of handlers. One handler may have its name for several event types."""
 
     __slots__ = ("_given",)
 
@@ -25,7 +25,7 @@ class Names:
         """Raise if two different handlers would have the same name.
 
         Raises:
-            DuplicateNameError: Naming both handlers.
+            DuplicateNameError: The message names both handlers.
         """
         firsts: dict[str, Declaration] = {}
         for declaration in _with_given_name(declarations):
@@ -39,13 +39,13 @@ class Names:
                     raise DuplicateNameError(name, holder.declared.location, handler.location)
 
     def add(self, declarations: Iterable[Declaration]) -> None:
-        """Note them."""
+        """Add the names of these declarations."""
         for declaration in _with_given_name(declarations):
             types = self._given.setdefault(declaration.declared.name, {})
             types[declaration.event_type] = declaration
 
     def remove(self, declaration: Declaration) -> None:
-        """Forget it."""
+        """Remove the name of a declaration."""
         if _claims(declaration):
             types = self._given[declaration.declared.name]
             del types[declaration.event_type]
@@ -54,7 +54,7 @@ class Names:
 
 
 def _claims(declaration: Declaration) -> bool:
-    """Whether its name is to be nobody else's: a given one, and one that rows are kept for."""
+    """Whether its name must be unique: an explicit name, or that of a durable handler."""
     return declaration.declared.named or declaration.declared.durable is not None
 
 
@@ -63,7 +63,7 @@ def _with_given_name(declarations: Iterable[Declaration]) -> Iterator[Declaratio
 
 
 class Reruns:
-    """Handlers whose file has run again: by which names was said once."""
+    """Finds handlers whose file was executed again, and warns about them once."""
 
     __slots__ = ("_told",)
 
@@ -71,12 +71,12 @@ class Reruns:
         self._told: set[tuple[str, str]] = set()
 
     def earlier(self, declaration: Declaration, known: Iterable[D]) -> D | None:
-        """The one among those of the same type that the declaration replaces, if there is one."""
+        """The known declaration that this one replaces, if there is one."""
         handler = declaration.declared
         return next((each for each in known if handler.comes_again(each.declared)), None)
 
     def warn(self, earlier: Declaration, later: Declaration) -> None:
-        """Log it, once for each pair of modules."""
+        """Log the replacement, once for each pair of modules."""
         modules = earlier.declared.defined_in, later.declared.defined_in
         if modules not in self._told:
             self._told.add(modules)

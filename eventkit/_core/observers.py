@@ -1,4 +1,4 @@
-"""Owns the hooks through which others watch a bus, and keeps their errors away from it."""
+"""Owns the hooks through which observers watch a bus, and logs the errors that they raise."""
 
 from __future__ import annotations
 
@@ -13,74 +13,116 @@ from eventkit._core.log import log
 
 
 class Observer:
-    """A no-op base class: override what you want to see, then `bus.observe(observer)`.
+    """Base class for objects that watch a bus: override hooks, then call `bus.observe(observer)`.
 
-    Hooks are called synchronously and should be quick; what one raises is logged and changes
-    nothing. `published` is called in the publisher's thread and context variables, `delivery` in
-    the handler's, and the others wherever a unit of work decides about its events or ends. A
-    publish from another thread may be told after its first delivery has started. Which hooks are
-    overridden is looked up once, in `observe`: the others cost nothing.
+        class PrintFailures(Observer):
+            @contextmanager
+            def delivery(self, delivery: Delivery) -> Generator[None]:
+                try:
+                    yield
+                except Exception as error:
+                    print(delivery, error)
+                    raise
+
+        bus.observe(PrintFailures())
+
+    The hooks of this class do nothing. A hook is called synchronously and should be quick. An
+    exception from a hook is logged and has no other effect. `published` is called in the thread and
+    the context variables of the publisher, and `delivery` in those of the handler. The other hooks
+    are called where a unit of work decides about its events, or ends. If another thread publishes,
+    its `published` may come after the first delivery has started. `observe` looks up once which
+    hooks are overridden, so the other hooks cost nothing.
     """
 
     def published(self, event: object, deliveries: Sequence[Delivery]) -> None:
-        """An event was accepted; `deliveries` is empty where it has no handler."""
+        """An event was accepted.
+
+        Args:
+            event: The event.
+            deliveries: One for each handler. It is empty if the event has no handler.
+        """
 
     def released(self, events: Sequence[object]) -> None:
-        """These will be delivered, whatever follows: their unit of work has decided.
+        """A unit of work has decided that these events will be delivered, whatever follows.
 
-        Told of each event, also of those without a handler, once, and before its deliveries.
+        Called once for each event, also for an event without a handler, before its deliveries.
+
+        Args:
+            events: The events.
         """
 
     def withdrawn(self, events: Sequence[object]) -> None:
-        """These will not be delivered: their unit of work failed, or dropped them.
+        """These events will not be delivered: their unit of work failed, or dropped them.
 
-        Told of each event, also of those without a handler, once, and before `discarded`.
+        Called once for each event, also for an event without a handler, before `discarded`.
+
+        Args:
+            events: The events.
         """
 
     def discarded(self, deliveries: Sequence[Delivery]) -> None:
-        """These will not run: their unit of work failed, or their subscription was cancelled."""
+        """These deliveries will not run: their unit failed, or their subscription was cancelled.
+
+        Args:
+            deliveries: The deliveries.
+        """
 
     def undelivered(self, deliveries: Sequence[Delivery]) -> None:
-        """These were not run, or were ended by a cancellation from outside.
+        """These deliveries did not run, or were ended by a cancellation from outside.
 
-        Of those that were ended, the context manager of `delivery` was told before.
+        If a delivery was ended, its context manager from `delivery` was left before.
+
+        Args:
+            deliveries: The deliveries.
         """
 
     def requeued(self, deliveries: Sequence[Delivery]) -> None:
-        """These were not run here, or were ended: an outbox keeps them, and runs them later."""
+        """These deliveries did not run here, or were ended. An outbox runs them later.
+
+        Args:
+            deliveries: The deliveries.
+        """
 
     def headers(self, event: object) -> Mapping[str, str]:
-        """What of the caller's context variables goes along with the event, to other processes.
+        """Return headers that travel with the event to other processes, such as a trace id.
 
-        A trace id, for example. Called in `publish` where an outbox keeps the event for a durable
-        handler, and where a bridge sends it to another service.
+        Called in `publish`, in the publisher's context variables, if an outbox stores the event for
+        a durable handler, or if a bridge sends it to another service.
+
+        Args:
+            event: The event.
         """
         return {}
 
     def restored(self, headers: Mapping[str, str]) -> None:
-        """A delivery is going to run from a table: put back what `headers` gave at publish.
+        """Put back the headers that `headers` returned: a delivery is about to run from a table.
 
-        Called in the delivery's context variables, before `delivery`. `headers` is empty where
-        nothing was kept.
+        Called in the delivery's context variables, before `delivery`.
+
+        Args:
+            headers: The stored headers. They are empty if none were stored.
         """
 
     def delivery(self, delivery: Delivery) -> AbstractContextManager[object]:
-        """Surround one run of one handler.
+        """Return a context manager that surrounds one run of one handler.
 
-        The context manager is entered right before the handler, in the handler's own context
-        variables: what it sets is visible to the handler, a tracer's current span for instance.
-        Its `__exit__` is told the outcome: nothing where the handler ended well, the exception
-        where it failed, a cancellation where it was ended from outside. It cannot swallow it.
+        It is entered right before the handler, in the handler's own context variables. The handler
+        sees what it sets, such as the current span of a tracer. Its `__exit__` gets the outcome: no
+        exception if the handler succeeded, the handler's exception if it failed, and a cancellation
+        if it was ended from outside. It cannot suppress the exception.
+
+        Args:
+            delivery: The delivery that is about to run.
         """
         return nullcontext()
 
 
 class Named(Protocol):
-    """A handler, as far as observers see it."""
+    """The part of a handler that observers see."""
 
     @property
     def name(self) -> str:
-        """Its stable name."""
+        """Stable name of the handler."""
         ...
 
 
@@ -88,70 +130,77 @@ class Accepted(Protocol):
     """An event that was accepted.
 
     Attributes:
-        event: Which one.
+        event: The event.
     """
 
     event: object
 
     def deliveries(self) -> Sequence[Delivery]:
-        """What `Observer.published` is told."""
+        """The deliveries for `Observer.published`."""
         ...
 
 
 class Begun(Protocol):
-    """An event whose handlers run, each known by its index.
+    """An event whose handlers run. Each handler has an index.
 
     Attributes:
-        event: Which one.
+        event: The event.
     """
 
     event: object
 
     @property
     def handlers(self) -> Sequence[Named]:
-        """Whom it is delivered to."""
+        """The handlers of the event."""
         ...
 
     @property
     def received(self) -> Mapping[str, str] | None:
-        """What `Delivery.received` is of each of its deliveries."""
+        """The value of `Delivery.received` for each of its deliveries."""
         ...
 
     def delivery(self, index: int) -> Delivery:
-        """What `Observer.delivery` is told."""
+        """The delivery for `Observer.delivery`."""
         ...
 
 
 class Insider(Observer):
-    """An observer of the house, which has a `Delivery` made only where it needs one.
+    """An observer inside eventkit that makes a `Delivery` only when it needs one.
 
-    Making it costs two microseconds, and a run of a handler without anybody who watches twenty. Its
-    hooks `published` and `delivery` are never called: it has these instead. Not an `ABC`, whose
-    `isinstance` costs half a microsecond.
+    A `Delivery` costs two microseconds. A run of a handler without observers costs twenty. The
+    hooks `published` and `delivery` are never called; `accepted` and `surround` are called instead.
+    The class is not an `ABC`, because `isinstance` with an `ABC` costs half a microsecond.
     """
 
     surround: Callable[[Begun, int], AbstractContextManager[object]]
-    """What `delivery` gives for a run of the handler at this index.
+    """As `delivery`, for a run of the handler at this index.
 
-    Neither this nor the context manager raises.
+    Neither this method nor the context manager raises.
     """
 
     def accepted(self, accepted: Accepted) -> None:
-        """What `published` is told of an event."""
+        """As `published`, without the deliveries."""
 
 
 class Observation:
-    """The tie between a bus and an observer; `detach()` ends it. Also a context manager."""
+    """The handle of an observer on a bus: `detach()` ends the observation.
+
+        with bus.observe(observer):    # detached at the end of the block
+            ...
+
+    `EventBus.observe` returns it.
+    """
 
     __slots__ = ("_detach",)
 
     def __init__(self, detach: Callable[[], None]) -> None:
-        self._detach = [detach]  # taken out in one step, because threads may want it at once
+        self._detach = [detach]  # a list: two threads at once must not both take it
 
     def detach(self) -> None:
-        """Stop telling the observer. Deliveries that are running still tell it their end.
+        """Stop calling the hooks of the observer.
 
-        From any thread, and as often as you like.
+        Deliveries that run now still leave their context managers. Thread-safe. Calling it again
+        has no effect.
         """
         with suppress(IndexError):
             self._detach.pop()()
@@ -164,14 +213,13 @@ class Observation:
 
 
 class Audience:
-    """The observers of one bus, in the order in which they came, and by hook those that have it.
+    """The observers of one bus in the order of `observe`; for each hook, those that override it.
 
-    A hook that an observer has left as it is, is not called, and what it would be told is not made.
+    A hook that no observer overrides is not called, and its arguments are not made.
 
     Attributes:
-        everyone: All of them.
-        watches_decisions: Whether somebody is told which events are released and withdrawn, also
-            of those that have no handler.
+        everyone: All observers.
+        watches_decisions: Whether an observer overrides `released` or `withdrawn`.
     """
 
     __slots__ = (
@@ -202,7 +250,7 @@ class Audience:
         self.watches_decisions: bool = bool(self.released or self.withdrawn)
 
     def _with(self, hook: str, *, insiders: bool = False) -> tuple[Observer, ...]:
-        """Those that have a hook; with `insiders` these, too, which have another in its place."""
+        """The observers that override a hook; with `insiders`, also all instances of `Insider`."""
         untouched = getattr(Observer, hook)
         return tuple(
             each
@@ -213,7 +261,7 @@ class Audience:
 
     @property
     def watches_events(self) -> bool:
-        """Whether somebody is told of events that have no handler, too."""
+        """Whether an observer needs to see also the events that have no handler."""
         return bool(self.published) or self.watches_decisions
 
 
@@ -222,9 +270,9 @@ NOBODY = Audience()
 
 @contextmanager
 def contained(observer: Observer) -> Generator[None]:
-    """Log what the observer raises, and go on.
+    """Log an exception of the observer, and go on.
 
-    For hooks that are called seldom: it costs a microsecond.
+    Only for hooks that are rarely called: the context manager costs a microsecond.
     """
     try:
         yield
@@ -233,12 +281,12 @@ def contained(observer: Observer) -> Generator[None]:
 
 
 def complain(observer: Observer, error: Exception) -> None:
-    """Log what an observer has raised."""
+    """Log an exception of an observer."""
     log(logging.ERROR, "an observer failed", error=error, observer=type_name(type(observer)))
 
 
 class _Surrounding:
-    """An observer's context manager around one delivery, with its errors contained."""
+    """The context manager of an observer around one delivery; logs exceptions of the observer."""
 
     __slots__ = ("_begun", "_index", "_manager", "_observer")
 
@@ -276,7 +324,7 @@ def watched(
     """All observers' context managers around one delivery, the first observer outermost."""
     if not observers:
         return nullcontext()
-    if len(observers) == 1:  # often it is an outbox's, and a stack costs more than all else here
+    if len(observers) == 1:  # common with an outbox; an `ExitStack` costs more than all else here
         return _watched_by(observers[0], begun, index)
     with ExitStack() as stack:
         for observer in observers:

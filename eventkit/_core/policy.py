@@ -1,8 +1,11 @@
-"""Owns the policy: what becomes of what a handler raised. Knows neither tasks nor units of work.
+"""Owns the policy: the meaning of an exception of a handler. Knows no tasks and no units of work.
 
-Per delivery: an `Exception` is a failure and disturbs nobody. A cancellation that came from outside
-ends the delivery and passes on; one that the handler made up is a failure. Anything else
-(`KeyboardInterrupt`, `SystemExit`) ends the whole run and propagates.
+| the handler raises | consequence |
+|---|---|
+| an `Exception` | a failure of this delivery; other deliveries go on |
+| a cancellation from outside | the delivery ends, and the cancellation propagates |
+| a cancellation that nobody has requested | a failure of this delivery |
+| another exception: `KeyboardInterrupt`, `SystemExit` | the whole run ends, and it propagates |
 """
 
 from __future__ import annotations
@@ -20,12 +23,12 @@ from eventkit.exceptions import HandlerCancelledError, HandlerTimeoutError
 
 
 def verdict_on(error: BaseException, handler: Handler, requests: int) -> BaseException:
-    """What the handler failed with, or else what it was ended by.
+    """The exception that the handler failed with, or that ended it.
 
     Args:
-        error: What came out of it.
-        handler: Which one.
-        requests: How often the task had been asked to cancel when the handler began.
+        error: The exception that the handler raised.
+        handler: The handler.
+        requests: How many cancel requests the task had when the handler began.
     """
     failures = failures_in(error)
     if failures is not None:
@@ -38,10 +41,10 @@ def verdict_on(error: BaseException, handler: Handler, requests: int) -> BaseExc
 
 
 def failures_in(error: BaseException) -> BaseException | None:
-    """What is left of it without cancellations; None where it is nothing else.
+    """The exception without its cancellations; None if it has nothing else.
 
-    A task group of the handler's own, cancelled while its children failed, may raise both: the
-    failures are news, and the cancellation comes again at the next checkpoint.
+    A task group in the handler may raise failures and a cancellation together. The failures are
+    kept, and the cancellation comes again at the next checkpoint.
     """
     cancelled = get_cancelled_exc_class()
     if isinstance(error, cancelled):
@@ -54,43 +57,43 @@ def failures_in(error: BaseException) -> BaseException | None:
 def timeout_of(
     handler: Handler, seconds: float, stopped: BaseException | None
 ) -> HandlerTimeoutError:
-    """The failure of a handler that was past its time; its cause shows where the handler waited."""
+    """The failure of a handler that exceeded its time limit; its cause shows where it waited."""
     error = HandlerTimeoutError(handler.name, seconds)
     error.__cause__ = stopped
     return error
 
 
 def add_note(error: Exception, delivery: Delivery, handler: Handler) -> None:
-    """Say in its traceback which handler it came from; left out where it takes no notes."""
+    """Add a note that names the handler to the exception, if the exception accepts notes."""
     event = type_name(type(delivery.event))
     note = f"raised by the handler {handler.name} ({handler.location}) for {event}"
     if delivery.published_from is not None:
         note = f"{note}, published at {delivery.published_from}"
-    with suppress(Exception):  # a frozen dataclass has none, and `add_note` may be anybody's
+    with suppress(Exception):  # a frozen dataclass refuses notes; `add_note` may be user code
         if note not in getattr(error, "__notes__", ()):  # one instance may be raised twice
             error.add_note(note)
 
 
 def is_native(error: BaseException) -> bool:
-    """Whether it is asyncio's own `Task.cancel()`; AnyIO's scopes mark theirs."""
+    """Whether it comes from asyncio's own `Task.cancel()`; AnyIO's scopes mark their exceptions."""
     return isinstance(error, asyncio.CancelledError) and "cancel scope" not in str(error)
 
 
 def in_cancelled_scope() -> bool:
-    """Whether a cancel scope around the caller is cancelled, and no shield is in between."""
+    """Whether a cancel scope around the caller is cancelled, without a shield in between."""
     return current_effective_deadline() == -math.inf
 
 
 def is_asked_to_end(requests: int) -> bool:
-    """Whether the caller is cancelled from outside, or was since it counted so many requests."""
+    """Whether the caller is cancelled, or got a cancel request since it had `requests` of them."""
     return in_cancelled_scope() or cancel_requests() > requests
 
 
 def cancel_requests() -> int:
-    """How often the calling task was asked to cancel, natively or by a scope; on trio 0.
+    """How many cancel requests the calling task has, by `Task.cancel()` or a scope; on trio 0.
 
-    On asyncio anyone can raise `CancelledError`. Comparing this count with its value before is
-    what tells a cancellation from an exception that merely looks like one.
+    On asyncio any code can raise `CancelledError`. If this count has grown, the exception is a real
+    cancellation.
     """
     try:
         task = asyncio.current_task()

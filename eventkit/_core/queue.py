@@ -1,13 +1,14 @@
 """Owns the events of one unit of work while they wait: staged, then released, then taken.
 
-Tested without an event loop: it awaits nothing, and tells nobody. Each call is one step for all
-threads, under the lock of the bus's `Tally`, and returns what it moved; the caller announces that.
+It awaits nothing and calls no observer, so it is tested without an event loop. Each method is one
+step for all threads, under the lock of the bus's `Tally`. It returns the events that it moved, and
+the caller announces them.
 
-| state | `stage` | `take` gives | left by |
+| state | `stage` | `take` gives | next state |
 |---|---|---|---|
-| NEW | refused | nothing | `open` |
-| OPEN | taken | what is released, the oldest first | whatever closes it: see there |
-| CLOSED | refused | what was released before | |
+| NEW | refused | nothing | OPEN by `open` |
+| OPEN | accepted | released events, the oldest first | CLOSED by each method that says so |
+| CLOSED | refused | events that were released before | |
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from eventkit._core.subscriptions import Plan
 
 
 class Verdict(Enum):
-    """What has been decided about an event that waits."""
+    """The decision about an event that waits."""
 
-    OPEN = "open"  # its unit of work decides, or the transaction that it is in
-    EVEN_ON_FAILURE = "even on failure"  # the publisher: it is delivered in any case
-    RELEASED = "released"  # `release`, or a commit: it is delivered in any case
-    DISCARDED = "discarded"  # a transaction: it is dropped
+    OPEN = "open"  # not decided: its unit of work or its transaction will decide
+    EVEN_ON_FAILURE = "even on failure"  # by the publisher: it is delivered in any case
+    RELEASED = "released"  # by `release` or a commit: it is delivered in any case
+    DISCARDED = "discarded"  # by a transaction: it is dropped
 
 
 class Rows(Protocol):
-    """What an outbox keeps of the durable deliveries of one event.
+    """The rows of an outbox for the durable deliveries of one event.
 
     Attributes:
         written: Whether the rows are in the table, or in a transaction that is being committed.
@@ -42,8 +43,8 @@ class Rows(Protocol):
     written: bool
 
     @property
-    def observer(self) -> Any:  # Any: an `Observer`, which is a floor above
-        """Who is told of each run of a handler."""
+    def observer(self) -> Any:  # Any: an `Observer`, whose module is a layer above
+        """The observer of each run of a handler."""
         ...
 
     def __contains__(self, index: int, /) -> bool:
@@ -51,12 +52,12 @@ class Rows(Protocol):
         ...
 
     def elsewhere(self) -> Sequence[int]:
-        """The indexes of those that are not to run here, now."""
+        """The indexes of the deliveries that must not run here now."""
         ...
 
 
 class Envelope:
-    """One published event with its deliveries, none of which has started."""
+    """One published event whose deliveries have not started."""
 
     __slots__ = (
         "announced",
@@ -95,11 +96,11 @@ class Envelope:
         self.published_from: str | None = published_from
         self.incoming: Incoming | None = incoming  # the message that it was read from
         self.announced: bool = False  # observers know that it will be delivered
-        self.decision: Any = None  # which transactions may decide it; Any: see `transactions`
-        self.rows: Rows | None = None  # where an outbox keeps some of its deliveries
+        self.decision: Any = None  # transactions that may decide it; Any: see `transactions`
+        self.rows: Rows | None = None  # the rows of its durable deliveries, with an outbox
 
     def decide(self) -> None:
-        """It will be delivered, whatever becomes of its unit of work."""
+        """Decide that it is delivered, whatever happens to its unit of work."""
         self.verdict = Verdict.RELEASED
         self.decision = None
 
@@ -110,7 +111,7 @@ class Envelope:
         return len(self.plan) - len(elsewhere)
 
     def deliveries(self) -> list[Delivery]:
-        """All of them."""
+        """All its deliveries."""
         return [self.delivery(index) for index in range(len(self.plan))]
 
     def delivery(self, index: int) -> Delivery:
@@ -130,9 +131,12 @@ class Envelope:
 
 
 class Backlog:
-    """How many events wait in an outermost unit and all inside it, which share this object."""
+    """Counts the events that wait in an outermost unit and in all units inside it.
 
-    events: int = 0  # here and not in `__init__`, for this is made once for every request
+    All these units share one object.
+    """
+
+    events: int = 0  # a default in the class, because an instance is made for every request
 
 
 class State(Enum):
@@ -155,9 +159,9 @@ class EventQueue:
 
     Attributes:
         state: Whether it takes events.
-        backlog: How much waits here and around.
+        backlog: Counts the events that wait here, in units around, and in units inside.
         transactions: Those that take part here and in units inside, in the order of joining.
-        staged: What nobody has released.
+        staged: The events that are not released.
     """
 
     __slots__ = ("_released", "_tally", "backlog", "staged", "state", "transactions")
@@ -172,7 +176,7 @@ class EventQueue:
 
     @property
     def pending(self) -> list[Envelope]:
-        """What waits here, released ones first."""
+        """The events that wait here, released ones first."""
         with self._tally.lock:
             return [*self._released, *self.staged]
 
@@ -183,7 +187,7 @@ class EventQueue:
             return sum(envelope.waiting for envelope in (*self._released, *self.staged))
 
     def open(self, around: EventQueue | None) -> None:
-        """Take events from now on; with a queue around it, backlog and transactions are shared."""
+        """Accept events from now on; share backlog and transactions with the queue around."""
         self.state = State.OPEN
         if around is not None:
             self.backlog, self.transactions = around.backlog, around.transactions
@@ -196,13 +200,13 @@ class EventQueue:
         watched: bool,
         tag: Callable[[Sequence[Envelope]], None] | None,
     ) -> Refusal | None:
-        """Take all of them, or none and say why.
+        """Accept all envelopes; or accept none, and return the reason.
 
         Args:
-            envelopes: What to take.
+            envelopes: The envelopes.
             limit: How many events with a handler may wait.
-            watched: Whether to keep those without a handler, whose way somebody watches.
-            tag: Called with what is taken, where transactions decide.
+            watched: Whether to keep also events without a handler, for observers of decisions.
+            tag: Called with the accepted envelopes, if transactions decide.
         """
         deliveries = waiting = 0
         for envelope in envelopes:
@@ -210,7 +214,7 @@ class EventQueue:
                 waiting += 1
                 deliveries += len(envelope.plan)
         backlog, tally = self.backlog, self._tally
-        tally.acquire()  # a `with` would cost as much again as what it does
+        tally.acquire()  # `with` would double the cost of this method
         try:
             if self.state is not State.OPEN:
                 return Refusal.CLOSED
@@ -229,20 +233,20 @@ class EventQueue:
             tally.release()
 
     def release(self) -> list[Envelope]:
-        """Have all that is staged delivered, and return it."""
+        """Release all staged events, and return them."""
         with self._tally.lock:
             return self._release(self._take_staged())
 
     def discard(self) -> tuple[list[Envelope], list[Envelope]]:
-        """Release what is decided, drop the rest of what is staged, and return both."""
+        """Release the decided staged events, drop the undecided ones, and return both lists."""
         with self._tally.lock:
             kept, dropped = self._divide()
             return self._release(kept), dropped
 
     def take(self, *, closing: bool) -> Envelope | None:
-        """Take the next one that is released; None if there is none.
+        """Take the next released event; None if there is none.
 
-        With `closing` it closes then, if nothing is left that has to be decided.
+        With `closing` it closes in that case, if no event is left to be decided.
         """
         tally = self._tally
         tally.acquire()
@@ -257,7 +261,7 @@ class EventQueue:
             tally.release()
 
     def unwritten(self) -> list[Envelope]:
-        """What is released, if the next one has rows that are to be written first; else nothing."""
+        """The released events with unwritten rows, if the next event is one of them; else none."""
         tally = self._tally
         tally.acquire()
         try:
@@ -268,17 +272,17 @@ class EventQueue:
             tally.release()
 
     def feed(self, envelope: Envelope) -> None:
-        """Release what comes from elsewhere, and not from a publish."""
+        """Add a released event that does not come from a publish, but from a table."""
         with self._tally.lock:
             self._tally.accepted += len(envelope.plan)
             self.backlog.events += 1
             self._released.append(envelope)
 
     def close_if_empty(self, *, release: bool, may_close: bool) -> tuple[bool, list[Envelope]]:
-        """Release what is staged, if so asked, and close if nothing is left and it may.
+        """With `release`, release the staged events; with `may_close`, close if none are left.
 
         Returns:
-            Whether it has closed, and what was released.
+            Whether it has closed, and the events that were released.
         """
         tally = self._tally
         tally.acquire()
@@ -292,10 +296,10 @@ class EventQueue:
             tally.release()
 
     def give(self, queue: EventQueue, *, success: bool) -> tuple[list[Envelope], list[Envelope]]:
-        """Close, and have what a handler has published released in the queue that is drained.
+        """Close, and release the events that a handler has published in the drained queue.
 
         Returns:
-            What was released there, and what was dropped, because the handler has failed.
+            The events that were released there, and those dropped because the handler failed.
         """
         with self._tally.lock:
             self.state = State.CLOSED
@@ -303,15 +307,15 @@ class EventQueue:
             return queue._release(left), dropped
 
     def hand_over(self, queue: EventQueue, *, success: bool, released: bool) -> list[Envelope]:
-        """Close, and stage what is left in the queue around, where what was released stays so.
+        """Close, and stage the remaining events in the queue around. Released ones stay decided.
 
         Args:
-            queue: That one.
-            success: Whether what is staged is handed over; else only what is decided.
-            released: Whether what is released is handed over, too, since nobody drains it.
+            queue: The queue around.
+            success: Whether all staged events are handed over; else only the decided ones.
+            released: Whether released events are handed over, too, because no task drains them.
 
         Returns:
-            What was dropped.
+            The events that were dropped.
         """
         with self._tally.lock:
             self.state = State.CLOSED
@@ -320,7 +324,7 @@ class EventQueue:
             return dropped
 
     def clear(self) -> list[Envelope]:
-        """Close, and return what is left."""
+        """Close, and return the remaining events."""
         with self._tally.lock:
             self.state = State.CLOSED
             left = [*self._released, *self._take_staged()]
@@ -331,10 +335,10 @@ class EventQueue:
     def settle(
         self, verdict_on: Callable[[Envelope], Verdict]
     ) -> tuple[list[Envelope], list[Envelope]]:
-        """Have what is staged and undecided judged.
+        """Ask `verdict_on` about each staged event that is undecided.
 
         Returns:
-            What has been released by that and stays staged, and what was dropped.
+            The events that are released now, which stay staged, and those that were dropped.
         """
         released: list[Envelope] = []
         dropped: list[Envelope] = []
@@ -355,7 +359,7 @@ class EventQueue:
                 self._unload(dropped)
         return released, dropped
 
-    # All that follows needs the lock.
+    # The methods below need the lock.
 
     def _release(self, envelopes: list[Envelope]) -> list[Envelope]:
         self._released += [envelope for envelope in envelopes if envelope.plan]
@@ -366,7 +370,7 @@ class EventQueue:
         return staged
 
     def _divide(self) -> tuple[list[Envelope], list[Envelope]]:
-        """Empty what is staged: what is decided, and what is not."""
+        """Empty the staged events; return the decided and the undecided ones."""
         staged = self._take_staged()
         kept = [envelope for envelope in staged if envelope.verdict is not Verdict.OPEN]
         dropped = [envelope for envelope in staged if envelope.verdict is Verdict.OPEN]
@@ -374,7 +378,7 @@ class EventQueue:
         return kept, dropped
 
     def _leave(self, *, success: bool, released: bool) -> tuple[list[Envelope], list[Envelope]]:
-        """Empty it: what goes on, and what is dropped."""
+        """Empty the queue; return the events that go on, and those that are dropped."""
         left: list[Envelope] = []
         if released:
             left.extend(self._released)

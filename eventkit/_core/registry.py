@@ -1,6 +1,6 @@
-"""Owns who is subscribed to one bus: resolution and its cache.
+"""Owns the subscriptions of one bus: the look-up by event type, and its cache.
 
-Knows nothing of how handlers are run.
+Knows nothing of how handlers run.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from eventkit._core.subscriptions import (
 class Registry:
     """All subscriptions of one bus.
 
-    Thread-safe: changes take the lock and drop the cache; a look-up in the cache takes none.
+    Thread-safe: changes take the lock and drop the cache; a look-up in the cache takes no lock.
 
     Args:
-        resolver: Compiles the dependencies of handlers; None for the default one.
-        make_default: Makes that, once a handler has dependencies.
-        unhandled: Called with each type of events that nobody handles, when the first is published.
-        timed: Whether the steps of handlers are timed, to name those that block the event loop.
+        resolver: Compiles the dependencies of handlers; None for the default resolver.
+        make_default: Makes the default resolver, once a handler has dependencies.
+        unhandled: Called with each event type without a handler, at its first publish.
+        timed: Whether the steps of handlers are timed, to find those that block the event loop.
     """
 
     __slots__ = (
@@ -76,18 +76,18 @@ class Registry:
         self._changes = 0
         self._reruns = Reruns()
         self._plans: dict[type, Plan] = {}
-        self._unhandled: WeakSet[type] = WeakSet()  # told once: each stream drops the cache twice
-        self._subscribed: WeakSet[type] = WeakSet()  # what had a handler, and looks like no event
-        self._lasting: list[Subscription] = []  # made by an import since somebody keeps the state
+        self._unhandled: WeakSet[type] = WeakSet()  # event types that were logged as unhandled
+        self._subscribed: WeakSet[type] = WeakSet()  # types that had a handler, but are no events
+        self._lasting: list[Subscription] = []  # made by an import since the last `keep`
         _registries[id(self)] = self
 
     def add(self, declarations: Sequence[Declaration]) -> list[Subscription]:
-        """Subscribe all of them, or raise and subscribe none.
+        """Subscribe all declarations, or raise and subscribe none.
 
         Raises:
-            DuplicateSubscriptionError: Naming both places.
-            InvalidHandlerError: A handler takes something that nobody provides.
-            DuplicateNameError: Naming both handlers.
+            DuplicateSubscriptionError: A handler is subscribed already.
+            InvalidHandlerError: A handler has a parameter that nothing provides.
+            DuplicateNameError: Two handlers have the same name.
         """
         targets = [
             with_dependencies(d.declared, self._resolver, self._make_default) for d in declarations
@@ -119,9 +119,9 @@ class Registry:
     def _replace(
         self, subscriptions: Iterable[Subscription]
     ) -> list[tuple[Subscription, Subscription]]:
-        """Have each stand in the place of the one whose file has run again, if there is one.
+        """Replace earlier subscriptions whose file was executed again. Needs the lock.
 
-        What waits for the earlier one is handled by the later one. Needs the lock.
+        The later one handles the events that wait for the earlier one.
         """
         replaced: list[tuple[Subscription, Subscription]] = []
         for later in subscriptions:
@@ -135,7 +135,7 @@ class Registry:
         return replaced
 
     def remove(self, subscription: Subscription) -> None:
-        """End a subscription; the second time nothing happens."""
+        """End a subscription. Calling it again has no effect."""
         with self._lock:
             if subscription.active:
                 subscription.active = False
@@ -147,31 +147,31 @@ class Registry:
                 self._changed()
 
     def retarget(self, subscription: Subscription, target: Handler) -> None:
-        """Have another handler run in the place of the declared one, also for what is queued."""
+        """Run another handler instead of the declared one, also for events that wait."""
         with self._lock:
             subscription.target = target
             self._changed()
 
     def _changed(self) -> None:
-        """Note that subscriptions are others than before. Needs the lock."""
+        """Note a change of the subscriptions. Needs the lock."""
         self._changes += 1
         self._forget_plans()
 
     def _forget_plans(self) -> None:
-        """Look everything up again; deliveries that wait have their plans. Needs the lock.
+        """Empty the cache, and mark its plans as out of date. Needs the lock.
 
-        The lock keeps other threads out, but not a finalizer that publishes in the midst of this.
-        What it looks up goes into the new cache.
+        The lock does not stop a finalizer that publishes during this method. The plans that it
+        looks up go into the new cache.
         """
         plans, self._plans = self._plans, {}
         for plan in plans.values():
             plan.valid = False
 
     def let_types_go(self) -> None:
-        """Have the cache keep no type alive; it is filled again by what is published.
+        """Empty the cache, so that it keeps no type alive. The next publishes fill it again.
 
-        Called by the garbage collector, so in any thread and at any moment. Where another thread
-        is at work here, the types stay until the next time.
+        The garbage collector calls it, in any thread and at any moment. If another thread has the
+        lock, the types stay until the next call.
         """
         if self._lock.acquire(blocking=False):
             try:
@@ -180,10 +180,11 @@ class Registry:
                 self._lock.release()
 
     def keep(self) -> Callable[[], None]:
-        """Remember who is subscribed now; what is returned brings that back.
+        """Remember the current subscriptions; the function that is returned restores them.
 
-        Who was subscribed since is cancelled, and who was cancelled since is subscribed again.
-        What a module has subscribed while it was imported stays: it will not be imported twice.
+        It cancels later subscriptions, and subscribes again those that were cancelled since. A
+        subscription that a module has made during its import stays, because the module will not be
+        imported again.
         """
         with self._lock:
             then = [each for group in self._by_type.values() for each in group.values()]
@@ -216,13 +217,13 @@ class Registry:
         """The subscriptions that an event reaches, in start order.
 
         Raises:
-            InvalidEventTypeError: It is a class, or nobody handles it and it looks like no event.
+            InvalidEventTypeError: It is a class, or it is not an event and has no handler.
         """
         plan = self._plans.get(type(event))
         return self._look_up(event) if plan is None else plan
 
     def _look_up(self, event: object) -> Plan:
-        """Do as `plan_for`, for a type that is not in the cache."""
+        """As `plan_for`, for a type that is not in the cache."""
         refuse_non_event(event)
         event_type = type(event)
         with self._lock:
@@ -231,7 +232,7 @@ class Registry:
             if not plan and not self._is_known(event_type):
                 raise not_an_event(event)
             plans[event_type] = plan
-            if self._plans is not plans:  # a finalizer has changed something while we looked
+            if self._plans is not plans:  # a finalizer has changed a subscription meanwhile
                 plan.valid = False
             is_news = not plan and event_type not in self._unhandled
             if is_news:
@@ -241,9 +242,9 @@ class Registry:
         return plan
 
     def _is_known(self, event_type: type) -> bool:
-        """Whether it looks like a class of events, or has had a handler of its own before.
+        """Whether it may be a class of events, or has had its own handler before.
 
-        A stream of texts that nobody reads any more must not make `publish` raise.
+        `publish` must not raise for a `str` only because the last stream of `str` has been closed.
         """
         return is_event_type(event_type) or any(
             base in self._subscribed for base in event_type.__mro__ if base is not object
@@ -252,7 +253,7 @@ class Registry:
     def resolve(self, event_type: type) -> Plan:
         """The subscriptions for an event of exactly this type, in start order.
 
-        Who only asks leaves no trace: what is refused and what is logged is up to `plan_for`.
+        It changes nothing, and neither refuses nor logs: `plan_for` does.
         """
         groups: dict[object, list[Subscription]] = {}
         with self._lock:
@@ -276,12 +277,12 @@ _PARTIAL_COLLECTIONS = 1000
 
 
 def _before_collecting(phase: str, info: Mapping[str, int]) -> None:
-    """Have no cache keep types that the garbage collector could free.
+    """Empty all caches, so that they do not keep classes alive that nothing else uses.
 
-    A class is part of reference cycles, so nothing but the collector frees it. A cache with weak
-    keys would make each look-up twice as dear. Full collections are rare and cost more than to
-    look everything up again. Python 3.14 and builds without the GIL start none by themselves, so
-    now and then a partial one does it, too.
+    A class is part of reference cycles, so only the garbage collector frees it. With weak keys in
+    the cache, each look-up would cost twice as much. Full collections are rare, and cost more than
+    filling the caches again. Python 3.14 and builds without the GIL start no full collections by
+    themselves, so one in 1000 partial collections empties the caches, too.
     """
     if phase == "start" and (
         info["generation"] == 2 or next(_partial_collections) % _PARTIAL_COLLECTIONS == 0
@@ -293,4 +294,4 @@ def _before_collecting(phase: str, info: Mapping[str, int]) -> None:
 
 gc.callbacks.append(_before_collecting)
 
-atexit.register(gc.callbacks.remove, _before_collecting)  # afterwards this module is taken apart
+atexit.register(gc.callbacks.remove, _before_collecting)  # at exit, Python clears this module

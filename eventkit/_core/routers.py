@@ -1,6 +1,6 @@
 """Owns the ways to declare handlers: the decorator `on`, and routers.
 
-The functions of this module share the state of routers with their class.
+The functions at the end of this module use private attributes of `EventRouter`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ R_co = TypeVar("R_co", covariant=True)
 
 
 class _Taking(Protocol[E_contra, P, R_co]):  # pyright: ignore[reportInvalidTypeVarUse]
-    """A handler as type checkers see it: it takes an event, and it has a signature of its own.
+    """A handler as type checkers see it: it takes an event, and it keeps its own signature.
 
-    A callable has to fit both. The first one keeps all of it, with the names of its parameters and
-    with what it takes beyond the event type. The second one checks it.
+    A callable has to match both overloads. The first one keeps the whole signature: the names of
+    the parameters, and the parameters beside the event. The second one checks the event parameter.
     """
 
     @overload
@@ -51,23 +51,23 @@ class _Taking(Protocol[E_contra, P, R_co]):  # pyright: ignore[reportInvalidType
 
 
 class _Decorator(Protocol[E_co]):
-    """What `on` returns."""
+    """The decorator that `on` returns."""
 
     @overload
     def __call__(self, handler: _Taking[E_co, P, R], /) -> Callable[P, R]: ...
-    @overload  # mypy finds no `P` for a callable of exactly this event whose parameter has no name
+    @overload  # for mypy, which finds no `P` for a callable whose event parameter has no name
     def __call__(
         self, handler: Callable[Concatenate[E_co, P], R], /
     ) -> Callable[Concatenate[E_co, P], R]: ...
 
 
 class Subscribing:
-    """The decorator `on`, for whatever can take declarations."""
+    """Base class of `EventBus` and `EventRouter`: it has the decorator `on`."""
 
     __slots__ = ()
 
     def _add(self, declarations: Sequence[Declaration]) -> object:
-        """Take all of them, or raise and take none."""
+        """Add all declarations, or raise and add none."""
 
     @overload
     def on(
@@ -113,37 +113,45 @@ class Subscribing:
         thread: bool | None = None,
         durable: bool | Durable = False,
     ) -> Callable[[Callable[..., R]], Callable[..., R]]:
-        """Declare the decorated function a handler, and return it unchanged.
+        """Make the decorated function a handler of these event types.
 
-        Type checkers see its own signature afterwards, so a unit test may call it by the names of
-        its parameters. To give the event types options of their own, stack decorators.
+            @bus.on(UserCreated, UserRenamed, timeout=5)
+            async def index(event: UserCreated | UserRenamed) -> None: ...
 
-        The handlers of an event run at the same time, each in its own context variables. What is
-        kept per task may be shared: no two handlers that wait at the same time have the same task,
-        but one that does not wait, or waits later, shares its task with others.
+        The decorator returns the function itself, so a unit test can call it. Type checkers keep
+        its signature. For different options for each event type, use several decorators.
+
+        The handlers of an event run at the same time. Each has its own context variables. State
+        that is kept for each task may be shared by handlers: two handlers that wait at the same
+        time have different tasks, but other handlers may share a task.
 
         Args:
-            event_types: The classes whose instances it takes; subclasses are included. A handler
-                runs once per event, however many of them match.
-            name: A stable name, where `module:qualname` would not be one.
-            timeout: Seconds that one delivery may take, None for no limit; left out, the bus's
-                `handler_timeout` holds in drains.
-            thread: Where the call starts: True in a worker thread, False on the event loop; left
-                out, a plain `def` in a thread and everything async on the loop.
-            durable: Whether its deliveries are kept in a table until they are done, so that no
-                crash loses them; `Durable(...)` says how often they are tried. Needs an
-                `eventkit.outbox.Outbox`. May run twice: use `complete_with(session)` for your own
-                rows, `current_delivery().id` as a key elsewhere. Every process that publishes
-                includes the router.
+            event_types: The classes whose instances the handler takes; subclasses are included. A
+                handler runs once for each event, also if several of its types match.
+            name: A stable name of the handler. By default it is `module:qualname`.
+            timeout: Time limit of one delivery, in seconds; None for no limit. By default the
+                bus's `handler_timeout` applies in drains.
+            thread: True starts the call in a worker thread, False on the event loop. By default a
+                plain `def` starts in a thread, and everything async on the event loop.
+            durable: Whether a table stores the deliveries until they are done, so that a crash
+                loses none. `Durable(...)` also says how often a delivery is tried. Needs an
+                `eventkit.outbox.Outbox`. The handler may run twice for one event: use
+                `complete_with(session)` for your own rows, and `current_delivery().id` as the
+                idempotency key for other systems. Every process that publishes the event must
+                subscribe the handler, too: it includes the router.
+
+        Returns:
+            A decorator that returns the function unchanged.
 
         Raises:
-            InvalidEventTypeError: Something else than classes was given, or nothing.
-            InvalidHandlerError: The function takes no event, or something that nobody provides.
-            DuplicateSubscriptionError: It is subscribed to one of the types already.
-            DuplicateNameError: Another handler has been given this name.
+            InvalidEventTypeError: No event type was given, or one of them is not a class.
+            InvalidHandlerError: The function takes no event, or has a parameter that nothing
+                provides.
+            DuplicateSubscriptionError: The function is subscribed to one of the types already.
+            DuplicateNameError: Another handler has this name.
         """
         if not event_types:
-            raise InvalidEventTypeError("on() needs the event types: on(UserCreated)")
+            raise InvalidEventTypeError("on() needs at least one event type: on(UserCreated)")
         for event_type in event_types:
             check_event_type(event_type)
 
@@ -167,11 +175,7 @@ class Subscribing:
 
 
 class EventRouter(Subscribing):
-    """Handlers declared in a module of their own, with no bus in sight.
-
-    As FastAPI's `APIRouter` does for routes: decorate with `on`, then `bus.include(router)`, in
-    as many buses as there are. Routers nest. A router is complete once it has been included;
-    declaring later is an error, because nobody would call the handler.
+    """Collects handlers in a module that does not know the bus, as `APIRouter` collects routes.
 
         router = EventRouter()
 
@@ -180,6 +184,10 @@ class EventRouter(Subscribing):
 
         bus = EventBus()
         bus.include(router)
+
+    Several buses may include the same router, and a router may include other routers. After a
+    router has been included, no handler can be declared on it: an error says so, because nobody
+    would call that handler.
     """
 
     __slots__ = ("_declarations", "_included", "_names", "_reruns", "_routers")
@@ -192,20 +200,23 @@ class EventRouter(Subscribing):
         self._included = False
 
     def include(self, router: EventRouter) -> None:
-        """Take over all declarations of another router, in their order.
+        """Add all handlers of another router to this one, in their order.
+
+        Args:
+            router: The other router. Afterwards no handler can be declared on it.
 
         Raises:
-            InvalidHandlerError: It is this router itself, or one that includes it.
-            RouterClosedError: This router has been included somewhere already.
-            DuplicateSubscriptionError: One of its handlers is declared here already.
-            DuplicateNameError: The name of one of its handlers is taken here.
+            InvalidHandlerError: The other router is this router, or it includes this router.
+            RouterClosedError: This router has been included already.
+            DuplicateSubscriptionError: One of the handlers is declared here already.
+            DuplicateNameError: Another handler here has the name of one of the handlers.
         """
         if router is self:
             raise InvalidHandlerError("a router cannot be included into itself")
         if _is_inside(self, router):
             raise InvalidHandlerError(
-                "a router cannot be included into itself, which this one would be through a "
-                "router that it has included: include only the outer one of the two"
+                "two routers cannot include each other: the router that is included here already "
+                "includes this router. Remove one of the two include() calls"
             )
         include_into(self, router)
         self._routers.append(router)
@@ -216,8 +227,8 @@ class EventRouter(Subscribing):
         if self._included:
             raise RouterClosedError(
                 f"{', '.join(d.declared.name for d in declarations)}: declared on a router that "
-                "had been included already, so nobody would call it. Declare all handlers, and "
-                "include all routers, before the router itself is included"
+                "has been included already, so nobody would call the handler. Declare all handlers "
+                "of a router, and include other routers in it, before the router itself is included"
             )
         added: dict[tuple[type, object], Declaration] = {}
         self._names.refuse_clashes(declarations)
@@ -231,11 +242,11 @@ class EventRouter(Subscribing):
         self._names.add(declarations)
 
     def _declared(self, twin: Declaration) -> Declaration | None:
-        """The declaration of the same handler for the same event type, if there is one."""
+        """The declaration here of the same handler for the same event type, if there is one."""
         return self._declarations.get((twin.event_type, twin.declared.identity))
 
     def _drop_earlier(self, declaration: Declaration) -> None:
-        """Forget the handler that this one replaces, because its file has run again."""
+        """Forget the earlier version of the handler, if its file was executed again."""
         known = {
             key: each
             for key, each in self._declarations.items()
@@ -249,13 +260,13 @@ class EventRouter(Subscribing):
             self._names.remove(earlier)
             self._reruns.warn(earlier, declaration)
 
-    if not TYPE_CHECKING:  # pragma: no branch - checkers know best what it has
+    if not TYPE_CHECKING:  # pragma: no branch - hidden from checkers, which know the attributes
 
         def __getattr__(self, name: str) -> object:
-            """Say what `include_router` of FastAPI would not: this is another kind of router."""
+            """Explain the mistake if FastAPI's `include_router` was given this router."""
             raise AttributeError(
-                f"an EventRouter has no attribute {name!r}. It has handlers of events and no "
-                "routes: the bus includes it, bus.include(router), not the application",
+                f"an EventRouter has no attribute {name!r}. It has event handlers, not routes: "
+                "include it in the bus with bus.include(router), not in the application",
                 name=name,
                 obj=self,
             )
@@ -265,17 +276,17 @@ class EventRouter(Subscribing):
 
 
 def _is_inside(router: EventRouter, outer: object) -> bool:
-    """Whether it has been included into the other one, directly or through others."""
+    """Whether the router has been included into `outer`, directly or through other routers."""
     return isinstance(outer, EventRouter) and any(
         inner is router or _is_inside(router, inner)
-        for inner in outer._routers  # noqa: SLF001 - see above
+        for inner in outer._routers  # noqa: SLF001 - see the module's docstring
     )
 
 
 def include_into(target: Subscribing, router: EventRouter) -> None:
-    """Give the target all that was declared on the router; then nothing more may be."""
+    """Add all declarations of the router to the target, and close the router."""
     if not isinstance(router, EventRouter):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidHandlerError(f"include() takes an EventRouter, not {router!r}")
-    declarations = list(router._declarations.values())  # noqa: SLF001 - see above
+    declarations = list(router._declarations.values())  # noqa: SLF001 - as in `_is_inside`
     target._add(declarations)  # noqa: SLF001
     router._included = True  # noqa: SLF001

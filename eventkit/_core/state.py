@@ -1,4 +1,4 @@
-"""Owns what all units of work of one bus share. Knows nothing of how they work."""
+"""Owns the state that all units of work of one bus share. Knows nothing of how they work."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ class Decisions(Protocol):
     """Lets transactions decide what becomes of events: see `transactions`."""
 
     def look(self, unit: Any, /) -> None:  # Any: a `units.Unit`, here and below
-        """Find out how the transactions in the unit stand."""
+        """Update the state of the transactions in the unit."""
 
     def tag(self, unit: Any, envelopes: Sequence[Envelope], /) -> None:
-        """Say who may decide what is being published. Needs the lock."""
+        """Note which transactions may decide the events of a publish. Needs the lock."""
 
     def settle(self, unit: Any, envelopes: Sequence[Envelope], /) -> None:
-        """Decide what was published into a transaction that has ended."""
+        """Decide events that were published into a transaction that has ended."""
 
     def follow(self, unit: Any, receiver: Any, /) -> None:
-        """The one unit hands its events to the other. Needs the lock."""
+        """Note that `unit` hands its events to `receiver`. Needs the lock."""
 
     def end(self, unit: Any, /) -> None:
-        """The unit ends: its transactions have had their say."""
+        """Decide all events of a unit that ends."""
 
     def dispatching(self, state: BusState, event: object, /) -> None:
-        """Warn of a dispatch inside a transaction that has written."""
+        """Warn about a dispatch inside a transaction that has written."""
 
 
 class Keeper(Protocol):
-    """Keeps the deliveries of durable handlers in a table: see `eventkit.outbox`.
+    """Stores the deliveries of durable handlers in a table: see `eventkit.outbox`.
 
     Attributes:
-        outbox: The `Outbox` that users have. Any: its class is on a floor above.
+        outbox: The user's `Outbox`. Any: its class is in a layer above.
     """
 
     outbox: Any
@@ -69,37 +69,37 @@ class Keeper(Protocol):
         """
 
     async def write(self, envelopes: Sequence[Envelope], /) -> None:
-        """Write the rows of what no transaction has decided; where that fails, take them away."""
+        """Write the rows of events that no transaction has decided; if it fails, drop the rows."""
 
     def settle(self) -> Coroutine[Any, Any, None]:
-        """Write down what has become of deliveries. Is not cancelled, and ends in time."""
+        """Write the outcomes of deliveries. It is not cancelled, and has a time limit."""
         ...
 
     def serve(self, host: Host, tasks: TaskGroup, /, *, concurrency: int) -> Service:
-        """Run what is due on the event loop that calls, from the service's start on."""
+        """Return a service that runs due deliveries on the calling event loop once it starts."""
         ...
 
 
 class Service(Protocol):
-    """Runs deliveries that are kept, on the event loop of one application."""
+    """Runs stored deliveries on the event loop of one application."""
 
     @property
     def patience(self) -> float | None:
-        """Seconds that deliveries may go on at shutdown; None where the application says so."""
+        """Seconds that deliveries may go on at shutdown; None if the application decides it."""
         ...
 
     async def start(self) -> None:
         """Begin.
 
         Raises:
-            EventKitError: The tables are not as they should be.
+            EventKitError: The tables are missing, or have another version.
         """
 
     def stop(self) -> None:
-        """Begin nothing more."""
+        """Start no more deliveries."""
 
     async def leave(self) -> None:
-        """Write down all outcomes, and give back what was not run. Ends in time."""
+        """Write all outcomes, and give back deliveries that did not run. It has a time limit."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,12 +107,11 @@ class Host:
     """A running application that delivers units of work of the bus in the background.
 
     Attributes:
-        entrance: The event loop it runs on, for threads that have none.
-        submit: Ends a unit of work: what there is to deliver is delivered later. Called on the
-            event loop.
+        entrance: The way to its event loop, for threads that have none.
+        submit: Ends a unit of work; its events are delivered later. Called on the event loop.
         origin: The origin of the units that are opened in it.
-        is_crowded: Whether more than half as many deliveries wait as may.
-        begin: Delivers what an ending gives, beside the units that are submitted.
+        is_crowded: Whether more than half of `max_pending` deliveries wait.
+        begin: Delivers the events of an ending, in addition to the submitted units.
     """
 
     entrance: Entrance
@@ -124,15 +123,22 @@ class Host:
 
 @dataclass(slots=True, eq=False)
 class BusState:
-    """What all units of work of one bus share.
+    """The state that all units of work of one bus share.
 
-    The bus makes it and changes `observers` and `report_failure`; `add_host` and `remove_host`
-    change `hosts`; drainers that close change `losses`; who ties a database to the bus sets
-    `decisions`; an outbox sets `keeper` and changes `unseen`; `need_keeper` changes `needs_keeper`;
-    everything else is fixed.
+    | changed by | attributes |
+    |---|---|
+    | the bus | `observers`, `report_failure` |
+    | `add_host`, `remove_host` | `hosts` |
+    | drainers that close | `losses` |
+    | the tie to a database | `decisions` |
+    | an outbox | `keeper`, `unseen` |
+    | `need_keeper` | `needs_keeper` |
+    | `miss_keeper` | `told_of_no_keeper` |
+
+    Everything else is fixed.
     """
 
-    bus: object  # whose they are, for those above who know what it is
+    bus: object  # the `EventBus`, for the layers above
     name: str
     sequential: bool
     handler_timeout: float | None
@@ -143,17 +149,17 @@ class BusState:
     tally: Tally
     report_failure: Callable[[Delivery, Exception], None]
     observers: Audience = NOBODY
-    losses: tuple[Counter[str], ...] = ()  # of those who count what is undelivered, by handler
+    losses: tuple[Counter[str], ...] = ()  # counters of undelivered deliveries, by handler
     hosts: tuple[Host, ...] = ()  # in the order in which they began
-    decisions: Decisions | None = None  # where transactions decide
-    keeper: Keeper | None = None  # where durable deliveries are kept
-    needs_keeper: tuple[str, ...] = ()  # the consumers that hand their messages to an outbox
+    decisions: Decisions | None = None  # set if transactions decide
+    keeper: Keeper | None = None  # set if an outbox stores durable deliveries
+    needs_keeper: tuple[str, ...] = ()  # the consumers that store their messages in an outbox
     told_of_no_keeper: bool = False
-    # By handler, the rows in transactions of callers that were not committed: nobody sees them.
+    # By handler: rows in callers' transactions that were not committed, so no process sees them.
     unseen: Counter[str] = field(default_factory=Counter[str])
 
     def report(self, delivery: Delivery, error: Exception) -> None:
-        """Tell the bus's owner of a failure that nobody awaits."""
+        """Report a failure that no code awaits."""
         try:
             self.report_failure(delivery, error)
         except Exception as broken:  # noqa: BLE001 - a reporter is user code
@@ -161,49 +167,50 @@ class BusState:
             log_failure(delivery, error)
 
     def need_keeper(self, consumer: str) -> None:
-        """Refuse to start an application of the bus that has no outbox: this consumer needs one.
+        """Note that this consumer needs an outbox: without one, an application does not start.
 
-        The name of the consumer is for the error's text.
+        The name of the consumer is for the error message.
         """
         self.needs_keeper = (*self.needs_keeper, consumer)
 
     def miss_keeper(self) -> None:
-        """Warn once that durable handlers run in memory, for want of an outbox."""
+        """Warn once that durable handlers run in memory, because there is no outbox."""
         if not self.told_of_no_keeper:
             self.told_of_no_keeper = True
             if "PYTEST_VERSION" not in os.environ:  # tests need no outbox
                 log(
                     logging.WARNING,
-                    "durable handlers run in memory, and a crash loses what is pending: the bus "
-                    "has no outbox. Outbox(bus, engine), where the application is wired",
+                    "durable handlers run in memory, and a crash loses the pending deliveries: the "
+                    "bus has no outbox. Create one where you set up the application: "
+                    "Outbox(bus, engine)",
                     bus=self.name,
                 )
 
     def count_losses(self, lost: Counter[str]) -> None:
-        """From now on, have it count what is undelivered, by handler. Thread-safe."""
+        """Count undelivered deliveries by handler in `lost` from now on. Thread-safe."""
         with self.tally.lock:
             self.losses = (*self.losses, lost)
 
     def count_losses_no_more(self, lost: Counter[str]) -> None:
-        """Leave it as it is. Thread-safe."""
+        """Stop counting in `lost`. Thread-safe."""
         with self.tally.lock:
             self.losses = tuple(other for other in self.losses if other is not lost)
 
     def add_host(self, host: Host) -> None:
-        """From now on it delivers units of work in the background. Thread-safe."""
+        """Let the application deliver units of work in the background. Thread-safe."""
         with self.tally.lock:
             self.hosts = (*self.hosts, host)
 
     def remove_host(self, host: Host) -> None:
-        """It does so no longer; nothing happens where that is so already. Thread-safe."""
+        """Remove the application; no effect if it was removed already. Thread-safe."""
         with self.tally.lock:
             self.hosts = tuple(other for other in self.hosts if other is not host)
 
 
 def log_failure(delivery: Delivery, error: Exception) -> None:
-    """Write the line that a failed delivery leaves by default: never the payload.
+    """Write the default log line for a failed delivery, without the payload.
 
-    While a durable delivery has attempts left, it is a warning.
+    If a durable delivery has attempts left, the line is a warning, else an error.
     """
     again = delivery.attempt < delivery.attempts
     kept = delivery.attempts > 1

@@ -1,6 +1,6 @@
-"""Owns what an SQL statement does to its transaction, as far as its text tells.
+"""Owns what an SQL statement does to its transaction, as far as its text says.
 
-Knows no database: the words are those of the standard, and of what people run.
+Knows no database: the key words are those of the standard and of common databases.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _READING = re.compile(
     re.IGNORECASE,
 )
 _WITH = re.compile(r"[\s(]*WITH\b", re.IGNORECASE)
-# A comment, a string literal, or a quoted name. What stands in `/*! */` MySQL executes.
+# A comment, a string literal, or a quoted name. Not `/*! */`: MySQL executes its contents.
 _OPAQUE = re.compile(
     r"--[^\n]*|/\*(?!!).*?\*/"
     r"|\b[eE]'(?:[^'\\]|\\.|'')*'|'(?:[^']|'')*'|\$(\w*)\$.*?\$\1\$"
@@ -27,7 +27,7 @@ _OPAQUE = re.compile(
 _WRITING_PART = re.compile(r"[()]\s*(?:INSERT|REPLACE\s+INTO|UPDATE|DELETE|MERGE)\b", re.IGNORECASE)
 
 
-_CACHED = 10_000  # characters: longer texts are bulk, and do not come again
+_CACHED = 10_000  # characters; longer texts are bulk statements, which rarely come twice
 
 
 class Step(Enum):
@@ -47,11 +47,11 @@ _SAVEPOINTS = {
 
 
 class Effect(NamedTuple):
-    """What a text of one or more statements does to the transaction that it is sent in.
+    """What a text of one or more statements does to its transaction.
 
     Attributes:
         writes: Whether it may change something.
-        steps: What it does to which savepoints, in its order.
+        steps: What it does to savepoints, in order, each with the name of the savepoint.
     """
 
     writes: bool
@@ -59,9 +59,9 @@ class Effect(NamedTuple):
 
 
 def effect_of(text: str) -> Effect:
-    """Judge each statement between `;` by its first word; WITH by the parts it has.
+    """Judge each statement between `;` by its first word; a WITH statement by its parts.
 
-    Not seen: functions that write in a SELECT, EXPLAIN ANALYZE of what writes, SELECT INTO.
+    It does not find three kinds of writes: a function in a SELECT, EXPLAIN ANALYZE, SELECT INTO.
     """
     return _judge.__wrapped__(text) if len(text) > _CACHED else _judge(text)
 
@@ -83,5 +83,5 @@ def _judge(text: str) -> Effect:
 
 
 def _visible(opaque: re.Match[str]) -> str:
-    """A quoted name stays, but for what would look like the end of a statement."""
+    """Keep a quoted name, without its semicolons; replace everything else by a space."""
     return opaque[0].replace(";", "") if opaque[0][0] in '"`' else " "

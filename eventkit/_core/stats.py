@@ -1,4 +1,4 @@
-"""Owns the counters of one bus. Knows what can become of a delivery, not how it comes about."""
+"""Owns the counters of one bus. Knows the outcomes of a delivery, not how they come about."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eventkit._core.locks import new_lock
 
 
 class Outcome(Enum):
-    """What finally became of a delivery."""
+    """The final outcome of a delivery."""
 
     HANDLED = "handled"
     FAILED = "failed"
@@ -28,24 +28,29 @@ Background = Literal["held", "refused"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """The counters of a bus at one moment, all but `published` per delivery.
+    """The counters of a bus at one moment.
 
+        assert bus.stats.failed == 0
+
+    `accepted` to `running` count deliveries. One event with two handlers has two deliveries.
     `accepted == handled + failed + discarded + undelivered + requeued + pending + running`.
 
     Attributes:
-        published: Events published or dispatched, with or without a handler.
-        accepted: Deliveries that eventkit took responsibility for.
-        handled: The handler ended without an exception.
-        failed: The handler raised, or took too long.
-        discarded: Dropped because the unit of work failed or its subscription was cancelled.
-        undelivered: Not run, or ended by a cancellation from outside.
-        requeued: Given back to the table of an outbox, from which they run later or elsewhere.
-        pending: Waiting to be delivered or discarded.
-        running: The handler is running now.
+        published: Events that were published or dispatched, with or without a handler.
+        accepted: Deliveries that eventkit has taken responsibility for.
+        handled: Deliveries whose handler has ended without an exception.
+        failed: Deliveries whose handler has raised, or has exceeded its time limit.
+        discarded: Deliveries that were dropped, because their unit of work failed or their
+            subscription was cancelled.
+        undelivered: Deliveries that did not run, or were ended by a cancellation from outside.
+        requeued: Deliveries that were given back to the table of an outbox. They run later, or in
+            another process.
+        pending: Deliveries that wait now.
+        running: Deliveries whose handler runs now.
         units_waiting: Units of work that have ended and wait for their drain.
-        units_draining: Units of work that are being drained in the background.
-        held: Requests held back now, because too many deliveries wait.
-        refused: Requests refused for that reason.
+        units_draining: Units of work that are drained in the background now.
+        held: Requests that are held back now, because too many deliveries wait.
+        refused: Requests that were answered 503, because too many deliveries waited.
     """
 
     published: int
@@ -64,44 +69,45 @@ class Stats:
 
 
 class Run(Protocol):
-    """Who runs the handlers of one unit of work, and keeps count of them itself.
+    """Runs the handlers of one unit of work, and counts them itself.
 
-    It alone writes here, in one thread, and needs no lock for it: a delivery that ends is first
-    taken out of `running` and then counted.
+    Only the run changes its counters, in one thread, so it needs no lock. A delivery that ends is
+    removed from `running` first, and counted then.
 
     Attributes:
-        handled: How many have ended well; the tally takes over the number when the run leaves.
+        handled: How many deliveries have ended well. When the run leaves, the tally adds this
+            number to its own.
     """
 
     handled: int
 
     @property
     def running(self) -> Iterable[Delivery]:
-        """Those that have begun and not ended."""
+        """The deliveries that have begun and not ended."""
         ...
 
 
 class Drainer(Protocol):
-    """Who has units of work delivered in the background."""
+    """Delivers units of work in the background."""
 
     @property
     def units_waiting(self) -> int:
-        """Those that have ended and wait for their drain."""
+        """How many units have ended and wait for their drain."""
         ...
 
     @property
     def units_draining(self) -> int:
-        """Those that are being drained."""
+        """How many units are being drained."""
         ...
 
 
 class Tally:
     """The counters themselves.
 
-    Changed by units of work and by the dispatcher, only ever with `lock` held; the same lock
-    guards the queues of the bus's units of work, so that a publish from a thread is one step.
-    What is running, and what has ended well since they began, the runs know. Runs and drainers
-    come without the lock, because to add one is a single step: who iterates takes a copy.
+    Units of work and the dispatcher change them, and always hold `lock`. The same lock guards the
+    queues of the bus's units of work, so that a publish from another thread is one step. The runs
+    know the deliveries that run, and count those that end well. Runs and drainers are added without
+    the lock, because adding to a set is one step. So code that iterates makes a copy first.
     """
 
     __slots__ = (
@@ -125,13 +131,13 @@ class Tally:
         self.published: int = 0
         self.accepted: int = 0
         self.runs: set[Run] = set()
-        self.handled: int = 0  # by runs that have left
-        self.ended: dict[Outcome, int] = dict.fromkeys(Outcome, 0)  # but for those
+        self.handled: int = 0  # by runs that have left; the runs in `runs` count their own
+        self.ended: dict[Outcome, int] = dict.fromkeys(Outcome, 0)  # HANDLED is not counted here
         self.background: Counter[Background] = Counter()
         self.drainers: set[Drainer] = set()
 
     def leave(self, run: Run) -> None:
-        """Take over what it has handled."""
+        """Remove the run, and add its counter to the tally's own."""
         with self.lock:
             self.runs.remove(run)
             self.handled += run.handled
@@ -142,7 +148,7 @@ class Tally:
             self.ended[outcome] += deliveries
 
     def shift(self, count: Background, by: int) -> None:
-        """Change one of the counters of background delivery."""
+        """Change one of the counters `held` and `refused`."""
         with self.lock:
             self.background[count] += by
 
@@ -161,7 +167,7 @@ class Tally:
             ended = Counter({outcome.value: count for outcome, count in self.ended.items()})
             handled = self.handled + sum(run.handled for run in [*self.runs])
             ended[Outcome.HANDLED.value] += handled
-            running = len(self.running())  # afterwards, or what ends meanwhile would count twice
+            running = len(self.running())  # last: a delivery that ends now must not count twice
             return Stats(
                 published=self.published,
                 accepted=self.accepted,

@@ -1,6 +1,6 @@
-"""Owns what ties a handler to an event type, and the plan for one type of events.
+"""Owns the subscription of one handler to one event type, and the plan for one event type.
 
-Knows nothing of how handlers are run, and of who else has subscribed.
+Knows nothing of how handlers run, and nothing of the other subscriptions of the bus.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from eventkit.exceptions import (
 
 _order = count()
 
-# Modules whose classes nobody has made to say what happened.
+# Modules of Python whose classes are values, not events.
 _NOT_OURS = {
     "builtins",
     "collections",
@@ -37,36 +37,39 @@ _NOT_OURS = {
     "uuid",
 }
 
-_MADE_BY_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE of CPython: made while Python runs
+_MADE_BY_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE of CPython: created at run time by a class statement
 
 
 class Declaration:
-    """A handler for an event type, as declared and checked, not yet tied to a bus."""
+    """A handler that was declared for an event type and checked, without a bus yet."""
 
     __slots__ = ("_event_type", "declared", "line")
 
     def __init__(self, event_type: type, declared: Handler, line: tuple[str, int | None]) -> None:
         self._event_type = event_type
         self.declared: Handler = declared
-        # File and number; put together only when asked, for the file is shared.
+        # File and line number, not yet one text: all declarations of a file share its name.
         self.line: tuple[str, int | None] = line
 
     @property
     def event_type(self) -> type:
-        """Instances of it and of its subclasses are delivered."""
+        """The class: instances of it and of its subclasses are delivered."""
         return self._event_type
 
     @property
     def subscribed_at(self) -> str:
-        """Where it was subscribed, or declared on a router, as `file:line`."""
+        """Place where it was subscribed, or declared on a router, as `file:line`."""
         return place_of(*self.line)
 
     def refuse_twin(self, twin: Declaration | None, *, named_twice: bool = False) -> None:
-        """Raise if the same handler is there for the same event type already.
+        """Raise if the same handler is already subscribed to the same event type.
 
         Args:
-            twin: The declaration of the same handler, if there is one.
+            twin: The earlier declaration of the same handler, if there is one.
             named_twice: Whether one decorator has made both declarations.
+
+        Raises:
+            DuplicateSubscriptionError: There is a twin.
         """
         if twin is not None:
             included_twice = twin.declared is self.declared
@@ -81,15 +84,19 @@ class Declaration:
 
 
 class Subscription(Declaration):
-    """Ties one handler to one event type. Made by `EventBus.subscribe`; `cancel()` ends it.
+    """The subscription of one handler to one event type, until `cancel()`.
 
-    Also a context manager that cancels at the end of the block. May be cancelled from any thread.
+        with bus.subscribe(OrderPaid, show):   # cancelled at the end of the block
+            ...
+
+    `EventBus.subscribe` returns it. It may be cancelled from any thread.
 
     Attributes:
-        active: False once cancelled.
-        target: What a delivery runs: the declared handler, but for a fake of the testing kit.
-        order: Its place among all subscriptions: lower ones start first.
-        successor: Who has replaced it, because its file has run again.
+        active: Whether the subscription has not been cancelled.
+        target: The handler that deliveries run. It is the declared handler, or a fake of the
+            testing kit.
+        order: Number of the subscription. Handlers with a lower number start first.
+        successor: The subscription that has replaced it, because its file was executed again.
     """
 
     __slots__ = ("_end", "active", "order", "successor", "target")
@@ -106,7 +113,7 @@ class Subscription(Declaration):
 
     @property
     def latest(self) -> Subscription:
-        """Who stands in its place now: itself, or the last one that has replaced it."""
+        """The subscription that is in use now: this one, or the last one that has replaced it."""
         latest = self
         while latest.successor is not None:
             latest = latest.successor
@@ -114,36 +121,39 @@ class Subscription(Declaration):
 
     @property
     def handler(self) -> Callable[..., object]:
-        """The callable as it was given."""
+        """The callable that was subscribed."""
         return self.declared.function
 
     @property
     def name(self) -> str:
-        """The handler's stable name: its `module:qualname` as it was then, or what `name=` said."""
+        """Stable name of the handler: `name=`, or `module:qualname` at the time of subscribing."""
         return self.target.name
 
     @property
     def location(self) -> str:
-        """Where the handler is defined, as `file:line`."""
+        """Place where the handler is defined, as `file:line`."""
         return self.target.location
 
     @property
     def thread(self) -> bool:
-        """Whether the call starts in a worker thread."""
+        """Whether the handler starts in a worker thread."""
         return self.target.in_thread
 
     @property
     def durable(self) -> Durable | None:
-        """How its deliveries are kept until they are done; None where they are not."""
+        """Options of a durable handler; None if its deliveries are not stored."""
         return self.declared.durable
 
     @property
     def timeout(self) -> float | None | EllipsisType:
-        """Seconds a delivery may take, None for no limit, `...` for the bus's default."""
+        """Time limit of a delivery in seconds; None for no limit, `...` for the bus's default."""
         return self.target.timeout
 
     def cancel(self) -> None:
-        """End the subscription. Its deliveries of events that have not started are discarded."""
+        """End the subscription. Deliveries that have not started are discarded.
+
+        Calling it again has no effect. Thread-safe.
+        """
         self._end(self)
 
     def __enter__(self) -> Self:
@@ -158,15 +168,15 @@ class Subscription(Declaration):
 
 
 class Plan(tuple[Subscription, ...]):  # noqa: SLOT001 - a tuple can have no slots
-    """The subscriptions that an event reaches, in start order, and what a drain wants to know.
+    """The subscriptions that an event reaches, in start order, prepared for a drain.
 
     Attributes:
-        handlers: What each of them runs.
-        indexes: Which of them are active.
-        alike: Whether all handlers are bare coroutine functions under the usual limit.
-        in_threads: Whether the call of one of them starts in a worker thread.
-        durable: The indexes of those whose deliveries are kept.
-        valid: Whether all this is still so; where it is not, `renewed` is.
+        handlers: The handler of each subscription.
+        indexes: The indexes of the active subscriptions.
+        alike: Whether all handlers are plain coroutine functions with the default time limit.
+        in_threads: Whether one of the handlers starts in a worker thread.
+        durable: The indexes of the durable handlers.
+        valid: Whether the plan is up to date. If not, `renewed` gives one that is.
     """
 
     handlers: tuple[Handler, ...]
@@ -175,14 +185,14 @@ class Plan(tuple[Subscription, ...]):  # noqa: SLOT001 - a tuple can have no slo
     in_threads: bool
     durable: Sequence[int]
     valid: bool
-    _groups: Sequence[Sequence[Subscription]] | None  # None where each is alone in its group
+    _groups: Sequence[Sequence[Subscription]] | None  # None if each group has one subscription
 
     @classmethod
     def of(cls, groups: Sequence[Sequence[Subscription]]) -> Self:
-        """As things stand, given the subscriptions of each handler that the event reaches.
+        """Make a plan of groups: each has the subscriptions of one handler that the event reaches.
 
         An event may reach a handler through several of its types. The handler runs once, for the
-        first of these subscriptions that is active.
+        first subscription of its group that is active.
         """
         plan = cls(_first_active(group) for group in groups)
         plan._groups = groups if any(len(group) > 1 for group in groups) else None
@@ -197,12 +207,12 @@ class Plan(tuple[Subscription, ...]):  # noqa: SLOT001 - a tuple can have no slo
         return plan
 
     def attempts(self, index: int) -> int:
-        """How often a delivery to the handler at this index is tried."""
+        """Highest number of tries of a delivery to the handler at this index."""
         durable = self[index].durable
         return 1 if durable is None else durable.attempts
 
     def renewed(self) -> Self:
-        """The same handlers at the same places, as things stand now."""
+        """Make the plan again from the current subscriptions; each handler keeps its index."""
         return self.of(self._groups or [(each,) for each in self])
 
 
@@ -220,11 +230,11 @@ def declare(
     thread: bool | None = None,
     durable: bool | Durable = False,
 ) -> Declaration:
-    """Check what a user wants to subscribe.
+    """Check the arguments of a subscription, and make a declaration of them.
 
     Raises:
         InvalidEventTypeError: `event_type` is not a class.
-        InvalidHandlerError: The handler cannot be called with an event, or not as asked.
+        InvalidHandlerError: The handler cannot be called with an event, or its options are wrong.
         TypeError: `durable` is neither a bool nor a `Durable`.
     """
     check_event_type(event_type)
@@ -235,7 +245,7 @@ def declare(
 
 
 def check_event_type(event_type: object) -> None:
-    """Refuse what no event can be an instance of."""
+    """Refuse an event type that is not a class."""
     alias = hasattr(event_type, "__origin__")
     if isinstance(event_type, type) and not alias and event_type is not Any:
         return
@@ -244,21 +254,21 @@ def check_event_type(event_type: object) -> None:
         remedy = "Give the class itself instead of its name"
     elif inspect.isroutine(event_type):
         remedy = (
-            "A decorator takes the event type in parentheses: @bus.on(UserCreated); subscribe "
-            "takes it first: subscribe(UserCreated, handler)"
+            "Give the event type first. As a decorator: @bus.on(UserCreated). As a call: "
+            "subscribe(UserCreated, handler)"
         )
     elif alias or event_type is Any or kind.__module__ in {"builtins", "types", "typing"}:
         remedy = (
-            "For one of several, name them all: on(A, B); for a generic class, name the class "
-            "without its parameters"
+            "For several event types, give each of them: on(A, B). For a generic class, give the "
+            "class without its parameters"
         )
     else:
-        remedy = f"For its class: {kind.__name__}"
+        remedy = f"Give its class: {kind.__name__}"
     raise InvalidEventTypeError(f"an event type is a class, not {event_type!r}. {remedy}")
 
 
 def refuse_non_event(event: object) -> None:
-    """Refuse a class where its instance was meant."""
+    """Refuse a class that was published instead of an instance."""
     if isinstance(event, type):
         raise InvalidEventTypeError(
             f"an event is an instance, not a class: publish {event.__name__}(...), not "
@@ -267,35 +277,35 @@ def refuse_non_event(event: object) -> None:
 
 
 def is_event_type(event_type: type) -> bool:
-    """Whether it looks like a class of events, so that an instance without a handler is fine."""
+    """Whether the class may be a class of events: then an event without a handler is no error."""
     if issubclass(event_type, BaseException):
         return True
     module, name = event_type.__module__, event_type.__qualname__
     foreign = module in _NOT_OURS and (
         not event_type.__flags__ & _MADE_BY_PYTHON
-        # A class that `exec`, `new_class` or `make_dataclass` has made may only claim to be there.
+        # A class from `exec`, `new_class` or `make_dataclass` may have a wrong `__module__`.
         or getattr(sys.modules.get(module), name, None) is event_type
     )
     return not foreign and not issubclass(event_type, Enum)
 
 
 def not_an_event(event: object) -> InvalidEventTypeError:
-    """What to say of an instance of what is no event type, and has no handler. Not its value."""
+    """The error for an object that is not an event and has no handler. It hides the value."""
     name = type(event).__name__
-    no_event = f"an object of the type {name!r} is no event that anybody handles"
+    no_event = f"an object of the type {name!r} is not an event, and no handler takes it"
     if isinstance(event, Coroutine):
-        return InvalidEventTypeError(f"{no_event}: await it, and publish what it returns")
+        return InvalidEventTypeError(f"{no_event}: await it, and publish its result")
     if isinstance(event, Iterable) and not isinstance(event, str | bytes | bytearray | Mapping):
-        return InvalidEventTypeError(f"{no_event}: publish the events in it, publish(*events)")
+        return InvalidEventTypeError(f"{no_event}: publish its elements, with publish(*events)")
     kind = f"a member of the enum {name!r}" if isinstance(event, Enum) else f"of {name!r}"
     return InvalidEventTypeError(
-        f"an event is an instance of a class of yours, not {kind}, which nobody handles: make a "
-        "class of what happened, and publish an instance, publish(UserCreated(...))"
+        f"an event is an instance of a class of yours, not {kind}, and no handler takes this "
+        "object. Define a class for the event, and publish an instance: publish(UserCreated(...))"
     )
 
 
 def in_order(subscriptions: Iterable[Subscription]) -> list[Subscription]:
-    """Sorted by when they were subscribed, which is the order in which they start."""
+    """Sort by the time of subscribing, which is the order in which handlers start."""
     return sorted(subscriptions, key=_order_of)
 
 

@@ -11,15 +11,14 @@ from contextvars import ContextVar
 from anyio import CapacityLimiter, to_thread
 from anyio.lowlevel import RunVar
 
-# A limiter of our own: slow handlers must not take the threads that sync endpoints need. One per
-# running event loop, because a limiter belongs to the loop it is used in and a bus does not.
-# And one per level of nesting: a thread that waits for other handlers must not hold a token that
-# they need.
+# Not AnyIO's default limiter: slow handlers must not take the threads that sync endpoints need. One
+# limiter for each event loop, because a limiter belongs to one loop and a bus does not. And one for
+# each nesting level: a thread that waits for other handlers must not hold a token that they need.
 _limiters: RunVar[list[CapacityLimiter]] = RunVar("eventkit_handler_threads")
 thread_level: ContextVar[int] = ContextVar("eventkit_thread_level", default=0)
 _THREADS = 40
 
-# What a call in a worker thread returned, or what it raised; a list, so that it can be emptied.
+# The result or the exception of a call in a worker thread; a list, so that it can be emptied.
 _Box = list[tuple[object, BaseException | None]]
 
 
@@ -28,26 +27,27 @@ async def call_in_thread(function: Callable[..., object], argument: object) -> o
     try:
         box = await to_thread.run_sync(_boxed, function, argument, limiter=limiter_of_this_level())
     finally:
-        del argument  # or a traceback that shows local variables shows the payload
+        del argument  # otherwise a traceback with local variables would show the payload
     result, error = box.pop()
     try:
         if error is not None:
             raise error
         return result
     finally:
-        del error  # or this frame and its traceback keep each other alive
+        del error  # otherwise this frame and its traceback keep each other alive
 
 
 def _boxed(function: Callable[..., object], argument: object) -> _Box:
-    """Call it, and let nothing out of the thread but a box.
+    """Call the function, and return its result or exception in a box.
 
-    Trio refuses a coroutine as a result. An exception would be kept alive, and the argument with
-    it, by those who carry it, because they stand in its traceback.
+    trio refuses a coroutine as a result. An exception that passes through the code between the
+    threads would have its frames in the traceback. These frames would keep the exception and the
+    argument alive.
     """
     thread_level.set(thread_level.get() + 1)
     try:
         return [(function(argument), None)]
-    except BaseException as error:  # noqa: BLE001 - raised again where the thread is awaited
+    except BaseException as error:  # noqa: BLE001 - `call_in_thread` raises it again
         return [(None, error)]
     finally:
         del argument  # as above

@@ -2,29 +2,30 @@
 
 The rules
 ---------
-1. *Who takes part.* A transaction takes part in each unit of work in which it is used: from its
-   begin on, or from the first statement that is sent there.
-2. *Who has a say.* A transaction that has not written has none, however it ends.
-3. *Candidates.* An event is decided by the first transaction that has written among those that were
-   open when it was published. First come those of the publisher's own task, the one used last
-   first. Then come those of other tasks; beside transactions of the own task they only release. If
-   none of them has written, one that was committed releases the event all the same.
-4. *Afterwards.* What is still undecided is released by the next transaction that writes and commits
-   in the unit of work. One that rolls back discards it only if the publisher's own task has begun
-   it, before anything in the unit was committed, and before the response was started. A task or
-   thread that it has started since the publish counts as the publisher's own.
-5. *The end of the unit.* A transaction that has written and is still open has lost its events. What
-   no transaction has decided, the outcome of the unit decides.
+1. *Taking part.* A transaction takes part in each unit of work in which it is used: from its begin
+   on, or from the first statement that is sent in the unit.
+2. *Deciding.* A transaction that has not written decides nothing, however it ends.
+3. *Candidates.* An event is decided by the first transaction that has written, among those that
+   were open at its publish. First come those of the publisher's own task, the one used last first.
+   Then come those of other tasks. If the own task has one, those of other tasks can only release.
+   If none of them has written, one that was committed still releases the event.
+4. *Afterwards.* An event that is still undecided is released by the next transaction that writes
+   and commits in the unit of work. A rollback discards it only if three things are true: the
+   publisher's own task has begun the transaction, nothing in the unit was committed before, and the
+   response was not started before. A task or thread that the publisher's task has started since the
+   publish counts as the publisher's own.
+5. *End of the unit.* If a transaction has written and is still open, its events are discarded.
+   Events that no transaction has decided are decided by the outcome of the unit.
 
-A savepoint that is rolled back takes along what was published in it. One that is kept is a part of
-what is around it.
+A savepoint that is rolled back discards the events that were published in it. A savepoint that is
+kept becomes part of the transaction or savepoint around it.
 
-| who | what they own here |
+| class | owns |
 |---|---|
 | `Level` | how a transaction or savepoint stands: whether it has written, how it ended |
 | `Decision` | the candidates of one event, and rules 3 to 5 |
 | `Transaction` | the levels of one transaction, and the units of work it takes part in: rule 1 |
-| `Decisions` | what a unit of work asks when it publishes and when it ends |
+| `Decisions` | the methods that a unit of work calls at a publish and at its end |
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ from eventkit._core.state import BusState
 from eventkit._core.stats import Outcome
 from eventkit._core.units import Unit
 
-# The transactions that the task has used in units of work, the one used last first.
+# The transactions that this task has used in units of work, the one used last first.
 _used: ContextVar[tuple[Transaction, ...]] = ContextVar("eventkit_used", default=())
-# The decisions about the events that the task has published, as long as these are undecided.
+# The decisions about the events that this task has published, while the events are undecided.
 _published: ContextVar[tuple[ref[Decision], ...]] = ContextVar("eventkit_published", default=())
 
 STILL_OPEN = "the transaction was still open when its unit of work ended"
@@ -59,11 +60,11 @@ class End(Enum):
 
     COMMITTED = "committed"
     ROLLED_BACK = "rolled back"
-    KEPT = "kept"  # a savepoint: from now on it is a part of what is around it
+    KEPT = "kept"  # a savepoint: it is now part of the transaction or savepoint around it
 
 
 class Say(Enum):
-    """How an event came to have a transaction as a candidate."""
+    """Why a transaction is a candidate for an event."""
 
     OWN = "open when it was published, in the publisher's task"
     OTHERS = "open when it was published, in another task beside own ones"
@@ -75,12 +76,12 @@ class Level:
     """A transaction, or a savepoint in one.
 
     Attributes:
-        around: The savepoint or transaction that it is in.
-        name: Of a savepoint, where the database knows it.
+        around: The savepoint or transaction around it.
+        name: The name of a savepoint that a statement has begun.
         wrote: Whether something in it may have changed the database. Only ever set to True.
         end: How it ended; None while it is open.
         reason: Why it was rolled back, for the log.
-        warning: What to warn of where events are lost by that.
+        warning: The text of a warning, if its end loses events.
     """
 
     __slots__ = ("around", "end", "name", "reason", "warning", "wrote")
@@ -94,7 +95,7 @@ class Level:
         self.warning: str | None = None
 
     def outward(self) -> Iterator[Level]:
-        """Itself, and all that is around it."""
+        """This level, and all levels around it."""
         level: Level | None = self
         while level is not None:
             yield level
@@ -102,7 +103,7 @@ class Level:
 
     @property
     def has_written(self) -> bool:
-        """Whether the transaction that it is a part of has written."""
+        """Whether it or a level around it has written."""
         level: Level | None = self
         while level is not None and not level.wrote:
             level = level.around
@@ -110,15 +111,14 @@ class Level:
 
     @property
     def has_no_say(self) -> bool:
-        """Whether it has ended and has not written: rule 2."""
+        """Whether it has ended without writing, so it decides nothing: rule 2."""
         level = self.deciding()
         return level.end is not None and not level.wrote
 
     def deciding(self) -> Level:
-        """The one that decides what was published here.
+        """The level that decides the events that were published here.
 
-        Where a savepoint is kept, or was rolled back although nothing was written in it, that is
-        what is around it.
+        For a savepoint that was kept, or was rolled back without a write, it is the level around.
         """
         level = self
         while (
@@ -131,10 +131,10 @@ class Level:
 
 
 class Decision:
-    """Which transactions may decide one event.
+    """The transactions that may decide one event.
 
     Attributes:
-        by: The one that has decided, once one has.
+        by: The level that has decided; None before.
     """
 
     __slots__ = ("__weakref__", "_afterwards", "_at_hand", "by")
@@ -145,7 +145,7 @@ class Decision:
         self._afterwards: list[tuple[Level, Say]] = []
 
     def add(self, transaction: Level, say: Say) -> None:
-        """Have one that is used after the publish decide, if no earlier one does."""
+        """Add a transaction that is used after the publish; it decides if no earlier one does."""
         self._afterwards = [
             (level, how)
             for level, how in self._afterwards
@@ -156,12 +156,12 @@ class Decision:
             self._afterwards.append((transaction, say))
 
     def verdict(self, *, last: bool = False) -> Verdict:
-        """What has been decided; `last` says that the unit of work ends now."""
+        """The decision so far; `last` says that the unit of work ends now."""
         verdict = self._of_those_at_hand(last)
         return self._of_those_afterwards(last) if verdict is None else verdict
 
     def _of_those_at_hand(self, last: bool) -> Verdict | None:
-        """Rule 3. OPEN: one of them has to end first. None: they have nothing to say."""
+        """Rule 3. OPEN: one of them has to end first. None: they do not decide."""
         waits = False
         committed: Level | None = None
         for candidate, say in self._at_hand:
@@ -201,17 +201,17 @@ class Decision:
 
 
 class Transaction(ABC):
-    """One transaction of a database, as the units of work know it.
+    """One transaction of a database, as the units of work see it.
 
-    Whoever watches the database makes it, and says what happens in it. Thread-safe, as far as the
-    database's own transactions are: one thread at a time uses and ends it.
+    The code that watches the database creates it, and calls its methods. It is as thread-safe as
+    the database's own transactions: one thread at a time uses it.
 
     Attributes:
-        state: Of the bus whose events it decides.
+        state: The state of the bus whose events it decides.
         levels: The transaction itself, and the savepoints that are open in it.
         units: The units of work that it takes part in, and those in which its events wait.
-        gone: Whether it takes part in nothing any more.
-        inside: That of the session which joined it last; weak.
+        gone: Whether it has left all units of work.
+        inside: Weak reference to the transaction of the session that joined it last.
     """
 
     __slots__ = ("__weakref__", "gone", "inside", "levels", "state", "units")
@@ -226,10 +226,10 @@ class Transaction(ABC):
     @property
     @abstractmethod
     def is_root(self) -> bool:
-        """Whether its commit is the database's, and not that of a savepoint."""
+        """Whether its commit is a COMMIT of the database, and not the end of a savepoint."""
 
     def with_those_inside(self) -> list[Transaction]:
-        """Itself, and those that its commit commits, too."""
+        """This transaction, and the inner ones that its commit commits, too."""
         found: list[Transaction] = [self]
         while (inside := found[-1].inside) is not None and (inner := inside()) is not None:
             found.append(inner)
@@ -237,44 +237,44 @@ class Transaction(ABC):
 
     @abstractmethod
     def look(self) -> None:
-        """Find out what nobody has said of it so far."""
+        """Check the database for changes that no hook has reported."""
 
     @abstractmethod
     def is_over(self) -> bool:
-        """Whether nothing happens in it any more."""
+        """Whether it has ended or is no longer watched."""
 
     @abstractmethod
     def has_unflushed(self) -> bool:
-        """Whether it is still to be told what to write."""
+        """Whether it has changes that are not sent to the database yet."""
 
     def use(self) -> None:
-        """Have it take part in the unit of work of the caller, as the one that is used last."""
+        """Let it take part in the caller's unit of work, as the transaction that is used last."""
         used = _used.get()
         if not used or used[0] is not self:
             _used.set((self, *[each for each in used if each is not self and not each.is_over()]))
-        if active.get() in self.units:  # so it is nearly always; they leave it as they end
+        if active.get() in self.units:  # nearly always; units that end leave this set
             return
         unit = _unit_of(self.state)
         if unit is not None and unit not in self.units:
             self.join(unit)
 
     def write(self) -> None:
-        """Something in it may change the database."""
+        """Note that a statement in it may change the database."""
         level: Level | None = self.levels[-1]
         while level is not None and not level.wrote:
             level.wrote, level = True, level.around
 
     def begin_savepoint(self, name: str | None = None) -> None:
-        """What is published from now on is published in this savepoint."""
+        """Begin a savepoint: later publishes are in this savepoint."""
         self.levels.append(Level(self.levels[-1], name))
 
     def keep_savepoint(self) -> None:
-        """Leave the innermost savepoint; not ended before, it is a part of what is around it."""
+        """Leave the innermost savepoint; if it has not ended, it was kept."""
         level = self.levels.pop()
         level.end = level.end or End.KEPT
 
     def commit(self) -> None:
-        """It has been committed, with the savepoints in it."""
+        """Note that it was committed, with the savepoints in it."""
         if self.levels[0].end is None and self.levels[0].wrote:
             with self.state.tally.lock:
                 for unit in self.units:
@@ -282,15 +282,15 @@ class Transaction(ABC):
         self.end(End.COMMITTED)
 
     def roll_back(self, reason: str, warning: str | None = None) -> None:
-        """It has been rolled back, with the savepoints in it."""
+        """Note that it was rolled back, with the savepoints in it."""
         self.end(End.ROLLED_BACK, reason, warning)
 
     def end(
         self, how: End, reason: str | None = None, warning: str | None = None, *, at: int = 0
     ) -> None:
-        """End the transaction, or the savepoint at this depth, with those in it.
+        """End the transaction, or the savepoint at this depth, with the savepoints in it.
 
-        What is published in it from now on shares its fate, until it is left.
+        The same end applies to events that are published in it later, until it is left.
         """
         while len(self.levels) > at + 1:
             self.keep_savepoint()
@@ -300,7 +300,7 @@ class Transaction(ABC):
             self.settle()
 
     def start_over(self, reason: str) -> None:
-        """The database has undone all so far, and goes on in a new transaction."""
+        """Note that the database has rolled back by itself, and has begun a new transaction."""
         ended, self.levels = self.levels, [Level()]
         for level in ended:
             level.wrote, level.end, level.reason = True, End.ROLLED_BACK, reason
@@ -309,14 +309,14 @@ class Transaction(ABC):
         self.settle()
 
     def settle(self) -> None:
-        """Do with the events in its units what has been decided."""
+        """Release or drop the events in its units that are decided now."""
         with self.state.tally.lock:
             units = [unit for unit in self.units if unit.queue.staged]
         if units:
             _settle(self.state, units)
 
     def leave(self, reason: str = "the transaction was closed without a commit") -> None:
-        """It takes part in nothing any more; not ended before, it was not committed."""
+        """Leave all units of work; if it has not ended, it was rolled back."""
         if self.levels[0].end is None:
             self.roll_back(reason)
         with self.state.tally.lock:
@@ -330,7 +330,7 @@ class Transaction(ABC):
             _used.set(tuple([each for each in used if each is not self]))
 
     def decides(self) -> list[Envelope]:
-        """What would be released by its commit, in the order of publish."""
+        """The events that its commit would release, in the order of publish."""
         with self.state.tally.lock:
             levels = [level for each in self.with_those_inside() for level in each.levels]
             ends = [level.end for level in levels]
@@ -358,7 +358,7 @@ class Transaction(ABC):
                 self._follow_up(unit)
 
     def _follow_up(self, unit: Unit) -> None:
-        """Have a say in what was published in the unit before. Needs the lock."""
+        """Become a candidate for events published in the unit before. Needs the lock."""
         decided = any(each.decided for each in unit.with_those_it_hands_to())
         own = set[Decision | None]() if decided else {each() for each in _published.get()}
         for envelope in unit.queue.staged:
@@ -368,14 +368,14 @@ class Transaction(ABC):
 
 
 class Decisions:
-    """What a unit of work asks of the transactions that are open in it."""
+    """The methods with which a unit of work uses the transactions that are open in it."""
 
     __slots__ = ()
 
     def look(self, unit: Unit) -> None:
-        """Find out how the transactions stand, before something depends on it.
+        """Update the state of the transactions in the unit.
 
-        One that began outside of all units takes part from now on, if it is to write something.
+        A transaction that began outside of all units joins the unit if it has unflushed changes.
         """
         for transaction in () if unit.is_delivery else _used.get():
             if (
@@ -393,7 +393,7 @@ class Decisions:
             transaction.units.add(unit)
         at_hand = [(transaction.levels[-1], say) for transaction, say in candidates]
         published = _published.get()
-        if not len(published) & (len(published) - 1):  # now and then, as there are twice as many
+        if not len(published) & (len(published) - 1):  # clean up when the length is a power of two
             published = tuple([each for each in published if each() is not None])
         for envelope in envelopes:
             if envelope.verdict is Verdict.OPEN:
@@ -402,19 +402,19 @@ class Decisions:
         _published.set(published)
 
     def settle(self, unit: Unit, envelopes: Sequence[Envelope]) -> None:
-        """Decide what was published into a transaction that has ended."""
+        """Decide events that were published into a transaction that has ended."""
         if any(_verdict_on(envelope) is not Verdict.OPEN for envelope in envelopes[:1]):
             _settle(unit.state, [unit])
 
     def follow(self, unit: Unit, receiver: Unit) -> None:
-        """The one unit hands its events to the other, around it. Needs the lock."""
+        """Note that `unit` hands its events to `receiver`, which is around it. Needs the lock."""
         for transaction in unit.queue.transactions:
             if unit in transaction.units:
                 transaction.units.remove(unit)
                 transaction.units.add(receiver)
 
     def end(self, unit: Unit) -> None:
-        """The unit ends: its transactions have had their say."""
+        """Decide the events of a unit that ends, and let its transactions leave it."""
         self.look(unit)
         _settle(unit.state, [unit], last=True)
         with unit.state.tally.lock:
@@ -424,7 +424,7 @@ class Decisions:
             unit.queue.transactions[:] = left
 
     def dispatching(self, state: BusState, event: object) -> None:
-        """Warn of a dispatch inside a transaction that has written."""
+        """Warn about a dispatch inside a transaction that has written."""
         unit = _unit_of(state)
         if unit is None or not unit.queue.transactions:
             return
@@ -443,21 +443,21 @@ class Decisions:
 
 
 def _unit_of(state: BusState) -> Unit | None:
-    """The open unit of work of the bus that surrounds the caller."""
+    """The open unit of work of the bus that surrounds the caller; None if there is none."""
     unit = active.get()
-    if type(unit) is not Unit or unit.state is not state:  # nearly always it is
+    if type(unit) is not Unit or unit.state is not state:  # rare
         unit = find(current(), state)
     return None if unit is None or unit.closed else unit
 
 
 def _look(unit: Unit) -> None:
-    """Have the transactions that take part in the unit find out how they stand."""
+    """Update the state of the transactions that take part in the unit."""
     for transaction in [*unit.queue.transactions]:
         transaction.look()
 
 
 def _open_in(unit: Unit) -> list[tuple[Transaction, Say]]:
-    """The transactions that take part in the unit, in the order of their say. Needs the lock."""
+    """The open transactions in the unit, in the order in which they decide. Needs the lock."""
     transactions: list[Transaction] = unit.queue.transactions
     if not transactions:
         return []
@@ -483,7 +483,7 @@ def _number(envelope: Envelope) -> int:
 
 
 def _settle(state: BusState, units: Sequence[Unit], *, last: bool = False) -> None:
-    """Release and drop what has been decided in these units of work."""
+    """Release and drop the events in these units of work that are decided."""
     judge: Callable[[Envelope], Verdict] = partial(_verdict_on, last=last)
     released: list[Envelope] = []
     dropped: dict[tuple[str | None, str | None], list[Envelope]] = {}
@@ -502,7 +502,7 @@ def _settle(state: BusState, units: Sequence[Unit], *, last: bool = False) -> No
 
 
 def _warn(state: BusState, warning: str, envelopes: Sequence[Envelope]) -> None:
-    """Warn of what is lost."""
+    """Warn about events that are lost."""
     deliveries = [delivery for each in envelopes for delivery in each.deliveries()]
     log(
         logging.WARNING,
@@ -514,7 +514,7 @@ def _warn(state: BusState, warning: str, envelopes: Sequence[Envelope]) -> None:
 
 
 def _why(envelope: Envelope) -> tuple[str | None, str | None]:
-    """The reason for which it was dropped, and what to warn of."""
+    """The reason why an event was dropped, and the text of a warning."""
     level: Level = envelope.decision.by
     if level.end is None:
         return STILL_OPEN, _OUTLIVED
@@ -522,7 +522,7 @@ def _why(envelope: Envelope) -> tuple[str | None, str | None]:
 
 
 _OUTLIVED = (
-    "a transaction that has written was still open when its unit of work ended: if it is committed "
-    "later, no handler hears of it. End it inside; a middleware that commits goes inside of "
-    "EventContextMiddleware, which is then added last"
+    "a transaction that has written was still open when its unit of work ended: its events are "
+    "lost, even if it is committed later. End it inside the unit of work. A middleware that "
+    "commits goes inside of EventContextMiddleware: add EventContextMiddleware last"
 )

@@ -1,4 +1,4 @@
-"""Owns one event on its way through the dispatcher, and what is told of a drain afterwards."""
+"""Owns one event on its way through the dispatcher, and the report of a drain."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from eventkit.exceptions import DispatchError
 
 
 class Drained(Protocol):
-    """The unit of work whose event it is.
+    """The unit of work that the event belongs to.
 
     Attributes:
-        state: What the units of its bus share.
-        origin: Where it comes from.
+        state: The state that all units of its bus share.
+        origin: The application that the unit of work was opened in.
     """
 
     state: BusState
     origin: object
 
     def unit_of(self, delivery: Delivery) -> Any:  # Any: a unit like itself
-        """The unit of work that a delivery of its event is."""
+        """Make the unit of work of a delivery of its event."""
         ...
 
 
 class EventTurn:
-    """An event on its way through the dispatcher: what that calls a `Turn`.
+    """An event on its way through the dispatcher: the dispatcher's `Turn`.
 
-    Most handlers neither publish nor ask for their delivery, so both the unit of work that it is
-    and the `Delivery` are made when somebody asks. Until then the pair of this and the handler's
-    index stands for the unit in the handler's context variables.
+    Most handlers do not publish, and do not ask for their delivery. So the unit of work of a
+    delivery and the `Delivery` object are made when they are needed. Until then the handler's
+    context variables hold the pair of this turn and the handler's index instead of the unit.
     """
 
-    # Here and not in `__init__`, for this is made once for every event.
+    # Defaults in the class, not in `__init__`: an instance is made for every event.
     interlude: Interlude | None = None
     _ended = False
     _units: dict[int, Any] | None = None
@@ -81,12 +81,12 @@ class EventTurn:
 
     @property
     def origin(self) -> object:
-        """Where the unit of work comes from."""
+        """The application that the unit of work was opened in."""
         return self._drained.origin
 
     @property
     def received(self) -> Mapping[str, str] | None:
-        """The headers of the message that the event was read from, if it was."""
+        """The headers of the message that the event was read from; None if there is no message."""
         incoming = self._envelope.incoming
         return None if incoming is None else incoming.headers
 
@@ -100,7 +100,7 @@ class EventTurn:
         return delivery
 
     def unit(self, index: int) -> Any:  # Any: see `Drained`
-        """The unit of work of one delivery: of this bus only, inside the one that is drained."""
+        """The unit of work of one delivery. Its parent is the unit that is drained."""
         drained = self._drained
         with drained.state.tally.lock:
             if self._units is None:
@@ -108,17 +108,17 @@ class EventTurn:
             unit = self._units.get(index)
             if unit is None:
                 unit = self._units[index] = drained.unit_of(self.delivery(index))
-                if self._ended:  # looked at last: whoever ends it meanwhile finds the unit
+                if self._ended:  # checked last, so that `end` in another thread finds the unit
                     unit.queue.clear()
             return unit
 
     def end_badly(self, index: int, outcome: Outcome) -> Outcome:
-        """Note what has become of a delivery, and return it: an outbox may keep it."""
+        """Note the outcome of a delivery, and return it: it is REQUEUED if an outbox stores it."""
         outcome = self.lost[index] = what_becomes_of(outcome, index, self._envelope.rows)
         return outcome
 
     def end(self) -> None:
-        """End the units of work that there are; nobody gets an open one any more."""
+        """End the units of work of the deliveries. Afterwards `unit` gives closed ones."""
         self._ended = True
         for index, unit in sorted(self._units.items()) if self._units else ():
             unit.hand_over(success=index not in self.lost)
@@ -128,19 +128,19 @@ class EventTurn:
 
 
 def what_to_run(state: BusState, envelope: Envelope) -> tuple[Plan, Sequence[int], int]:
-    """Leave out the deliveries that are not to run here.
+    """Leave out the deliveries that must not run here.
 
-    Those of cancelled subscriptions are discarded. What an outbox keeps is requeued: it waits in
-    the table for a process that knows the handler, or that may run it.
+    Deliveries of cancelled subscriptions are discarded. Deliveries that an outbox stores are
+    requeued: they wait in the table for a process that knows the handler, or that may run it.
 
     Returns:
-        The plan as it is now, the indexes of what is left, and how many were requeued.
+        The current plan, the indexes of the deliveries to run, and how many were requeued.
     """
     plan, rows = envelope.plan, envelope.rows
     if not plan.valid:
         plan = envelope.plan = plan.renewed()
     elsewhere = () if rows is None else rows.elsewhere()
-    if not elsewhere and len(plan.indexes) == len(plan):  # so it is nearly always
+    if not elsewhere and len(plan.indexes) == len(plan):  # nearly always
         return plan, plan.indexes, 0
     left = [index for index in plan.indexes if index not in elsewhere]
     out = sorted({*range(len(plan))}.difference(left))
@@ -154,7 +154,7 @@ def what_to_run(state: BusState, envelope: Envelope) -> tuple[Plan, Sequence[int
 
 
 class InterludeTurn:
-    """Stands for a turn before events whose rows are to be written first; it has no handlers."""
+    """A turn without handlers. Its interlude writes the rows of the next events."""
 
     indexes: Sequence[int] = ()
     in_threads = False
@@ -165,11 +165,15 @@ class InterludeTurn:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A delivery that failed.
+    """A delivery that has failed, and its exception.
+
+        for failure in report.failures:
+            print(failure.delivery.handler, failure.delivery.event, failure.error)
 
     Attributes:
-        delivery: Which one: `delivery.handler` is the handler's name, `delivery.event` the event.
-        error: What the handler raised.
+        delivery: The delivery: `delivery.handler` is the handler's name, `delivery.event` the
+            event.
+        error: The exception that the handler raised.
     """
 
     delivery: Delivery
@@ -178,12 +182,15 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class DrainReport:
-    """What one drain delivered.
+    """The result of one drain: how many deliveries succeeded, and which ones failed.
+
+        report = await unit.drain()
+        report.raise_for_failures()
 
     Attributes:
-        handled: Deliveries whose handler ended well.
-        failures: The others, in the order in which they failed.
-        requeued: Deliveries that an outbox keeps, and that run later or elsewhere.
+        handled: How many deliveries have ended without an exception.
+        failures: The deliveries that failed, in the order of their failures.
+        requeued: How many deliveries an outbox stores for later, or for another process.
     """
 
     handled: int
@@ -191,17 +198,17 @@ class DrainReport:
     requeued: int = 0
 
     def raise_for_failures(self) -> None:
-        """Raise everything that failed as one group.
+        """Raise all failures as one exception group; do nothing if there are none.
 
         Raises:
-            DispatchError: There were failures.
+            DispatchError: There are failures.
         """
         if self.failures:
             raise together(self.failures)
 
 
 def together(failures: Sequence[Failure]) -> DispatchError:
-    """All of them as one error."""
+    """Make one error of all failures."""
     events = dict.fromkeys(type_name(type(failure.delivery.event)) for failure in failures)
     return DispatchError(
         f"handlers failed for {', '.join(events)}", [failure.error for failure in failures]

@@ -1,10 +1,10 @@
-"""Owns units of work: what was published in them, and whether it is delivered or discarded.
+"""Owns units of work: the events published in them, and whether these are delivered or discarded.
 
-Knows nothing of HTTP, nor of who subscribed and why. How events flow: `publish` stages an envelope
-in the unit's queue. `release` has it delivered; `discard` drops it, save what was published
-`even_on_failure`. A drain takes envelopes off the queue one by one and runs their handlers, each in
-a unit of its own, whose remaining events join the queue behind all others when the last handler of
-the event has ended.
+Knows nothing of HTTP and of subscriptions. How events flow: `publish` stages an envelope in the
+unit's queue. `release` releases it for delivery. `discard` drops it, unless it was published with
+`even_on_failure`. A drain takes released envelopes one by one and runs their handlers. Each handler
+has its own unit. When the last handler of the event has ended, the events left in these units join
+the end of the queue.
 """
 
 from __future__ import annotations
@@ -59,36 +59,36 @@ Report = Callable[[Delivery, Exception], None]
 
 
 def next_number() -> int:
-    """The number of the next event that waits somewhere in this process."""
+    """A new number for an event, unique in this process."""
     return next(_numbers)
 
 
 class Unit:
-    """A unit of work, as the core knows it: `EventContext` is what users have of one.
+    """A unit of work inside the core. Users have an `EventContext` of it.
 
     `publish`, `release` and `discard` are thread-safe; everything else belongs to the event loop
     on which it was opened.
 
     Attributes:
-        state: What the units of its bus share.
+        state: The state that all units of its bus share.
         queue: Its events; also says whether it is new, open or closed.
-        parent: The unit around it, of whichever bus; of a delivery, the unit that is drained.
-        hands_over: Whether what is left goes to the next unit of this bus around it.
-        delivery: The delivery that it is, or that it is inside.
-        is_delivery: Whether it is one.
-        origin: Which application it belongs to; for resolvers alone.
+        parent: The unit around it, of any bus; for the unit of a delivery, the drained unit.
+        hands_over: Whether its remaining events go to the next unit of this bus around it.
+        delivery: The delivery that it belongs to, or is inside of.
+        is_delivery: Whether it is the unit of a delivery.
+        origin: The application that it was opened in; only resolvers use it.
         loop: The event loop on which it or the unit around it is open, or is delivered.
         independent: The unit around it neither delivers nor discards its events.
         background: It leaves its drain to a running application, if there is one.
-        waits: It delivers its events itself, and so do those inside with `background`.
+        waits: It delivers its events itself; so do units inside it, even with `background`.
         draining: A task delivers its events.
         decided: Something was committed in it, or its response was started.
         emptied: Called when events of it were dropped or delivered, in any thread.
-        context: What users have of it, if they have; weak.
-        keeps: What no transaction has decided is written before it is delivered, if its handlers
-            are durable.
-        kept: Whether it has delivered events of which an outbox keeps deliveries.
-        requeued: How many deliveries were left out of its drains, because an outbox keeps them.
+        context: Weak reference to its `EventContext`, if one was made.
+        keeps: Before delivery, write the rows of durable deliveries that no transaction has
+            decided.
+        kept: Whether it has delivered events with deliveries that an outbox stores.
+        requeued: How many deliveries its drains left out, because an outbox stores them.
     """
 
     __slots__ = (
@@ -137,8 +137,8 @@ class Unit:
         self.kept: bool = False
         self.requeued: int = 0
         self._before: Unit | None = None  # the unit that was active before this one
-        self._turn: EventTurn | None = None  # the event at hand, while it is drained
-        self._freed: Event | None = None  # there while somebody waits for the drain's end
+        self._turn: EventTurn | None = None  # the current event of a drain
+        self._freed: Event | None = None  # exists only while a task waits for the drain's end
         self._enter: Callable[[tuple[Turn, int]], object] = active.set  # see `occupy`
 
     @property
@@ -148,19 +148,19 @@ class Unit:
 
     @property
     def around(self) -> Unit | None:
-        """The unit around it, of whichever bus; a delivery is inside of nothing."""
+        """The unit around it, of any bus; None for the unit of a delivery."""
         return None if self.is_delivery else self.parent
 
     # Opening and leaving it
 
     def open(self, parent: Unit | None, *, nested: bool) -> None:
-        """Open it inside another one, whose events' cause it shares.
+        """Open it inside `parent`; its events have the same cause as those of `parent`.
 
         With `nested` it hands over to the unit of the same bus around it, if there is one.
         """
         if self.queue.state is not State.NEW:
             raise EventContextUsageError(
-                "an event context is opened once: call bus.context() for each unit of work"
+                "an event context can be opened only once: call bus.context() for each unit of work"
             )
         self.origin = origin.get() if parent is None else parent.origin
         if parent is not None:
@@ -178,13 +178,13 @@ class Unit:
     def enter(
         self, parent: Unit | None, where: object, *, loop: object = None, waits: bool = False
     ) -> None:
-        """Open it inside another one alone, whatever is active, and make it the active one.
+        """Open it inside `parent`, not inside the active unit, and make it the active one.
 
-        For those who `leave` a unit of work in one place and end it in another. It hands nothing
+        For code that calls `leave` in one place and ends the unit in another. It hands nothing
         over: `parent` is of another bus. Threads in it deliver on this event loop. With `waits`,
         units inside it deliver their events themselves.
         """
-        if parent is None:  # so it is in nearly all requests
+        if parent is None:  # nearly all requests
             self.queue.open(None)
         else:
             self.open(parent, nested=False)
@@ -200,10 +200,10 @@ class Unit:
         active.set(self)
 
     def leave(self) -> None:
-        """Make the one before it the active one again.
+        """Make the unit before it active again, if this unit is still the active one.
 
-        Blocks around a `yield` may overlap, or end in other context variables than they began in:
-        who became active in the meantime stays so.
+        Blocks around a `yield` may overlap, or end in other context variables than they began in.
+        Then a unit that became active later stays active.
         """
         before = self._before
         if active.get() is self:
@@ -213,7 +213,7 @@ class Unit:
         self._before = None
 
     def unit_of(self, delivery: Delivery) -> Unit:
-        """The unit of work that a delivery of one of its events is."""
+        """Make the unit of work of a delivery of one of its events."""
         unit = Unit(self.state)
         unit.parent = self
         unit.origin = self.origin
@@ -225,7 +225,7 @@ class Unit:
         return unit
 
     def with_those_it_hands_to(self) -> Iterator[Unit]:
-        """The unit, and those around it that its events may come to."""
+        """The unit, and the units around it that may get its events."""
         unit: Unit | None = self
         while unit is not None:
             yield unit
@@ -236,9 +236,9 @@ class Unit:
     def publish(
         self, events: Sequence[object], even_on_failure: bool, incoming: Incoming | None = None
     ) -> None:
-        """Queue the deliveries of all of them, or raise and queue none.
+        """Queue all events, or raise and queue none.
 
-        `incoming` is the message that they were read from, if they are another service's.
+        `incoming` is the message that they were read from, if another service has sent them.
         """
         state = self.state
         cause = self.delivery if active.get() is self else running() or self.delivery
@@ -276,7 +276,7 @@ class Unit:
             decisions.settle(self, envelopes)
 
     def _keep(self, envelope: Envelope) -> None:
-        """Have an outbox keep the durable deliveries of an event, if there is one."""
+        """Let the outbox store the durable deliveries of an event, if there is an outbox."""
         if self.state.keeper is None:
             self.state.miss_keeper()
         else:
@@ -290,20 +290,20 @@ class Unit:
     # Deciding
 
     def release(self) -> None:
-        """What was published so far will be delivered, whatever follows."""
+        """Decide that the events published so far are delivered, whatever follows."""
         announce_released(self.state, self.queue.release())
 
     def discard(self) -> None:
-        """Drop what is neither released nor `even_on_failure`."""
+        """Drop the events that are neither released nor `even_on_failure`."""
         kept, dropped = self.queue.discard()
         announce_released(self.state, kept)
         self._drop(dropped, Outcome.DISCARDED)
 
     def hand_over(self, *, success: bool) -> bool:
-        """Close it, and give what is left to the outer unit; False where there is none open.
+        """Close it, and give its remaining events to the outer unit; False if none is open.
 
-        What was released here stays decided, also if the outer unit fails. A drain that another
-        task runs goes on with it.
+        Events that were released here stay released, also if the outer unit fails. If another task
+        drains this unit, that drain goes on with them.
         """
         if self.is_delivery:
             self._end_transactions()
@@ -325,7 +325,7 @@ class Unit:
         return True
 
     def _receiver(self) -> Unit | None:
-        """Who gets what is left: the nearest open unit around it; of a delivery, who drains it."""
+        """The nearest open unit around it; for the unit of a delivery, the drained unit."""
         if self.is_delivery:
             return self.parent
         unit: Unit | None = self
@@ -336,18 +336,18 @@ class Unit:
         return unit
 
     def _end_transactions(self) -> None:
-        """Have the transactions decide that take part here: the unit ends."""
+        """Let the transactions of the unit decide, because the unit ends."""
         decisions = self.state.decisions
         if decisions is not None and self.queue.transactions:
             decisions.end(self)
 
     def mark_decided(self) -> None:
-        """From now on a transaction that is rolled back leaves what was published before it."""
+        """Note that a later rollback no longer discards events published before it."""
         for unit in self.with_those_it_hands_to():
             unit.decided = True
 
     def close_if_idle(self, *, success: bool, by_drain: bool = False) -> bool:
-        """Decide what is staged; close it if then nothing is left to deliver."""
+        """Release or discard the staged events; close the unit if nothing is left to deliver."""
         queue = self.queue
         self._end_transactions()
         if not success and queue.staged:
@@ -358,7 +358,7 @@ class Unit:
         return idle
 
     def abandon(self) -> None:
-        """Close it; what is left will not be delivered."""
+        """Close it; its remaining events will not be delivered."""
         if left := self.queue.clear():
             self._drop(left, Outcome.UNDELIVERED)
 
@@ -367,16 +367,16 @@ class Unit:
         self.tell_emptied()
 
     def tell_emptied(self) -> None:
-        """Tell whoever wants to know that less may wait here."""
+        """Call `emptied`: fewer events may wait here now."""
         if self.emptied is not None:
             self.emptied()
 
     # Delivering
 
     async def settle(self) -> None:
-        """Have written down what has become of durable deliveries, if it had some.
+        """Write the outcomes of durable deliveries, if the unit had any.
 
-        Others do not wait for a database that they may have nothing to do with.
+        Other units do not wait for a database that they may not use.
         """
         if self.kept and self.state.keeper is not None:
             await self.state.keeper.settle()
@@ -385,12 +385,12 @@ class Unit:
         return Terms(self.state.sequential, timeout, self.state.tally, report)
 
     def occupy(self, loop: object) -> None:
-        """Somebody drains it from now on, on this event loop."""
+        """Note that a task on this event loop drains it from now on."""
         self.draining, self.loop = True, loop
         self._enter = way_in() if is_configured() else active.set
 
     def free(self) -> None:
-        """Nobody drains it any more."""
+        """Note that no task drains it now."""
         self.draining = False
         if self._freed is not None:
             self._freed.set()
@@ -404,18 +404,18 @@ class Unit:
         await self._freed.wait()
 
     def end_drain(self) -> None:
-        """End the event at hand, and leave the rest to whoever is responsible for it now."""
+        """End the current event, and leave the remaining events to the unit or its receiver."""
         self._end_turn()
         self.free()
-        if self.closed and not self.hand_over(success=False):  # left in the meantime
+        if self.closed and not self.hand_over(success=False):  # closed in the meantime
             self.abandon()
 
     def next_turn(self, *, closing: bool = False) -> Turn | None:
-        """End the event at hand, and give the next one that is released; None if there is none.
+        """End the current event, and give the next released one; None if there is none.
 
-        Before events whose rows are to be written first, it gives a turn that does so.
+        If rows of the next events must be written first, it gives a turn that writes them.
 
-        With `closing` it closes where nothing is left that has to be decided.
+        With `closing` it closes if no event is left to be decided.
         """
         if self._turn is not None:
             self._end_turn()
@@ -445,8 +445,8 @@ class Unit:
     def ways_to_loops(self) -> Iterator[Callable[[Function], bool]]:
         """Ways to event loops that run in other threads, the nearest first.
 
-        That is the loop of the unit around it, then that of the application that it was opened
-        in, then those of others that have this bus, the last one that has begun first.
+        First the loop of the unit around it. Then the loop of the application that it was opened
+        in. Then the loops of other applications with this bus, the one that began last first.
         """
         if self.loop is not None:
             yield partial(reach, self.loop)
@@ -455,10 +455,10 @@ class Unit:
             yield host.entrance.run
 
     def host(self) -> Host | None:
-        """Who delivers it in the background, on the event loop that calls.
+        """The application that delivers it in the background, on the calling event loop.
 
-        That is the application that it was opened in, else the last one that has begun. Nobody
-        does where a request or websocket delivers its events itself.
+        It is the application that the unit was opened in, else the one that began last. None if a
+        request or websocket around the unit delivers its events itself.
         """
         state = self.state
         if state in waiting.get() or any(
@@ -474,9 +474,9 @@ class Unit:
         return found
 
     def inside_handler(self) -> bool:
-        """Whether it, or who asks, is inside a handler of this bus.
+        """Whether the unit, or the caller, is inside a handler of this bus.
 
-        What is independent of the handler is not inside it.
+        A unit that is independent of the handler is not inside it.
         """
         for innermost in (self, current()):
             for unit in outward(innermost):
@@ -489,13 +489,13 @@ class Unit:
 
 
 class Ending:
-    """A unit of work on its way to its end: it gives what is released, and then it closes.
+    """A unit of work that ends: it gives its released events one by one, and closes then.
 
-    It releases or discards what nobody has decided.
+    It releases or discards the undecided events.
 
     Attributes:
-        unit: Which one.
-        is_beside: Whether it takes no room of the units that requests end.
+        unit: The unit.
+        is_beside: Whether it does not count for `concurrency`.
     """
 
     __slots__ = ("_begun", "_loop", "_success", "unit")
@@ -509,14 +509,14 @@ class Ending:
         self.unit = unit
 
     async def begin(self) -> None:
-        """Drain it from now on: what another task leaves, that drains it now."""
+        """Drain it from now on; if another task drains it, wait until that task has ended."""
         while self.unit.draining:
             await self.unit.until_free()
         self._begun = True
         self.unit.occupy(self._loop)
 
     def next_turn(self) -> Turn | None:
-        """End the event at hand and give the next one; None where the unit has closed."""
+        """End the current event, and give the next one; None if the unit has closed."""
         unit = self.unit
         while (turn := unit.next_turn(closing=True)) is None:
             if unit.closed or unit.close_if_idle(success=self._success, by_drain=True):
@@ -525,7 +525,7 @@ class Ending:
         return turn
 
     def end(self) -> None:
-        """End the event at hand, and close; what is left is undelivered."""
+        """End the current event, and close; the remaining events are undelivered."""
         if self._begun and self.unit.draining:
             self.unit.end_drain()
         if not self.unit.closed:
@@ -539,7 +539,7 @@ def active_unit(state: BusState) -> Unit:
         NoEventContextError: There is none; the message names the likely cause.
     """
     unit = active.get()
-    if type(unit) is Unit and unit.state is state:  # so it is nearly always
+    if type(unit) is Unit and unit.state is state:  # nearly always
         return unit
     found: Unit | None = find(current(), state)
     if found is None:

@@ -1,4 +1,4 @@
-"""Owns the question where the handlers that run now wait. For messages; nothing else asks."""
+"""Owns the look-up of the lines at which running handlers wait. Only messages use it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from eventkit._core.stats import Tally
 
 
 def whereabouts(tally: Tally) -> dict[Delivery, list[FrameType]]:
-    """What runs now, each with the frames in which it waits, the outermost first.
+    """The running deliveries, each with the frames in which it waits, the outermost first.
 
-    For messages that say where it is stuck; reads the coroutines' frames, and costs nothing before.
-    Of a plain function in a worker thread it shows where the event loop waits for the thread.
+    It reads the frames of the coroutines, so it costs nothing before it is called. For a plain
+    function in a worker thread, it gives the line at which the event loop waits for the thread.
     """
     return {
         delivery: list(_frames(steps))
@@ -28,7 +28,7 @@ def whereabouts(tally: Tally) -> dict[Delivery, list[FrameType]]:
 def _frames(awaited: object) -> Iterator[FrameType]:
     """The frames of a coroutine and of all that it awaits."""
     while True:
-        # Any: coroutines, generators and async generators call the same things differently.
+        # Any: coroutines, generators and async generators have different names for the same things.
         waiting = cast("Any", awaited)
         for kind, inner in (("cr", "await"), ("gi", "yieldfrom"), ("ag", "await")):
             frame = getattr(waiting, f"{kind}_frame", None)

@@ -1,7 +1,6 @@
-"""What tests of event-driven code need, for whichever test runner: no pytest inside.
+"""Tools for tests of code that publishes and handles events. They work with every test runner.
 
-With pytest, the fixture `capevents` is an `EventCapture` of the bus that the fixture `event_bus`
-gives.
+With pytest, the fixture `capevents` gives an `EventCapture` for the bus of the fixture `event_bus`.
 """
 
 from eventkit.testing._capture import DeliveryList, EventCapture, FailureList, UnexpectedFailures

@@ -1,4 +1,4 @@
-"""Owns the watching of one bus during a test: what became of events, waiting, and tidying up."""
+"""Owns `EventCapture`, which watches one bus during a test, and restores the bus afterwards."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from eventkit.testing._waiting import Patience, block_until, until, what_goes_on
 
 E = TypeVar("E")
 
-# How often a thread looks whether a drain has taken its last steps.
+# Seconds between two checks of a thread whether a drain has taken its last steps.
 _GLANCE_SECONDS = 0.0005
 
 
 class DeliveryList(EventList[object]):
-    """Events as they were delivered: one entry for each run of a handler, in the order of ends.
+    """The events of deliveries: one entry for each run of a handler, in the order of their ends.
+
+        assert capevents.handled.by(send_receipt) == [OrderPaid(7)]
 
     Attributes:
         deliveries: The deliveries, in the same order.
@@ -51,10 +53,13 @@ class DeliveryList(EventList[object]):
         self._names_of = names_of
 
     def by(self, handler: Named) -> DeliveryList:
-        """Those of one handler, given as the callable that was subscribed or by its name.
+        """Return the deliveries of one handler.
+
+        Args:
+            handler: The callable that was subscribed, or its name.
 
         Raises:
-            LookupError: It is not subscribed; the message names the nearest that are.
+            LookupError: The handler is not subscribed. The message lists the closest names.
         """
         names = self._names_of(handler)
         return DeliveryList(
@@ -65,7 +70,13 @@ class DeliveryList(EventList[object]):
 
 
 class FailureList(list[Failure]):
-    """Deliveries that failed, with their errors, in the order of failing."""
+    """The deliveries that failed, with their errors, in the order of their failures.
+
+        [failure] = capevents.failures.by(send_receipt)
+        assert isinstance(failure.error, ConnectionError)
+
+    `by` selects the failures of one handler.
+    """
 
     __slots__ = ("_names_of",)
 
@@ -76,10 +87,13 @@ class FailureList(list[Failure]):
         self._names_of = names_of
 
     def by(self, handler: Named) -> FailureList:
-        """Those of one handler, given as the callable that was subscribed or by its name.
+        """Return the failures of one handler.
+
+        Args:
+            handler: The callable that was subscribed, or its name.
 
         Raises:
-            LookupError: It is not subscribed; the message names the nearest that are.
+            LookupError: The handler is not subscribed. The message lists the closest names.
         """
         names = self._names_of(handler)
         found = [each for each in self if each.delivery.handler in names]
@@ -87,7 +101,7 @@ class FailureList(list[Failure]):
 
 
 class UnexpectedFailures(ExceptionGroup[Exception]):
-    """Handlers failed during a test that did not ask about it. An `ExceptionGroup` of theirs."""
+    """Handlers failed during a test that did not expect it: an `ExceptionGroup` of the failures."""
 
     def derive(  # type: ignore[override]
         self,
@@ -99,31 +113,36 @@ class UnexpectedFailures(ExceptionGroup[Exception]):
 
 
 class EventCapture(Recording):
-    """Watches a bus while a test runs, and leaves it as it was: what the fixture `capevents` is.
+    """Watches a bus during a test, and restores the bus afterwards.
 
         with EventCapture(bus) as events:
             client.post("/users", json={"name": "Ada"})
             assert events.published == [UserCreated(1)]
 
-    An event counts as published from `publish` on, with or without a handler, until its unit of
-    work drops it: then, and for good, it counts as discarded. So inside an open unit of work what
-    was published so far is there, and after a rollback it is not. Each list is a new one, as of
-    that moment. Thread-safe, and for any number of event loops.
+    The pytest fixture `capevents` is an `EventCapture`.
 
-    The end of the block waits for deliveries that go on elsewhere, and leaves all as it was:
-    subscriptions made or cancelled in it, fakes, counters, `report_failure`.
+    An event is in `published` from its publish on, with or without a handler. If its unit of work
+    drops it, the event moves to `discarded`, and stays there. So inside an open unit of work
+    `published` has the events so far, and after a rollback it does not have them. Each access
+    returns a new list with the current contents. All methods are thread-safe, and work with any
+    number of event loops.
+
+    The end of the block waits for deliveries that still go on. Then it restores the bus: the
+    subscriptions that were made or cancelled in the block, the handlers behind fakes, the counters,
+    and `report_failure`.
 
     Args:
         bus: The bus to watch.
-        timeout: Seconds of real time that may be waited, at the end and where no other is given.
+        timeout: How long to wait, in seconds of real time: at the end of the block, and in each
+            method that waits and gets no `timeout`.
 
     Raises:
-        TypeError: `bus` is none.
-        UnexpectedFailures: At the end: a handler failed in a drain, not by a fake, and nobody has
-            looked at `failures` since, or called `allow_failures`.
-        AssertionError: At the end: an outbox has kept deliveries in a transaction of the test's
-            own that was not committed, so nobody would ever run them.
-        TimeoutError: At the end: deliveries still go on.
+        TypeError: `bus` is not an `EventBus`.
+        UnexpectedFailures: At the end of the block: a handler failed in a drain, not because of a
+            fake, and the test has neither read `failures` since nor called `allow_failures`.
+        AssertionError: At the end of the block: an outbox has stored deliveries in a transaction of
+            the test that was not committed, so no process would ever run them.
+        TimeoutError: At the end of the block: deliveries still go on after `timeout` seconds.
     """
 
     def __init__(self, bus: EventBus, *, timeout: float = 5.0) -> None:
@@ -149,112 +168,128 @@ class EventCapture(Recording):
 
     @property
     def discarded(self) -> EventList[object]:
-        """The events that their units of work dropped, with or without handlers."""
+        """The events that their units of work have dropped, with or without a handler."""
         with self._ledger.changed:
             return EventList(self._ledger.dropped, what="discarded")
 
     @property
     def handled(self) -> DeliveryList:
-        """The events whose handlers ended well, one entry for each delivery."""
+        """The events of the deliveries that succeeded: one entry for each delivery."""
         with self._ledger.changed:
             return DeliveryList(self._ledger.successes, what="handled", names_of=self._names_of)
 
     @property
     def undelivered(self) -> DeliveryList:
-        """The events that did not reach a handler, or not to its end: one for each delivery."""
+        """The events of deliveries that did not run to their end: one entry for each delivery."""
         with self._ledger.changed:
             return DeliveryList(self._ledger.losses, what="undelivered", names_of=self._names_of)
 
     @property
     def requeued(self) -> DeliveryList:
-        """The events that an outbox keeps for later, or for another process: one per delivery."""
+        """The events that an outbox stores for later, or for another process: one per delivery."""
         with self._ledger.changed:
             return DeliveryList(self._ledger.returns, what="requeued", names_of=self._names_of)
 
     @property
     def failures(self) -> FailureList:
-        """The deliveries that failed, with their errors, in the order of failing.
+        """The deliveries that failed, with their errors, in the order of their failures.
 
-        Looking at it says that the test knows of them.
+        If the test reads this list, the failures so far do not fail the test.
         """
         self._unexpected.clear()
         with self._ledger.changed:
             return FailureList(self._ledger.failures, names_of=self._names_of)
 
     def allow_failures(self) -> None:
-        """Let handlers fail without failing the test."""
+        """Allow handlers to fail: the test does not fail for it."""
         self._failures_allowed = True
 
     def caused_by(self, event: object) -> EventList[object]:
-        """The published events that came of this one, or of one equal to it, at any depth."""
+        """Return the published events that this event has caused, at any depth.
+
+        Args:
+            event: The event that is the cause, or an event that is equal to it.
+        """
         with self._ledger.changed:
             kept = [each for each in self._ledger.records if each.fate is not Fate.WITHDRAWN]
         caused = [each.event for each in kept if each.comes_of(event)]
         return EventList(caused, what=f"caused by {describe(event)}")
 
     def record_only(self, *event_types: type, except_: type | tuple[type, ...] = ()) -> Fake:
-        """Record events, and have nobody handle them.
+        """Record events, but call no handlers for them.
 
-        They obey their units of work as ever; no deliveries are counted. In force from now on,
-        until the test ends, or the block that the result is used for as a context manager.
+        Units of work decide about these events as always. No deliveries are counted. It applies
+        from now on, until the end of the test. As a context manager it ends with the block.
 
         Args:
-            event_types: Of these types and their subclasses; of all types where none is given.
-            except_: But not of these.
+            event_types: The types of the events, including subclasses; none given, all events.
+            except_: Event types whose handlers are called as always.
+
+        Returns:
+            The fake; `end()` ends it.
 
         Raises:
-            InvalidEventTypeError: One of them is not a class.
+            InvalidEventTypeError: One of the types is not a class.
         """
         return self._fakes.record_only(event_types, except_)
 
     def fail(
         self, handler: Named, error: Exception | type[Exception], *, times: int | None = None
     ) -> Fake:
-        """Have a handler raise an error instead of doing its work.
+        """Make a handler raise an error instead of doing its work.
 
-        Deliveries that wait already are included. The failure is counted, observed and reported
-        as any other, and does not fail the test. In force as long as `record_only` says.
+        Deliveries that already wait are included. The failure is counted, observed and reported
+        like every failure, but it does not fail the test. It applies from now on, until the end of
+        the test. As a context manager it ends with the block.
 
         Args:
             handler: The callable that was subscribed, or its name.
-            error: What to raise; of a class, a new instance each time.
-            times: Fail so often, then work again; None for each time.
+            error: The exception to raise. For a class, a new instance is raised each time.
+            times: How often the handler fails before it works again; None for every time.
+
+        Returns:
+            The fake; `end()` ends it.
 
         Raises:
-            LookupError: Nobody subscribed it; the message names the nearest that are.
-            TypeError: `error` is no exception.
+            LookupError: The handler is not subscribed. The message lists the closest names.
+            TypeError: `error` is not an exception.
             ValueError: `times` is below 1.
         """
         return self._fakes.fail(handler, error, times)
 
     def delay(self, handler: Named, seconds: float) -> Fake:
-        """Have a handler wait before it does its work, by the clock of its event loop.
+        """Make a handler wait before it does its work, by the clock of its event loop.
 
-        Under a virtual clock, trio's `MockClock` for instance, that takes no time. It counts for
-        the handler's timeout. In force as long as `record_only` says.
+        With a virtual clock, such as trio's `MockClock`, this takes no real time. The wait counts
+        for the handler's time limit. It applies from now on, until the end of the test. As a
+        context manager it ends with the block.
 
         Args:
             handler: The callable that was subscribed, or its name.
-            seconds: How long.
+            seconds: How long the handler waits.
+
+        Returns:
+            The fake; `end()` ends it.
 
         Raises:
-            LookupError: Nobody subscribed it; the message names the nearest that are.
-            ValueError: `seconds` is no such number.
+            LookupError: The handler is not subscribed. The message lists the closest names.
+            ValueError: `seconds` is below 0, or NaN.
         """
         return self._fakes.delay(handler, seconds)
 
     async def idle(self, *, timeout: float | None = None) -> None:
-        """Wait until everything has ended: all deliveries, and all that came of them.
+        """Wait until all deliveries have ended, and all deliveries that they have caused.
 
-        That is so when no unit of work has events that are undecided, waiting or running.
+        Then every published event is decided, and no delivery waits or runs.
 
         Args:
-            timeout: Seconds of real time, whatever the clock of the event loop says; left out,
-                the capture's own.
+            timeout: How long to wait, in seconds of real time, also with a virtual clock. By
+                default it is the `timeout` of the capture.
 
         Raises:
-            TimeoutError: Saying what goes on, and at which line.
-            EventContextUsageError: It would wait for the unit of work that it is called in.
+            TimeoutError: The time is over. The message lists what still goes on, and at which line.
+            EventContextUsageError: The surrounding unit of work has deliveries that wait, so the
+                call would wait for itself.
         """
         __tracebackhide__ = True
         self._refuse_waiting_for_self()
@@ -264,13 +299,17 @@ class EventCapture(Recording):
                 await checkpoint()
 
     def idle_sync(self, *, timeout: float | None = None) -> None:
-        """As `idle`, for synchronous tests, whose application runs in another thread.
+        """Do the same as `idle`, in a synchronous test whose application runs in another thread.
 
-        As it does under Starlette's `TestClient`, used as a context manager.
+        An example is Starlette's `TestClient`, used as a context manager.
+
+        Args:
+            timeout: As for `idle`.
 
         Raises:
-            TimeoutError: Saying what goes on, and at which line.
-            RuntimeError: It would block the event loop.
+            TimeoutError: The time is over. The message lists what still goes on, and at which line.
+            EventContextUsageError: As for `idle`.
+            RuntimeError: It was called on an event loop, which it would block.
         """
         __tracebackhide__ = True
         self._refuse_blocking("idle()")
@@ -282,21 +321,24 @@ class EventCapture(Recording):
     async def wait_for(
         self, event_type: type[E], /, *, timeout: float | None = None, **fields: object
     ) -> E:
-        """Wait until such an event is published, and its unit of work has released it.
+        """Wait until a matching event is published, and its unit of work has released it.
 
-        One that was published before counts. Its handlers may still be running: `idle` waits for
-        them.
+            placed = await capevents.wait_for(OrderPlaced, order_id=1)
+
+        An event that was published before the call counts, too. Its handlers may still run: `idle`
+        waits for them.
 
         Args:
-            event_type: Its class, or a base of it.
+            event_type: The class of the event, or a base class.
             timeout: As for `idle`.
-            fields: Values that its fields have to have.
+            fields: Values that fields of the event must have.
 
         Returns:
-            The first such event.
+            The first matching event.
 
         Raises:
-            TimeoutError: Listing what was published instead, and saying what goes on.
+            TimeoutError: The time is over. The message lists the events that were published
+                instead, and what still goes on.
             TypeError: The type has no such field.
         """
         __tracebackhide__ = True
@@ -308,12 +350,21 @@ class EventCapture(Recording):
     def wait_for_sync(
         self, event_type: type[E], /, *, timeout: float | None = None, **fields: object
     ) -> E:
-        """As `wait_for`, for synchronous tests, whose application runs in another thread.
+        """Do the same as `wait_for`, in a synchronous test whose application runs in a thread.
+
+        Args:
+            event_type: The class of the event, or a base class.
+            timeout: As for `idle`.
+            fields: Values that fields of the event must have.
+
+        Returns:
+            The first matching event.
 
         Raises:
-            TimeoutError: Listing what was published instead, and saying what goes on.
+            TimeoutError: The time is over. The message lists the events that were published
+                instead, and what still goes on.
             TypeError: The type has no such field.
-            RuntimeError: It would block the event loop.
+            RuntimeError: It was called on an event loop, which it would block.
         """
         __tracebackhide__ = True
         self._refuse_blocking("wait_for(...)")
@@ -358,9 +409,9 @@ class EventCapture(Recording):
             return
         if self._unexpected and not self._failures_allowed:
             raise UnexpectedFailures(
-                "handlers failed, and the test did not expect it. If it should, look at "
-                "`failures`, provoke them with `fail`, or call `allow_failures()`, in pytest "
-                "@pytest.mark.eventkit_allow_failures",
+                "handlers failed, and the test did not expect it. If the failures are expected: "
+                "read `failures`, or provoke them with `fail()`, or call `allow_failures()`, or "
+                "mark the test with @pytest.mark.eventkit_allow_failures",
                 self._unexpected,
             ) from late
         if unseen:
@@ -383,16 +434,17 @@ class EventCapture(Recording):
 
     def _refuse_blocking(self, call: str) -> None:
         if on_event_loop():
-            raise RuntimeError(f"this would block the event loop: `await capevents.{call}`")
+            raise RuntimeError(
+                f"this would block the event loop. Use `await capevents.{call}` instead"
+            )
 
     def _patience(self, timeout: float | None) -> Patience:
         return Patience(self.timeout if timeout is None else timeout, self._ledger)
 
     def _wait_for_end(self) -> TimeoutError | None:
-        """Wait for what goes on without the test; returns why that was in vain.
+        """Wait for deliveries that go on by themselves; return the error if they do not end.
 
-        Units of work that are still open are their owners' business. On an event loop there is no
-        waiting.
+        It does not wait for units of work that are still open, and not at all on an event loop.
         """
         if self._ledger.quiet and not self._last_steps():
             return None
@@ -410,7 +462,7 @@ class EventCapture(Recording):
             time.sleep(_GLANCE_SECONDS)
 
     def _last_steps(self) -> bool:
-        """Whether deliveries have ended for observers, and are still being counted and reported."""
+        """Whether deliveries whose end observers have seen are still being counted and reported."""
         stats = self.bus.stats
         left = self._in_flight_before + len(self._ledger.pending)
         return stats.pending + stats.running > left or stats.units_draining > 0
@@ -423,8 +475,8 @@ class EventCapture(Recording):
             return
         if unit.pending:
             raise EventContextUsageError(
-                "idle() would wait for the unit of work that surrounds it, which has "
-                f"{len(unit.pending)} deliveries pending. Leave that first, or deliver them with "
+                "idle() would wait for itself: the unit of work around it is open (pending: "
+                f"{len(unit.pending)}). Leave it first, or deliver its events with "
                 "`await bus.current_context().drain()`"
             )
 
@@ -432,7 +484,7 @@ class EventCapture(Recording):
         return "\n".join([head, *what_goes_on(self._ledger, self.bus)])
 
     def _missing(self, event_type: type, fields: Mapping[str, object]) -> str:
-        """What was published instead, and what has not ended."""
+        """The message of `wait_for`: the events that were published, and what has not ended."""
         head = f"no {expectation(event_type, fields)} was published"
         lines = [f"{head}, nor anything else"]
         if published := self.published:
@@ -449,16 +501,16 @@ class EventCapture(Recording):
 def _unseen(by_handler: Counter[str]) -> str:
     handlers = ", ".join(f"{name} x{times}" for name, times in by_handler.items())
     return (
-        "deliveries were kept in a transaction that began outside of their session and was not "
-        f"committed, so nobody would ever run them: {handlers}. Where a test rolls back an outer "
-        "transaction, run it in `with outbox.in_memory():`"
+        "deliveries were stored in a transaction that began outside of their session and was not "
+        f"committed, so no process would ever run them: {handlers}. If the test rolls back an "
+        "outer transaction on purpose, run it in `with outbox.in_memory():`"
     )
 
 
 def _rewind(tally: Tally, then: Stats) -> None:
-    """Count on from a moment before, as if only what is in flight now had come since."""
+    """Set the counters back to `then`, plus the deliveries that are in flight now."""
     with tally.lock:
-        counted = sum(run.handled for run in [*tally.runs])  # they go on from there
+        counted = sum(run.handled for run in [*tally.runs])  # these runs go on counting
         in_flight = tally.accepted - counted - tally.handled - sum(tally.ended.values())
         tally.published = then.published
         for outcome in Outcome:

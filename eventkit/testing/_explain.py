@@ -1,4 +1,4 @@
-"""Owns what a failing comparison says, for test runners that ask: lines of text, or nothing."""
+"""Owns the explanation of a failed comparison, for test runners that can show one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from eventkit.testing._recorder import EventList
 
 
 def explain(op: str, left: object, right: object) -> list[str] | None:
-    """Say why an assertion about lists of events does not hold; None about anything else.
+    """Explain why an assertion about lists of events failed.
 
-    What pytest's hook `pytest_assertrepr_compare` wants to know; the plugin asks.
+        assert capevents.published == [UserCreated(1)]    # the plugin calls `explain`
+
+    The pytest plugin calls it in the hook `pytest_assertrepr_compare`.
 
     Args:
-        op: The operator, `==` or `in`.
-        left: What stands before it.
-        right: What stands behind it.
+        op: The operator of the assertion, `==` or `in`.
+        left: The value to the left of the operator.
+        right: The value to the right of the operator.
+
+    Returns:
+        Lines of text; None for other operators, and for values that are not lists of events.
     """
     if op == "==" and isinstance(left, FailureList) and isinstance(right, list):
         return [f"failures == expected, but {len(left)} failed", *map(_failure, left)]

@@ -1,6 +1,6 @@
-"""Owns what stands in for handlers in a test: nobody, a failure, a delay.
+"""Owns the fakes for handlers in a test: no handler at all, a failure, or a delay.
 
-Knows nothing of what is recorded.
+Knows nothing of recorded events.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ Named = Callable[..., object] | str
 
 
 class Fake:
-    """Something that stands in for handlers, from when it is made until `end()`.
+    """A fake that replaces handlers, from the call that makes it until `end()`.
 
-    Also a context manager that ends it. Several may be in force at once, and may end in any
-    order; the end of the test ends all.
+        with capevents.fail(send_receipt, ConnectionError):
+            ...                              # here `send_receipt` raises
+
+    `EventCapture.record_only`, `fail` and `delay` return it. As a context manager it ends with the
+    block. Several fakes may be in use at once, and they may end in any order. The end of the test
+    ends all of them.
     """
 
     __slots__ = ("_end",)
@@ -38,7 +42,7 @@ class Fake:
         self._end = end
 
     def end(self) -> None:
-        """Have everything as it was; the second time nothing happens."""
+        """End the fake: the handlers work again. Calling it again has no effect."""
         self._end(self)
 
     def __enter__(self) -> Self:
@@ -53,7 +57,7 @@ class Fake:
         self.end()
 
 
-# Makes of a handler's function the one that is called in its place.
+# Makes the function that is called instead of the handler's function.
 _Disguise = Callable[[Callable[..., object], bool], Callable[..., object]]
 
 
@@ -72,7 +76,7 @@ class Fakes:
     def record_only(
         self, event_types: Sequence[type], except_: type | tuple[type, ...] = ()
     ) -> Fake:
-        """Have nobody handle events of these types, or of any."""
+        """Call no handler for events of these types; without types, for no event."""
         spared = except_ if isinstance(except_, tuple) else (except_,)
         for event_type in (*event_types, *spared):
             check_event_type(event_type)
@@ -85,12 +89,12 @@ class Fakes:
         return fake
 
     def fail(self, handler: Named, error: Exception | type[Exception], times: int | None) -> Fake:
-        """Have a handler raise instead of doing its work, so many times, or each time."""
+        """Make a handler raise instead of doing its work, `times` times, or every time."""
         kind = error if isinstance(error, type) else type(error)
         if not issubclass(kind, Exception):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"fail() takes an exception for the handler to raise, not {error!r}")
         if times is not None and times < 1:
-            raise ValueError(f"times is at least 1, or None for each time, not {times!r}")
+            raise ValueError(f"times is at least 1, or None for every time, not {times!r}")
         calls = count(1)
 
         def disguise(function: Callable[..., object], in_thread: bool) -> Callable[..., object]:
@@ -106,8 +110,8 @@ class Fakes:
         return self._disguise(handler, disguise)
 
     def delay(self, handler: Named, seconds: float) -> Fake:
-        """Have a handler wait before it does its work."""
-        if not seconds >= 0:  # NaN is not, either
+        """Make a handler wait before it does its work."""
+        if not seconds >= 0:  # this form refuses NaN, too
             raise ValueError(f"delay() takes seconds, 0 or more, not {seconds!r}")
 
         def disguise(function: Callable[..., object], in_thread: bool) -> Callable[..., object]:
@@ -126,7 +130,7 @@ class Fakes:
         return self._disguise(handler, disguise)
 
     def provoked(self, error: Exception) -> bool:
-        """Whether a fake raised it."""
+        """Whether a fake raised this error."""
         return any(error is each for each in self._provoked)
 
     def end_all(self) -> None:
@@ -135,7 +139,7 @@ class Fakes:
             fake.end()
 
     def _audible(self, event: object) -> Plan:
-        plan = self._plan_for(event)  # refuses what is no event
+        plan = self._plan_for(event)  # this also refuses objects that are not events
         return Plan.of(()) if any(silent(event) for silent in self._silent.values()) else plan
 
     def _disguise(self, handler: Named, disguise: _Disguise) -> Fake:
@@ -152,7 +156,7 @@ class Fakes:
         self._dress(subscriptions)
 
     def _dress(self, subscriptions: Sequence[Subscription]) -> None:
-        """Give each the handler that its fakes leave, the latest fake outermost."""
+        """Give each subscription its handler with the fakes around it, the latest one outermost."""
         for subscription in subscriptions:
             target = self._originals.setdefault(subscription, subscription.target)
             for subscribed, disguise in self._disguised.values():
@@ -168,7 +172,7 @@ def subscriptions_of(bus: EventBus, handler: Named) -> list[Subscription]:
     """The subscriptions of a handler, given as the callable or by its name.
 
     Raises:
-        LookupError: It is not subscribed; the message names the nearest that are.
+        LookupError: The handler is not subscribed. The message lists the closest names.
     """
     subscriptions = list(registry_of(bus))
     found = [each for each in subscriptions if handler in (each.handler, each.name)]
@@ -182,4 +186,8 @@ def subscriptions_of(bus: EventBus, handler: Named) -> list[Subscription]:
         for name in near or [*names][:3]
     ]
     head = f"{called} is not subscribed to bus {bus.name!r}"
-    raise LookupError("\n".join([f"{head}; nearest:", *lines]) if lines else f"{head}; nobody is")
+    raise LookupError(
+        "\n".join([f"{head}. The closest names are:", *lines])
+        if lines
+        else f"{head}, and no other handler is"
+    )

@@ -1,4 +1,4 @@
-"""Owns what was seen to happen on one bus, and wakes those who wait for a change of it."""
+"""Owns the record of what happened on one bus, and wakes code that waits for a change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from eventkit.exceptions import NoDeliveryError
 
 
 class Fate(Enum):
-    """What the unit of work of an event has decided."""
+    """The decision of a unit of work about one event."""
 
     OPEN = "open"
     RELEASED = "released"
@@ -33,36 +33,36 @@ class Record:
     fate: Fate = Fate.OPEN
 
     def comes_of(self, event: object) -> bool:
-        """Whether a handler of that event, or of what came of it, published this one."""
+        """Whether a handler of that event, or of an event that it caused, published this one."""
         chain = self.cause.chain() if self.cause else []
         return any(each.event is event or each.event == event for each in chain)
 
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A delivery that has not ended; without a record where nobody saw the publish."""
+    """A delivery that has not ended. It has no record if its publish was not observed."""
 
     record: Record | None
     running: bool = False
 
     @property
     def undecided(self) -> bool:
-        """Whether it waits for its unit of work to end well or not."""
+        """Whether its unit of work has not decided about the event."""
         return not self.running and self.record is not None and self.record.fate is Fate.OPEN
 
 
 class Ledger(Observer):
-    """All that an observer is told, as lists.
+    """An observer that collects everything in lists.
 
     Attributes:
-        changed: Its lock guards everything here; notified of each change.
+        changed: A condition. Its lock guards all attributes; each change notifies it.
         records: All events, in the order of publishing.
-        dropped: The events that their units of work withdrew, in that order.
+        dropped: The events that were withdrawn, in the order of withdrawal.
         successes: The deliveries that ended well, in the order of their ends.
-        losses: Those that were not run, or not to their end.
-        returns: Those that an outbox keeps, and that run later or elsewhere.
-        failures: Those that failed, and how.
-        pending: Those that have not ended.
+        losses: The deliveries that did not run, or not to their end.
+        returns: The deliveries that an outbox stores, and that run later or elsewhere.
+        failures: The deliveries that failed, with their errors.
+        pending: The deliveries that have not ended.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Ledger(Observer):
         self.returns: list[Delivery] = []
         self.failures: list[Failure] = []
         self.pending: dict[Delivery, Pending] = {}
-        # A thread may be told of its publish when others have been told what became of it.
+        # `published` of a thread may be called after other threads have seen what became of it.
         self._ended_early: set[Delivery] = set()
         self._decided_early: list[tuple[object, Fate]] = []
         self._alarms: list[Callable[[], object]] = []
@@ -87,7 +87,7 @@ class Ledger(Observer):
 
     @property
     def quiet(self) -> bool:
-        """Whether nothing goes on by itself; units of work may be open."""
+        """Whether no delivery runs or waits for its turn; units of work may be open."""
         with self.changed:
             return all(each.undecided for each in self.pending.values())
 
@@ -152,7 +152,7 @@ class Ledger(Observer):
 
     @contextmanager
     def alarm(self, alarm: Callable[[], object]) -> Generator[None]:
-        """Have it called at each change, in whichever thread that is, while in the block."""
+        """In the block, call `alarm` at each change, in the thread that makes the change."""
         with self.changed:
             self._alarms.append(alarm)
         try:
@@ -162,7 +162,7 @@ class Ledger(Observer):
                 self._alarms.remove(alarm)
 
     def wake(self) -> None:
-        """Have everybody who waits look again."""
+        """Wake all code that waits for a change."""
         with self.changed:
             self.changed.notify_all()
             for alarm in self._alarms:

@@ -1,4 +1,4 @@
-"""Owns how events are compared, described and told apart in messages. Knows nothing of buses."""
+"""Owns how events are compared, and how messages describe them. Knows nothing of buses."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher, get_close_matches
 from typing import Any, cast
 
-# How many events a message lists before it only counts them.
+# How many events a message lists; it only counts the others.
 _LISTED = 10
-# How long the description of one event may get.
+# Longest description of one event, in characters.
 _LONG = 300
-# Beyond this many comparisons two lists are no longer aligned at the least cost.
+# Two lists that need more comparisons than this are compared by index, without an alignment.
 _ALIGNED = 250_000
 
 
 def matches(event: object, event_type: type, fields: Mapping[str, object]) -> bool:
-    """Whether it is an instance of the type, and its fields have these values.
+    """Whether the event is an instance of the type, and its fields have these values.
 
-    What reading or comparing a field raises is raised: it is neither a match nor none.
+    An exception from reading or comparing a field is raised: then nobody knows if it matches.
     """
     return isinstance(event, event_type) and all(
         _is_value(getattr(event, name, _NOTHING), expected) for name, expected in fields.items()
@@ -26,16 +26,16 @@ def matches(event: object, event_type: type, fields: Mapping[str, object]) -> bo
 
 
 def check_fields(event_type: type, fields: Mapping[str, object], events: Iterable[object]) -> None:
-    """Refuse the name of a field that neither the type nor any of its events has.
+    """Refuse the name of a field that neither the type nor one of these events has.
 
     Raises:
-        TypeError: Naming the field, and the nearest one that exists.
+        TypeError: The message names the field, and the field with the closest name.
     """
     __tracebackhide__ = True
     seen = [event for event in events if isinstance(event, event_type)]
     declared = _declared(event_type)
     if not declared and not seen:
-        return  # a class whose fields are set in `__init__`: nobody knows them yet
+        return  # the fields of this class are set in `__init__`, so they are not known yet
     for name in fields:
         if hasattr(event_type, name) or any(hasattr(event, name) for event in seen):
             continue
@@ -47,7 +47,7 @@ def check_fields(event_type: type, fields: Mapping[str, object], events: Iterabl
 
 
 def expectation(event_type: type, fields: Mapping[str, object]) -> str:
-    """What is looked for, written as a call: `OrderPlaced(order_id=1)`."""
+    """The event that is looked for, written as a call: `OrderPlaced(order_id=1)`."""
     if not fields:
         return event_type.__qualname__
     pairs = ", ".join(f"{name}={shown(value)}" for name, value in fields.items())
@@ -55,7 +55,7 @@ def expectation(event_type: type, fields: Mapping[str, object]) -> str:
 
 
 def shown(value: object) -> str:
-    """Its `repr`, or what stands for it: an object that cannot be shown must hide no message."""
+    """Its `repr`; a placeholder if `repr` raises, so that the message is shown all the same."""
     try:
         return repr(value)
     except Exception as error:  # noqa: BLE001 - a `repr` is user code
@@ -63,9 +63,9 @@ def shown(value: object) -> str:
 
 
 def describe(event: object) -> str:
-    """Its `repr`, without the fields of a dataclass that do not count when it is compared."""
+    """Its `repr`; for a dataclass, without the fields that are not compared."""
     cls = type(event)
-    # A dataclass's own `__repr__` is a wrapper against recursion; one written by hand is not.
+    # The generated `__repr__` of a dataclass has `__wrapped__`; one that a user wrote has not.
     if dataclasses.is_dataclass(cls) and hasattr(cls.__repr__, "__wrapped__"):
         names = [f.name for f in dataclasses.fields(cls) if f.repr and f.compare]
         pairs = ", ".join(f"{name}={shown(_read(event, name))}" for name in names)
@@ -76,12 +76,12 @@ def describe(event: object) -> str:
 
 
 def fields_of(event: object) -> dict[str, object]:
-    """The fields that count when it is compared, with their values."""
+    """The fields that are compared, with their values."""
     return {name: _read(event, name) for name in _names(event)}
 
 
 def listed(events: Sequence[object]) -> list[str]:
-    """One line for each event, indented; only counted where they are many."""
+    """One indented line for each event, and one line that counts the rest."""
     lines = [f"  {describe(event)}" for event in events[:_LISTED]]
     return [*lines, *_more(events)]
 
@@ -89,7 +89,7 @@ def listed(events: Sequence[object]) -> list[str]:
 def nearest_first(
     events: Sequence[object], event_type: type, fields: Mapping[str, object]
 ) -> list[str]:
-    """One line for each event, with what distinguishes it, those that nearly match first."""
+    """One line for each event, with the fields that differ; the events that nearly match first."""
     name = event_type.__qualname__
 
     def distance(event: object) -> tuple[bool, float, int]:
@@ -109,12 +109,12 @@ def nearest_first(
 
 
 def difference(found: Sequence[object], expected: Sequence[object], what: str) -> list[str]:
-    """Line by line, how a list of events differs from the expected one.
+    """Lines that explain how a list of events differs from the expected list.
 
     Args:
-        found: What there is.
-        expected: What there should be.
-        what: What those in `found` are called, `published` for instance.
+        found: The list of events.
+        expected: The expected list.
+        what: Name of the list for the message, such as `published`.
     """
     lines: list[str] = []
     equal = missing = extra = differing = 0
@@ -143,14 +143,14 @@ def difference(found: Sequence[object], expected: Sequence[object], what: str) -
 
 
 class _Nothing:
-    """Stands for the value of a field that is not there."""
+    """The value of a field that does not exist."""
 
     def __repr__(self) -> str:
         return "<not there>"
 
 
 class _Unreadable:
-    """Stands for the value of a field whose reading raised an error."""
+    """The value of a field that raised an error when it was read."""
 
     def __init__(self, error: Exception) -> None:
         self._error = type(error).__name__
@@ -171,7 +171,7 @@ def _read(event: object, name: str) -> object:
 
 
 def _aligned(found: Sequence[object], expected: Sequence[object]) -> list[tuple[object, object]]:
-    """Pair what is equal, in order; between that, what has the same type."""
+    """Pair equal events, in order; between these pairs, pair events of the same type."""
     pairs: list[tuple[object, object]] = []
     at = to = 0
     for i, j in [*_common(found, expected), (len(found), len(expected))]:
@@ -183,7 +183,7 @@ def _aligned(found: Sequence[object], expected: Sequence[object]) -> list[tuple[
 
 
 def _common(found: Sequence[object], expected: Sequence[object]) -> list[tuple[int, int]]:
-    """The longest common subsequence, by `==` alone, because events need not be hashable."""
+    """The longest common subsequence. It uses only `==`, because events may be unhashable."""
     rows, columns = len(found), len(expected)
     if rows * columns > _ALIGNED:
         return [(i, i) for i in range(min(rows, columns)) if _equal(found[i], expected[i])]
@@ -208,7 +208,7 @@ def _common(found: Sequence[object], expected: Sequence[object]) -> list[tuple[i
 
 
 def _paired(found: Sequence[object], expected: Sequence[object]) -> list[tuple[object, object]]:
-    """Pair events of one type in their order; whatever has no partner stands alone."""
+    """Pair events of the same type in their order; an event without a partner stays alone."""
     pairs: list[tuple[object, object]] = []
     wanted = list(expected)
     for have in found:
@@ -233,14 +233,14 @@ def _why_unequal(have: object, want: object) -> list[str]:
         return lines
     if type(have).__eq__ is object.__eq__:
         return [
-            f"{type(have).__qualname__} is compared by identity: make it a dataclass, or give it "
+            f"{type(have).__qualname__} is compared by identity: make it a dataclass, or define "
             "__eq__"
         ]
     return [f"expected {describe(want)}"]
 
 
 def _differing(event: object, fields: Mapping[str, object]) -> dict[str, str]:
-    """The fields that have another value in the event, and which; or that it does not have."""
+    """The fields whose value differs in the event, with this value as text."""
     found = {name: _read(event, name) for name in fields}
     return {
         name: "not there" if value is _NOTHING else shown(value)
@@ -254,7 +254,7 @@ def _is_value(found: object, expected: object) -> bool:
 
 
 def _equal(one: object, other: object) -> bool:
-    """As `in` and lists compare, for a message: the same object is equal to itself."""
+    """Compare as `in` and lists do: an object is always equal to itself."""
     try:
         return one is other or bool(one == other)
     except Exception:  # noqa: BLE001 - an `==` is user code
@@ -262,7 +262,7 @@ def _equal(one: object, other: object) -> bool:
 
 
 def _declared(event_type: type) -> tuple[str, ...]:
-    """The fields that count in a comparison, of the kinds of classes that say which they have."""
+    """The fields that are compared, for the kinds of classes that declare their fields."""
     if dataclasses.is_dataclass(event_type):
         return tuple(field.name for field in dataclasses.fields(event_type) if field.compare)
     known = cast("Any", event_type)  # Any: each library has attributes of its own

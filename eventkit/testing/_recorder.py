@@ -1,4 +1,4 @@
-"""Owns what is asked of published events: lists that explain, and a publisher that remembers."""
+"""Owns lists of events with assertions, and `EventRecorder`, a publisher that records events."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ C = TypeVar("C")
 
 
 class EventList(list[E], Generic[E]):
-    """Events in their order: a list, equal to any list of equal events, that can be asked.
-
-    `of` selects, `one`, `none` and `in_order` assert; where they fail, the message lists what
-    there is instead, nearest match first. All match by type, subclasses included, and by keyword:
-    a field's value has to be equal, and fields that are not named do not matter. What is equal,
-    the expected value says: anything with an `==` of its own will do, dirty-equals for instance.
+    """A list of events with methods that select and assert.
 
         placed = events.one(OrderPlaced, order_id=1)
 
-    Each look at a recorder's events gives a list of its own, as of that moment.
+    It is a `list`, and equal to every list of equal events. `of` selects events. `one`, `none` and
+    `in_order` assert. If an assertion fails, its message lists the events that there are, the best
+    match first.
+
+    These methods match by type, including subclasses, and by keyword: a named field must have an
+    equal value. The other fields do not matter. The comparison is `expected == value`, so an
+    expected value may have its own `==`, as those of dirty-equals have.
+
+    The lists of a recorder or capture do not change later: each access makes a new list.
     """
 
     __slots__ = ("_dropped", "_what")
@@ -52,15 +55,19 @@ class EventList(list[E], Generic[E]):
 
     @property
     def what(self) -> str:
-        """What these events are called in messages: `published`, `handled` and so on."""
+        """Name of the list in messages: `published`, `handled` and so on."""
         return self._what
 
     def of(self, event_type: type[E2], /, **fields: object) -> EventList[E2]:
-        """Those of a type, with these values in their fields, in order.
+        """Return the events of a type whose fields have these values, in order.
+
+        Args:
+            event_type: A class; subclasses are included.
+            fields: Values that fields of the events must have.
 
         Raises:
             TypeError: The type has no such field.
-            InvalidEventTypeError: It is not a class.
+            InvalidEventTypeError: `event_type` is not a class.
         """
         __tracebackhide__ = True
         self._check(event_type, fields)
@@ -72,12 +79,16 @@ class EventList(list[E], Generic[E]):
         )
 
     def one(self, event_type: type[E2], /, **fields: object) -> E2:
-        """The only one of a type, with these values in its fields.
+        """Assert that there is exactly one event of a type with these values, and return it.
+
+        Args:
+            event_type: A class; subclasses are included.
+            fields: Values that fields of the event must have.
 
         Raises:
-            AssertionError: There is none, or there are several.
+            AssertionError: There is no such event, or there are several.
             TypeError: The type has no such field.
-            InvalidEventTypeError: It is not a class.
+            InvalidEventTypeError: `event_type` is not a class.
         """
         __tracebackhide__ = True
         found = self.of(event_type, **fields)
@@ -97,12 +108,16 @@ class EventList(list[E], Generic[E]):
         raise AssertionError("\n".join(lines))
 
     def none(self, event_type: type = object, /, **fields: object) -> None:
-        """Assert that there is none of a type, with these values in its fields.
+        """Assert that there is no event of a type with these values; by default, no event at all.
+
+        Args:
+            event_type: A class; subclasses are included.
+            fields: Values that the fields of such an event would have.
 
         Raises:
-            AssertionError: There are some.
+            AssertionError: There are such events.
             TypeError: The type has no such field.
-            InvalidEventTypeError: It is not a class.
+            InvalidEventTypeError: `event_type` is not a class.
         """
         __tracebackhide__ = True
         found: EventList[object] = self.of(event_type, **fields)
@@ -118,21 +133,23 @@ class EventList(list[E], Generic[E]):
     @overload
     def in_order(self, *steps: object) -> tuple[object, ...]: ...
     def in_order(self, *steps: object) -> tuple[Any, ...]:  # Any: the overloads say it better
-        """Assert that these are there in this order, whatever is before, between and after.
+        """Assert that these events occur in this order. Other events may be between them.
+
+            placed, paid = events.in_order(OrderPlaced, OrderPaid)
 
         Args:
-            steps: Event types, or events that have to be equal.
+            steps: Event types, or events to compare with `==`. At least two.
 
         Returns:
-            The events found, the earliest for each step.
+            One event for each step: the earliest that follows the event of the step before.
 
         Raises:
-            AssertionError: One is not there, or only before the one it should follow.
+            AssertionError: An event is missing, or is only before the event that it should follow.
             TypeError: There are fewer than two steps.
         """
         __tracebackhide__ = True
         if len(steps) < 2:
-            raise TypeError("in_order() takes two event types or more: in_order(First, Second)")
+            raise TypeError("in_order() needs at least two event types: in_order(First, Second)")
         found: list[object] = []
         rest = iter(self)
         for step in steps:
@@ -163,7 +180,7 @@ def _were(found: Sequence[object]) -> str:
 
 
 class Recording(ABC):
-    """What can be asked of everything that records events; see `EventList`."""
+    """Base class of everything that records events; see `EventList`."""
 
     __slots__ = ()
 
@@ -173,16 +190,31 @@ class Recording(ABC):
         """The events that were published, in order."""
 
     def of(self, event_type: type[E], /, **fields: object) -> EventList[E]:
-        """Those published of a type, with these values in their fields. See `EventList.of`."""
+        """Return the published events of a type with these values. See `EventList.of`.
+
+        Args:
+            event_type: A class; subclasses are included.
+            fields: Values that fields of the events must have.
+        """
         return self.published.of(event_type, **fields)
 
     def one(self, event_type: type[E], /, **fields: object) -> E:
-        """The only one published of a type, with these values. See `EventList.one`."""
+        """Assert that exactly one such event was published, and return it. See `EventList.one`.
+
+        Args:
+            event_type: A class; subclasses are included.
+            fields: Values that fields of the event must have.
+        """
         __tracebackhide__ = True
         return self.published.one(event_type, **fields)
 
     def none(self, event_type: type = object, /, **fields: object) -> None:
-        """Assert that none of a type was published, with these values. See `EventList.none`."""
+        """Assert that no such event was published. See `EventList.none`.
+
+        Args:
+            event_type: A class; subclasses are included.
+            fields: Values that the fields of such an event would have.
+        """
         __tracebackhide__ = True
         self.published.none(event_type, **fields)
 
@@ -193,19 +225,24 @@ class Recording(ABC):
     @overload
     def in_order(self, *steps: object) -> tuple[object, ...]: ...
     def in_order(self, *steps: object) -> tuple[Any, ...]:  # Any: the overloads say it better
-        """Assert that these were published in this order. See `EventList.in_order`."""
+        """Assert that these events were published in this order. See `EventList.in_order`.
+
+        Args:
+            steps: Event types, or events to compare with `==`. At least two.
+        """
         __tracebackhide__ = True
         return self.published.in_order(*steps)
 
 
 class EventRecorder(Recording):
-    """A publisher that remembers: for tests of use cases alone, with no bus, loop or context.
+    """A publisher that only records events, for unit tests without a bus, event loop or context.
 
         events = EventRecorder()
         CreateUser(events, users).execute("Ada", "ada@example.org")
         assert events.published == [UserCreated(1, "ada@example.org")]
 
-    Nobody is called, and nothing is discarded: it knows no units of work. `EventCapture` does.
+    It calls no handler, has no units of work, and discards nothing. To test with a real bus, use
+    `EventCapture`.
     """
 
     __slots__ = ("_even_on_failure", "_published")
@@ -221,11 +258,19 @@ class EventRecorder(Recording):
 
     @property
     def even_on_failure(self) -> EventList[object]:
-        """Those that are to be delivered although the unit of work fails, in order."""
+        """The events that were published with `even_on_failure=True`, in order."""
         return EventList(self._even_on_failure, what="published even_on_failure")
 
     def publish(self, *events: object, even_on_failure: bool = False) -> None:
-        """Remember that something happened. See `EventBus.publish`."""
+        """Record events. See `EventBus.publish`.
+
+        Args:
+            events: Instances of any class.
+            even_on_failure: If True, the events are also in `even_on_failure`.
+
+        Raises:
+            InvalidEventTypeError: A class was given instead of an instance.
+        """
         for event in events:
             refuse_non_event(event)
         self._published += events
@@ -233,7 +278,7 @@ class EventRecorder(Recording):
             self._even_on_failure += events
 
     def clear(self) -> None:
-        """Forget all events: for what a test has only to set the stage."""
+        """Forget all events, for example after the test has prepared its data."""
         self._published.clear()
         self._even_on_failure.clear()
 

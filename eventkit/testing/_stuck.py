@@ -1,6 +1,6 @@
-"""Owns the question where a handler is: at which line it waits, in a task or in a thread.
+"""Owns the look-up of the line at which a handler waits, in a task or in a thread.
 
-Asked only for messages; no delivery pays for it.
+Only messages use it. It costs deliveries nothing.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from eventkit._core.events import Delivery
 from eventkit._core.handlers import layers
 from eventkit._core.whereabouts import whereabouts
 
-# Where nobody looks for a fault of his own.
+# Folders of libraries. A message names a line of the user's own code, too.
 _LIBRARIES = tuple(
     {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 )
 
 
 def where(delivery: Delivery, bus: EventBus) -> str | None:
-    """Where its handler waits; None where nothing is found.
+    """The line at which the handler waits; None if it is not found.
 
-    The innermost line of a coroutine that awaits, or of a thread that runs; one inside a library
-    comes with the innermost line outside of it.
+    It is the innermost line of the coroutine, or of the thread. If it is in a library, the text
+    also has the innermost line outside of libraries.
     """
     frames = whereabouts(state_of(bus).tally).get(delivery, [])
     for subscription in registry_of(bus):
@@ -37,7 +37,7 @@ def where(delivery: Delivery, bus: EventBus) -> str | None:
 
 
 def told(frames: Sequence[FrameType]) -> str:
-    """The innermost of these frames, and the innermost that is not a library's."""
+    """Text with the innermost frame, and the innermost frame that is not in a library."""
     inner = frames[-1]
     own = next((frame for frame in reversed(frames) if not _is_library(frame)), inner)
     if own is inner:
@@ -73,7 +73,7 @@ def _place(frame: FrameType) -> str:
 
 
 def _short(filename: str) -> str:
-    """The path from where the tests run, or from inside the library."""
+    """The path relative to the working directory, or to the library's folder."""
     for root in (*_LIBRARIES, str(Path.cwd())):
         if filename.startswith(root):
             return filename[len(root) :].lstrip("/\\")

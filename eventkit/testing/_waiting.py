@@ -1,7 +1,7 @@
-"""Owns waiting for a ledger to change, on an event loop or in a thread, and what to say in vain.
+"""Owns waiting for a change of a ledger, on an event loop or in a thread, and the timeout message.
 
-No polling, and no clock: changes come from other threads and loops too, and the time is real.
-Hours of a virtual clock are no failure, and a clock that a test has stopped makes no wait longer.
+It does not poll, and it reads no clock: changes come also from other threads and loops. The time is
+real time. Hours of a virtual clock cause no timeout, and a stopped clock makes no wait longer.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from eventkit.testing._stuck import where
 
 T = TypeVar("T")
 
-# How many of what goes on a message names.
+# How many deliveries and events a message lists.
 _NAMED = 10
 
 
 class Patience:
-    """How long a wait may take; a context manager, whose end stops the timer.
+    """The time limit of a wait. It is a context manager: its end stops the timer.
 
-    A thread waits for so many seconds, and no clock is read: libraries such as freezegun replace
-    all clocks that Python code can read. The time begins when it is first asked for.
+    The timer is a thread that waits. It reads no clock, because libraries such as freezegun replace
+    all clocks that Python code can read. The timer starts when `over` is read first.
 
     Args:
         seconds: Seconds of real time; infinity for no limit.
-        ledger: Whose waiters look again when the time is up.
+        ledger: The ledger whose waiting code is woken when the time is over.
     """
 
     def __init__(self, seconds: float, ledger: Ledger) -> None:
         self._seconds = seconds
         self._ledger = ledger
         self._timer: Timer | None = None
-        self._over = not seconds > 0  # NaN is not, either
+        self._over = not seconds > 0  # this form includes NaN
 
     def __enter__(self) -> Self:
         return self
@@ -60,7 +60,7 @@ class Patience:
 
     @property
     def over(self) -> bool:
-        """Whether the time is up."""
+        """Whether the time is over."""
         if not self._over and self._timer is None:
             self._timer = Timer(min(self._seconds, TIMEOUT_MAX), self._end)
             self._timer.daemon = True
@@ -75,10 +75,10 @@ class Patience:
 async def until(
     ledger: Ledger, look: Callable[[], T | None], patience: Patience, explain: Callable[[], str]
 ) -> T:
-    """Look after each change until there is something to see, and return it.
+    """Call `look` after each change until it returns something, and return that.
 
     Raises:
-        TimeoutError: The time is up.
+        TimeoutError: The time is over.
     """
     __tracebackhide__ = True
     await checkpoint()
@@ -96,7 +96,7 @@ async def until(
 def block_until(
     ledger: Ledger, look: Callable[[], T | None], patience: Patience, explain: Callable[[], str]
 ) -> T:
-    """As `until`, in a thread that no event loop needs."""
+    """As `until`, in a thread without an event loop."""
     __tracebackhide__ = True
     with ledger.changed:
         while (seen := look()) is None:
@@ -107,7 +107,7 @@ def block_until(
 
 
 def what_goes_on(ledger: Ledger, bus: EventBus) -> list[str]:
-    """What has not ended, one line for each: running, waiting, undecided."""
+    """What has not ended, one line each: running deliveries, waiting ones, undecided events."""
     with ledger.changed:
         pending = dict(ledger.pending)
         open_events = [each.event for each in ledger.records if each.fate is Fate.OPEN]
@@ -125,7 +125,7 @@ def what_goes_on(ledger: Ledger, bus: EventBus) -> list[str]:
 
 
 def _set(event: Event, call_soon: Callable[[Callable[[], object]], object]) -> None:
-    with suppress(RuntimeError):  # the loop is gone, and with it who waited
+    with suppress(RuntimeError):  # the loop has ended, and the waiting task with it
         call_soon(event.set)
 
 

@@ -1,4 +1,4 @@
-"""Owns assertions about who is subscribed to what, before anything happens."""
+"""Owns assertions about subscriptions: which handlers an event would reach."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from eventkit.testing._matching import shown
 
 
 def assert_handles(bus: EventBus, event_type: type, *handlers: Named) -> None:
-    """Assert that events of exactly this type reach these handlers, and perhaps others.
-
-    For the mistake that no other test sees: a module of handlers that nobody imports, a router
-    that nobody includes.
+    """Assert that events of exactly this type reach these handlers. They may reach others, too.
 
         assert_handles(bus, OrderPlaced, send_receipt, "audit")
+
+    It finds two mistakes that other tests do not find: a module of handlers that is never imported,
+    and a router that is never included.
 
     Args:
         bus: The bus.
         event_type: The class of the event.
-        handlers: The callables that were subscribed, or their names; with none given, any
-            handler will do.
+        handlers: The callables that were subscribed, or their names. With none given, the event
+            must reach at least one handler.
 
     Raises:
-        AssertionError: Naming the handlers it does not reach, and those it does.
+        AssertionError: The event does not reach a handler. The message lists those that it reaches.
         InvalidEventTypeError: `event_type` is not a class.
     """
     __tracebackhide__ = True
@@ -46,19 +46,26 @@ def assert_handles(bus: EventBus, event_type: type, *handlers: Named) -> None:
 
 
 def assert_no_orphans(bus: EventBus, event_types: Iterable[type]) -> None:
-    """Assert that each of these events reaches at least one handler.
+    """Assert that each of these event types reaches at least one handler.
 
         assert_no_orphans(bus, DomainEvent.__subclasses__())
 
+    Args:
+        bus: The bus.
+        event_types: The classes of the events.
+
     Raises:
-        AssertionError: Naming the events that nobody handles.
-        InvalidEventTypeError: One of them is not a class.
-        ValueError: There are none, so nothing would be checked.
+        AssertionError: Some types have no handler. The message lists these types.
+        InvalidEventTypeError: One of the types is not a class.
+        ValueError: No types were given, so nothing would be checked.
     """
     __tracebackhide__ = True
     checked = list(event_types)
     if not checked:
-        raise ValueError("no event types were given, so nothing was checked: are they imported?")
+        raise ValueError(
+            "no event types were given, so nothing was checked. Import the modules of the events "
+            "first"
+        )
     orphans = [each for each in checked if not bus.handlers_for(each)]
     if orphans:
         lines = [f"  {type_name(each)}" for each in orphans]

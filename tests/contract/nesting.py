@@ -340,9 +340,8 @@ class NestingContract(BusContract):
         assert len(told) == 1
         assert re.fullmatch(
             r"the handler that this event context of bus 'default' belongs to has ended \("
-            r"builtins\.int -> .*handle\)\. A task that outlives its handler needs a unit that is "
-            r"independent of it: `async with bus\.context\(independent=True\):`, in a thread "
-            r"`with`",
+            r"builtins\.int -> .*handle\)\. A task that outlives its handler needs its own unit of "
+            r"work: `async with bus\.context\(independent=True\):`, or in a thread `with`",
             told[0],
         )
 

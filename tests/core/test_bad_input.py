@@ -47,17 +47,16 @@ T = TypeVar("T")
 
 NOWHERE = "no event context of bus 'shop' is active here: "
 NO_MIDDLEWARE = (
-    NOWHERE
-    + "no request or job surrounds the caller. In a web application install the middleware: "
-    "app.add_middleware(EventContextMiddleware, bus=bus). If it is installed, this code runs "
-    "outside of it: add it last, because the last one added is the outermost. Elsewhere, and in an "
-    "exception_handler(Exception), which is outside of all middlewares, open a unit of work: "
-    "`async with bus.context():`, in a thread `with bus.context():`"
+    NOWHERE + "no request or job surrounds the caller. In a web application add the middleware: "
+    "app.add_middleware(EventContextMiddleware, bus=bus). If it is there, this code runs outside "
+    "of it: add it last, because the last middleware added is the outermost. In other code, and in "
+    "an exception_handler(Exception), which runs outside of all middlewares, open a unit of work: "
+    "`async with bus.context():`, or in a thread `with bus.context():`"
 )
 OVER = (
-    "this event context of bus 'shop' has ended: the request or job it belongs to is over, and its "
-    "events were delivered or discarded. A task or thread that outlives it needs a unit that is "
-    "independent of it: `async with bus.context(independent=True):`, in a thread `with`"
+    "this event context of bus 'shop' has ended: its request or job is over, and its events were "
+    "delivered or discarded. A task or thread that outlives the request or job needs its own unit "
+    "of work: `async with bus.context(independent=True):`, or in a thread `with`"
 )
 
 
@@ -130,7 +129,7 @@ def test_publishing_in_a_raw_thread_names_the_thread_and_the_remedy(bus: EventBu
     assert told == (
         NOWHERE + "the thread 'mailer' was started without its creator's context variables. Use "
         "anyio.to_thread.run_sync() or asyncio.to_thread(), which pass them on, or open a unit of "
-        "work of its own: `with bus.context():`"
+        "work in the thread: `with bus.context():`"
     )
 
 
@@ -146,7 +145,7 @@ def test_publishing_in_an_executor_names_the_thread_and_the_remedy(bus: EventBus
     assert asyncio.run(main()) == (
         NOWHERE + "the thread 'pool_0' was started without its creator's context variables. Use "
         "anyio.to_thread.run_sync() or asyncio.to_thread(), which pass them on, or open a unit of "
-        "work of its own: `with bus.context():`"
+        "work in the thread: `with bus.context():`"
     )
 
 
@@ -169,10 +168,10 @@ async def test_publishing_in_the_handler_of_another_bus_says_so(bus: EventBus) -
         await other.dispatch(1)
 
     assert told == [
-        NOWHERE + "this is a unit of work of another bus, 'other', and it is not inside one of "
-        "this bus. Publish to that one, or open a unit of work of this bus: `async with "
-        "bus.context():`; two buses in one application need the middleware each, and names: "
-        "EventBus(name=...)"
+        NOWHERE + "this is a unit of work of another bus, 'other', and none of this bus is around "
+        "it. Publish to that bus, or open a unit of work of this bus: `async with bus.context():`. "
+        "If an application has two buses, add the middleware for each bus, and give each bus a "
+        "name: EventBus(name=...)"
     ]
 
 
@@ -218,10 +217,11 @@ async def test_publishing_to_a_full_unit_names_the_limit_and_ways_out(bus: Event
 
     assert error.value.limit == 2
     assert str(error.value) == (
-        "an event context of bus 'shop' may have 2 events waiting (max_events). Publish one event "
-        "for the whole batch, or raise EventBus(max_events=...). After a commit, outside of a "
-        "handler, `await bus.current_context().drain()` delivers what waits; before the commit it "
-        "would deliver what may still be rolled back"
+        "more than 2 events would wait in one event context of bus 'shop' (max_events). Publish "
+        "one event for the whole batch, or raise EventBus(max_events=...). After a commit, and "
+        "outside of handlers, you can also deliver the events that wait: `await "
+        "bus.current_context().drain()`. Do not drain before the commit, because the transaction "
+        "may still be rolled back"
     )
 
 
@@ -243,8 +243,8 @@ async def test_publishing_past_the_depth_limit_shows_the_chain(bus: EventBus) ->
     assert error.limit == 2
     assert error.chain == (step, step, step)
     assert str(error) == (
-        "builtins.str would be more than 2 events deep (max_depth), which is usually a loop. It "
-        f"was caused by:\n  {step}\n  {step}\n  {step}\n"
+        "builtins.str comes after a chain of more than 2 deliveries (max_depth), which is usually "
+        f"a loop. The chain is:\n  {step}\n  {step}\n  {step}\n"
         "Break the loop, or raise EventBus(max_depth=...)"
     )
     assert_settled(bus)
@@ -344,8 +344,8 @@ VALUES: list[object] = [
 @pytest.mark.parametrize("event", ITERABLES, ids=lambda event: type(event).__name__)
 async def test_an_iterable_of_events_is_no_event(bus: EventBus, event: object) -> None:
     told = (
-        f"an object of the type {type(event).__name__!r} is no event that anybody handles: publish "
-        "the events in it, publish(*events)"
+        f"an object of the type {type(event).__name__!r} is not an event, and no handler takes it: "
+        "publish its elements, with publish(*events)"
     )
     async with bus.context():
         assert refusal(InvalidEventTypeError, bus.publish, event) == told
@@ -361,8 +361,8 @@ async def test_a_name_or_a_value_is_no_event_where_nobody_handles_it(
 ) -> None:
     told = (
         "an event is an instance of a class of yours, not of "
-        f"{type(event).__name__!r}, which nobody handles: make a class of what happened, and "
-        "publish an instance, publish(UserCreated(...))"
+        f"{type(event).__name__!r}, and no handler takes this object. Define a class for the "
+        "event, and publish an instance: publish(UserCreated(...))"
     )
     bus = EventBus()
     async with bus.context():
@@ -381,8 +381,8 @@ async def test_a_member_of_an_enum_is_no_event_where_nobody_handles_it(
     bus = EventBus()
     told = (
         "an event is an instance of a class of yours, not a member of the enum "
-        f"{type(event).__name__!r}, which nobody handles: make a class of what happened, and "
-        "publish an instance, publish(UserCreated(...))"
+        f"{type(event).__name__!r}, and no handler takes this object. Define a class for the "
+        "event, and publish an instance: publish(UserCreated(...))"
     )
     async with bus.context():
         assert refusal(InvalidEventTypeError, bus.publish, event) == told
@@ -397,8 +397,8 @@ async def test_a_coroutine_is_no_event_and_the_remedy_is_to_await_it(bus: EventB
     event = look_up()
     async with bus.context():
         assert refusal(InvalidEventTypeError, bus.publish, event) == (
-            "an object of the type 'coroutine' is no event that anybody handles: await it, and "
-            "publish what it returns"
+            "an object of the type 'coroutine' is not an event, and no handler takes it: await it, "
+            "and publish its result"
         )
     event.close()
 
@@ -438,8 +438,8 @@ async def test_a_collection_is_an_event_only_where_somebody_handles_it(
 ) -> None:
     events = collection([1, 2])
     told = (
-        f"an object of the type {collection.__name__!r} is no event that anybody handles: publish "
-        "the events in it, publish(*events)"
+        f"an object of the type {collection.__name__!r} is not an event, and no handler takes it: "
+        "publish its elements, with publish(*events)"
     )
     async with bus.context():
         assert refusal(InvalidEventTypeError, bus.publish, events) == told
@@ -506,7 +506,8 @@ async def test_draining_twice_at_once_says_who_is_at_it(bus: EventBus) -> None:
         with pytest.raises(DrainInProgressError) as error:
             await unit.drain()
         assert str(error.value) == (
-            "this event context of bus 'shop' is being drained by another task"
+            "this event context of bus 'shop' is being drained by another task: call drain() when "
+            "that drain has ended"
         )
         unit.discard()
         go_on.set()
@@ -533,8 +534,8 @@ async def test_draining_inside_a_handler_says_what_to_do_instead(
         bus.publish("a")
 
     assert told == [
-        "a handler of bus 'shop' cannot drain its own unit of work: what it publishes is delivered "
-        "when the handlers of its event have ended. To wait for handlers, use "
+        "a handler of bus 'shop' cannot drain its own unit of work: the events that it publishes "
+        "are delivered when all handlers of its own event have ended. To wait for handlers, use "
         "`await bus.dispatch(event)`"
     ]
 
@@ -555,7 +556,7 @@ async def test_a_synchronous_unit_inside_a_running_loop_says_how_to_open_it(
 
 
 async def test_a_unit_that_is_opened_twice_says_so(bus: EventBus) -> None:
-    told = "an event context is opened once: call bus.context() for each unit of work"
+    told = "an event context can be opened only once: call bus.context() for each unit of work"
     async with bus.context() as unit:
         with pytest.raises(EventContextUsageError) as error:
             async with unit:
@@ -610,10 +611,10 @@ NO_SIGNATURE = "It needs a positional parameter for the event"
         (None, "a handler is a callable that takes the event, not None"),
         (
             takes_two,
-            f"{place(takes_two)} takes 'other', which is neither the event (that comes first) nor "
-            "a dependency, and has no default. A handler has no request, so neither query, path "
-            "nor body: put what it needs into the event, or say where it comes from, with FastAPI "
-            "`other: Annotated[..., Depends(...)]`",
+            f"{place(takes_two)} takes 'other', which is neither the event (the first parameter) "
+            "nor a dependency, and has no default. A handler has no request, so it has no query, "
+            "no path and no body. Put what the handler needs into the event, or declare a "
+            "dependency, with FastAPI `other: Annotated[..., Depends(...)]`",
         ),
         (
             takes_none,
@@ -637,8 +638,8 @@ NO_SIGNATURE = "It needs a positional parameter for the event"
         ),
         (
             Target,
-            f"{__name__}:Target is a class: every event would make an instance and nothing else. "
-            "Subscribe an instance with __call__, or one of its methods",
+            f"{__name__}:Target is a class: an event would only create an instance of it. "
+            "Subscribe an instance with __call__, or a method of an instance",
         ),
     ],
 )
@@ -681,8 +682,8 @@ def ignore(event: object) -> None: ...
 )
 def test_what_is_no_class_is_refused_as_an_event_type(bus: EventBus, event_type: Any) -> None:
     told = (
-        f"an event type is a class, not {event_type!r}. For one of several, name them all: "
-        "on(A, B); for a generic class, name the class without its parameters"
+        f"an event type is a class, not {event_type!r}. For several event types, give each of "
+        "them: on(A, B). For a generic class, give the class without its parameters"
     )
 
     assert refusal(InvalidEventTypeError, bus.subscribe, event_type, ignore) == told
@@ -701,7 +702,7 @@ def test_the_name_of_a_class_is_no_event_type(bus: EventBus) -> None:
 
 def test_a_decorator_without_event_types_is_refused(bus: EventBus) -> None:
     on: Any = bus.on
-    told = "on() needs the event types: on(UserCreated)"
+    told = "on() needs at least one event type: on(UserCreated)"
 
     assert refusal(InvalidEventTypeError, on) == told
 
@@ -709,9 +710,8 @@ def test_a_decorator_without_event_types_is_refused(bus: EventBus) -> None:
 def test_a_decorator_without_its_parentheses_is_told_of_them(bus: EventBus) -> None:
     on: Any = bus.on
     told = (
-        f"an event type is a class, not {ignore!r}. A decorator takes the event type in "
-        "parentheses: @bus.on(UserCreated); subscribe takes it first: "
-        "subscribe(UserCreated, handler)"
+        f"an event type is a class, not {ignore!r}. Give the event type first. As a decorator: "
+        "@bus.on(UserCreated). As a call: subscribe(UserCreated, handler)"
     )
 
     assert refusal(InvalidEventTypeError, on, ignore) == told
@@ -722,7 +722,7 @@ def test_an_instance_as_event_type_is_told_its_class(bus: EventBus) -> None:
     event = Target()
 
     assert refusal(InvalidEventTypeError, bus.subscribe, event, ignore) == (
-        f"an event type is a class, not {event!r}. For its class: Target"
+        f"an event type is a class, not {event!r}. Give its class: Target"
     )
 
 

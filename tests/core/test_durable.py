@@ -141,7 +141,7 @@ def test_a_durable_handler_is_found_by_its_name_in_another_process(
 ) -> None:
     bus = EventBus()
 
-    with pytest.raises(InvalidHandlerError, match=f"{kind}.*Give it a name that stays"):
+    with pytest.raises(InvalidHandlerError, match=f"{kind}.*Give it a name that never changes"):
         bus.subscribe(Number, make(), durable=True)
     bus.subscribe(Number, make(), durable=True, name="shop:receipt")
 
@@ -247,8 +247,8 @@ async def test_an_application_with_durable_handlers_does_not_start_without_an_ou
     assert trace == ["startup.failed"]
     assert isinstance(lifespan.error, NoOutboxError)
     assert str(lifespan.error) == (
-        f"bus 'shop' has durable handlers ({__name__}:handle) and no outbox: Outbox(bus, engine), "
-        "where the application is wired"
+        f"bus 'shop' has durable handlers ({__name__}:handle) but no outbox. Create one where you "
+        "set up the application: Outbox(bus, engine)"
     )
 
 
@@ -274,7 +274,8 @@ async def test_nor_does_one_whose_consumers_hand_messages_to_an_outbox(
 
     assert isinstance(lifespan.error, NoOutboxError)
     assert str(lifespan.error) == (
-        f"bus 'shop' has {needs} and no outbox: Outbox(bus, engine), where the application is wired"
+        f"bus 'shop' has {needs} but no outbox. Create one where you set up the application: "
+        "Outbox(bus, engine)"
     )
 
 

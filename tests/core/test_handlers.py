@@ -159,8 +159,8 @@ def test_what_cannot_be_called_is_refused(thing: Any) -> None:  # the misuse in 
 
 def test_a_class_is_refused() -> None:
     assert refusal(Handlers) == (
-        f"{HERE}Handlers is a class: every event would make an instance and nothing else. "
-        "Subscribe an instance with __call__, or one of its methods"
+        f"{HERE}Handlers is a class: an event would only create an instance of it. Subscribe an "
+        "instance with __call__, or a method of an instance"
     )
 
 
@@ -226,8 +226,8 @@ def test_a_signature_that_does_not_take_an_event_is_refused(
 
 def test_a_method_without_its_instance_is_told_so() -> None:
     assert refusal(Handlers.plain).endswith(
-        "its signature is (self, event: object) -> None. It is a method: subscribe that of an "
-        "instance, once there is one"
+        "its signature is (self, event: object) -> None. It is a method of a class: subscribe the "
+        "method of an instance"
     )
 
 
@@ -235,7 +235,7 @@ def test_a_coroutine_instead_of_its_function_is_told_so() -> None:
     async def handler(event: object) -> None: ...
 
     called = handler("event")
-    assert refusal(cast("Any", called)).endswith(". It was called already: pass the function")
+    assert refusal(cast("Any", called)).endswith(". Pass the function without calling it")
     called.close()
 
 
@@ -308,7 +308,7 @@ def test_an_async_function_is_refused_a_thread(function: Callable[..., object]) 
 def test_a_timeout_in_a_thread_is_refused() -> None:
     assert refusal(plain, timeout=5) == (
         f"{HERE}plain ({place(plain)}) runs in a worker thread, which cannot be stopped: remove "
-        "timeout=, or make it an async def"
+        "timeout=, or make the handler an async def"
     )
     assert looked_at(plain, timeout=None).timeout is None
     assert looked_at(plain, timeout=5, thread=False).timeout == 5

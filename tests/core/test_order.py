@@ -14,7 +14,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_current_delivery_outside_a_handler_raises() -> None:
-    with pytest.raises(NoDeliveryError, match="have the handler pass it on"):
+    with pytest.raises(NoDeliveryError, match="pass the id to that code"):
         current_delivery()
 
     async with EventBus().context():

@@ -36,10 +36,11 @@ pytestmark = pytest.mark.anyio
 T = TypeVar("T")
 HERE = str(Path(__file__))
 TWICE = (
-    "in a function that is called twice: where it makes an application, make the bus in it, too. "
-    "And it runs twice in a script that is also imported: subscribe and include in a module that "
-    "is only imported"
+    "There are two usual causes. A function is called twice, for example an application factory: "
+    "create the bus inside the function. Or a script is also imported: subscribe and include in a "
+    "module that is only imported"
 )
+USELESS = "A second subscription has no use: a handler runs once for each event"
 
 
 class Base:
@@ -407,7 +408,7 @@ def test_subscribing_the_same_handler_twice_names_both_places(bus: EventBus, not
     name = f"{__name__}:twice"
     assert str(error.value) == (
         f"{name} is already subscribed to {__name__}.Base: first at {HERE}:{first}, again at "
-        f"{HERE}:{again}. Remove one of the two; a handler runs once per event in any case"
+        f"{HERE}:{again}. Remove one of the two. {USELESS}"
     )
     assert error.value.handler == name
     assert error.value.first == f"{HERE}:{first}"
@@ -512,9 +513,9 @@ def test_a_router_is_closed_once_it_has_been_included(
         declare(handler) if late == "declare" else router.include(other)
 
     assert str(error.value) == (
-        f"{__name__}:late: declared on a router that had been included already, so nobody would "
-        "call it. Declare all handlers, and include all routers, before the router itself is "
-        "included"
+        f"{__name__}:late: declared on a router that has been included already, so nobody would "
+        "call the handler. Declare all handlers of a router, and include other routers in it, "
+        "before the router itself is included"
     )
     bus.include(other)
     assert names(bus, Base) == ["late"]
@@ -573,8 +574,8 @@ def test_a_router_included_twice_names_the_declaration_and_the_second_include(
     assert str(error.value) == (
         f"{__name__}:a is already subscribed to {__name__}.Base: its router was included twice. "
         f"The handler is declared at {HERE}:{declared}, and the router was included again at "
-        f"{HERE}:{included}. Include a router once, directly or through another one. A line "
-        f"runs twice {TWICE}; a handler runs once per event in any case"
+        f"{HERE}:{included}. Include a router once, directly or through another one. {TWICE}. "
+        f"{USELESS}"
     )
     assert error.value.first == f"{HERE}:{declared}"
     assert error.value.second == f"{HERE}:{included}"
@@ -604,7 +605,7 @@ def test_a_router_included_twice_in_a_router_is_told_so_also_where_that_one_is_i
 
     outer.include(router)
     bus.include(outer)
-    with pytest.raises(DuplicateSubscriptionError, match="in a script that is also imported"):
+    with pytest.raises(DuplicateSubscriptionError, match="a script is also imported"):
         outer.include(router)
 
 
@@ -621,7 +622,7 @@ def test_a_line_that_subscribes_twice_is_told_so(bus: EventBus, noted: Noted) ->
     place = f"{HERE}:{line() - 6}"
     assert str(error.value) == (
         f"{__name__}:twice is already subscribed to {__name__}.Base: the line at {place} has run "
-        f"twice. A line runs twice {TWICE}; a handler runs once per event in any case"
+        f"twice. {TWICE}. {USELESS}"
     )
     assert error.value.first == error.value.second == place
 
@@ -642,8 +643,8 @@ def test_routers_cannot_include_each_other(noted: Noted) -> None:
     outer.include(middle)
     told = "a router cannot be included into itself"
     through_others = (
-        f"{told}, which this one would be through a router that it has included: include only the "
-        "outer one of the two"
+        "two routers cannot include each other: the router that is included here already includes "
+        "this router. Remove one of the two include() calls"
     )
 
     for target, included, text in (
@@ -673,8 +674,8 @@ def test_an_application_that_includes_a_router_of_events_is_told_that_the_bus_do
         application().include_router(router)
 
     assert str(error.value) == (
-        f"an EventRouter has no attribute {error.value.name!r}. It has handlers of events and no "
-        "routes: the bus includes it, bus.include(router), not the application"
+        f"an EventRouter has no attribute {error.value.name!r}. It has event handlers, not "
+        "routes: include it in the bus with bus.include(router), not in the application"
     )
     assert error.value.obj is router
     assert not hasattr(router, "routes")

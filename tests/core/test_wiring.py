@@ -152,14 +152,14 @@ def test_explain_says_what_to_look_at_where_nothing_comes_close() -> None:
 
     assert bus.explain(OrderPaid) == (
         f"{__name__}.OrderPaid reaches no handler of bus 'default'.\n"
-        "Nor does any of its 1 subscriptions come close: is the module that declares the handler "
-        "imported, and its router included, bus.include(router)?"
+        "None of its 1 subscriptions is for a similar class. Is the module that declares the "
+        "handler imported, and its router included: bus.include(router)?"
     )
 
 
 def test_explain_takes_a_class() -> None:
     event: Any = OrderEvent()
-    with pytest.raises(InvalidEventTypeError, match="For its class: OrderEvent"):
+    with pytest.raises(InvalidEventTypeError, match="Give its class: OrderEvent"):
         EventBus().explain(event)
 
 
@@ -168,8 +168,8 @@ def test_explain_takes_a_class() -> None:
 
 def clash(name: str, first: object, second: object) -> str:
     return (
-        f"two handlers are called {name!r}, the one at {place(first)} and the one at "
-        f"{place(second)}. A name says in logs and counters whose a delivery is: give one of them "
+        f"two handlers have the name {name!r}, the one at {place(first)} and the one at "
+        f"{place(second)}. Logs and counters identify a handler by its name: give one of the two "
         "another name="
     )
 

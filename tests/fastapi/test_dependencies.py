@@ -498,10 +498,10 @@ def test_a_dependency_whose_postponed_annotation_fails_is_refused(
     message = refusal(bus, written(POSTPONED, HEAD, source, PROVIDER)["handler"])
 
     assert message == (
-        "postponed:handler (postponed.py:7) takes 'one', which is neither the event (that comes "
-        f"first) nor seen to be a dependency: its annotation {annotation!r} cannot be evaluated. "
-        "Define or import what it names before the handler gets its bus, and not for type checkers "
-        "alone"
+        "postponed:handler (postponed.py:7) takes 'one', which is neither the event (the first "
+        f"parameter) nor known to be a dependency: its annotation {annotation!r} cannot be "
+        "evaluated. Define or import this name before the handler is subscribed or its router "
+        "included, and not only for type checkers"
     )
 
 
@@ -855,11 +855,12 @@ READS: dict[str, Callable[[Request], object]] = {
 }
 
 PUT_INTO_EVENT = (
-    "a handler runs after its request, or without one. Put what it needs into the event"
+    "a handler runs after its request, or without a request. Put what the handler needs into the "
+    "event"
 )
 REASONS = {
-    "app": "the unit of work was opened neither in a request nor in the lifespan of an application "
-    "whose EventContextMiddleware has this bus",
+    "app": "the handler's unit of work was not opened in a request or in the lifespan of an "
+    "application that has EventContextMiddleware for this bus",
     "state.user": f"{PUT_INTO_EVENT}, or have the lifespan yield it",
 }
 
@@ -942,7 +943,7 @@ async def test_a_default_that_a_request_replaces_is_replaced(bus: EventBus) -> N
 # The classes where the aliases were meant.
 
 NO_FIELD = (
-    "{} is no field that FastAPI can read from a request. In an endpoint, a dependency or a "
+    "FastAPI cannot read a field of the type {} from a request. In an endpoint, a dependency or a "
     "handler declare `{}: {}`: from eventkit.fastapi import {}. In a model of Pydantic set "
     "arbitrary_types_allowed=True"
 )
@@ -1148,8 +1149,9 @@ def test_what_only_a_request_has_is_refused(
     bus: EventBus, handler: Callable[..., object], what: str
 ) -> None:
     assert refusal(bus, handler) == (
-        f"{place(handler)}: 'it' needs {what}, which only a request has. A handler runs after it, "
-        "or without one: put what it needs into the event, or depend on something else"
+        f"{place(handler)}: 'it' needs {what}, which only a request has. A handler runs after its "
+        "request, or without a request: put what the handler needs into the event, or use another "
+        "dependency"
     )
 
 
@@ -1168,8 +1170,8 @@ async def test_a_dependency_with_a_query_parameter_is_refused_where_it_is_used(
 
     assert refusal(bus, handler) == (
         f"{place(handler)}: 'it' needs the query parameter 'number' of {place(page)}, which only a "
-        "request has. A handler runs after it, or without one: put what it needs into the event, "
-        "or depend on something else"
+        "request has. A handler runs after its request, or without a request: put what the handler "
+        "needs into the event, or use another dependency"
     )
 
 
@@ -1191,7 +1193,7 @@ def test_a_parameter_without_a_source_is_refused(bus: EventBus) -> None:
 
     assert refusal(bus, handler).startswith(
         f"{place(handler)} takes 'page', "
-        "which is neither the event (that comes first) nor a dependency"
+        "which is neither the event (the first parameter) nor a dependency"
     )
 
 
@@ -1303,12 +1305,12 @@ def test_two_buses_in_one_application_need_aliases_of_their_own(anyio_backend: B
         client.post("/")
 
     assert str(caught.value) == (
-        "this application has 2 buses, 'users', 'orders', and Bus and CurrentContext stand for the "
-        "only one. Write aliases of your own:\n"
+        "this application has 2 buses, 'users', 'orders', but Bus and CurrentContext need exactly "
+        "one. Write your own aliases:\n"
         "    async def get_orders_bus() -> EventBus:\n"
         "        return orders_bus\n"
         "    OrdersBus = Annotated[EventBus, Depends(get_orders_bus)]\n"
-        "and for a context one that returns orders_bus.current_context()"
+        "For the context, write an alias in the same way that returns orders_bus.current_context()"
     )
 
 
@@ -1317,7 +1319,7 @@ def test_without_the_middleware_there_is_no_bus(anyio_backend: Backend) -> None:
         client_of(app_with(), anyio_backend).post("/")
 
     assert str(caught.value) == (
-        "no EventContextMiddleware has seen this request: "
+        "this request has not passed an EventContextMiddleware. Add one: "
         "app.add_middleware(EventContextMiddleware, bus=bus)"
     )
 

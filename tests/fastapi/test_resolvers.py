@@ -477,10 +477,10 @@ def test_a_parameter_that_nobody_provides_is_refused(bus: EventBus) -> None:
     def handler(event: Ping, tool: Tool, page: int) -> None: ...
 
     assert refusal(bus, handler) == (
-        f"{place(handler)} takes 'page', which is neither the event (that comes first) nor "
-        "a dependency, and has no default. A handler has no request, so neither query, path nor "
-        "body: put what it needs into the event, or say where it comes from, with FastAPI "
-        "`page: Annotated[..., Depends(...)]`"
+        f"{place(handler)} takes 'page', which is neither the event (the first parameter) nor "
+        "a dependency, and has no default. A handler has no request, so it has no query, no path "
+        "and no body. Put what the handler needs into the event, or declare a dependency, with "
+        "FastAPI `page: Annotated[..., Depends(...)]`"
     )
 
 
@@ -494,10 +494,10 @@ def test_an_annotation_that_cannot_be_evaluated_is_named(bus: EventBus) -> None:
     handler = handler_from("def handler(event: Ping, tool: sheds.Tool): ...")
 
     assert refusal(bus, handler) == (
-        "somewhere:handler (somewhere.py:2) takes 'tool', which is neither the event (that "
-        "comes first) nor seen to be a dependency: its annotation 'sheds.Tool' cannot be "
-        "evaluated. Define or import what it names before the handler gets its bus, and not for "
-        "type checkers alone"
+        "somewhere:handler (somewhere.py:2) takes 'tool', which is neither the event (the first "
+        "parameter) nor known to be a dependency: its annotation 'sheds.Tool' cannot be evaluated. "
+        "Define or import this name before the handler is subscribed or its router included, and "
+        "not only for type checkers"
     )
 
 
@@ -513,22 +513,22 @@ def test_a_decorator_that_does_not_pass_dependencies_on_is_refused(bus: EventBus
 
     assert refusal(bus, narrow) == (
         f"{place(on_loop)} cannot be given its dependencies tool as keyword arguments: got an "
-        "unexpected keyword argument 'tool'. A decorator has to pass on what it is called with: "
-        "`def wrapper(*args, **kwargs)`; a dependency cannot be positional-only"
+        "unexpected keyword argument 'tool'. A decorator has to pass on all arguments: "
+        "`def wrapper(*args, **kwargs)`. A dependency cannot be positional-only"
     )
 
 
 def test_a_positional_only_dependency_is_refused(bus: EventBus) -> None:
     def handler(event: Ping, tool: Tool, /) -> None: ...
 
-    assert "a dependency cannot be positional-only" in refusal(bus, handler)
+    assert "A dependency cannot be positional-only" in refusal(bus, handler)
 
 
 @pytest.mark.parametrize("method", [Handlers.method, Handlers.__call__])
 def test_a_method_without_its_instance_is_told_so(
     bus: EventBus, method: Callable[..., object]
 ) -> None:
-    assert refusal(bus, method).endswith("subscribe that of an instance, once there is one")
+    assert refusal(bus, method).endswith("subscribe the method of an instance")
 
 
 def test_a_router_knows_no_resolver_so_the_bus_refuses_and_takes_none(shed: Shed) -> None:
@@ -568,9 +568,9 @@ def _no_fastapi(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_no_fastapi")
 def test_dependencies_without_anyone_to_resolve_them_are_refused() -> None:
     assert refusal(EventBus(), on_loop) == (
-        f"{place(on_loop)} takes tool beside the event, and what resolves dependencies is not "
-        "installed: FastAPI. Install fastapi-eventkit[fastapi], plug in another container with "
-        "EventBus(resolver=...), or close over what the handler needs"
+        f"{place(on_loop)} takes tool beside the event, but FastAPI, which provides dependencies "
+        "by default, is not installed. Install fastapi-eventkit[fastapi], use another container "
+        "with EventBus(resolver=...), or remove the parameters"
     )
 
 

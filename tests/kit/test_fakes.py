@@ -296,15 +296,15 @@ async def test_who_is_not_subscribed_cannot_be_faked(bus: EventBus, events: Even
     with pytest.raises(LookupError) as caught:
         events.fail("send_reciept", OSError)
     assert str(caught.value).startswith(
-        "send_reciept is not subscribed to bus 'default'; nearest:\n"
+        "send_reciept is not subscribed to bus 'default'. The closest names are:\n"
         "  send_receipt for tests.kit.orders.OrderPlaced ("
     )
-    with pytest.raises(LookupError, match=r"test_fakes:in_thread is not subscribed .* nearest:"):
+    with pytest.raises(LookupError, match=r"test_fakes:in_thread is not subscribed .* closest"):
         events.delay(in_thread, 1)
     with EventCapture(EventBus(name="empty")) as nothing, pytest.raises(LookupError) as caught:
         nothing.delay(in_thread, 1)
     assert str(caught.value) == (
-        "tests.kit.test_fakes:in_thread is not subscribed to bus 'empty'; nobody is"
+        "tests.kit.test_fakes:in_thread is not subscribed to bus 'empty', and no other handler is"
     )
 
 
@@ -312,7 +312,7 @@ async def test_what_no_handler_could_raise_or_wait_is_refused(events: EventCaptu
     for error in ("oops", KeyboardInterrupt, KeyboardInterrupt()):
         with pytest.raises(TypeError, match=r"fail\(\) takes an exception .*, not "):
             events.fail("archive", error)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="times is at least 1, or None for each time, not 0"):
+    with pytest.raises(ValueError, match="times is at least 1, or None for every time, not 0"):
         events.fail("archive", OSError, times=0)
     for seconds in (-1, float("nan")):
         with pytest.raises(ValueError, match=r"delay\(\) takes seconds, 0 or more, not "):

@@ -235,9 +235,10 @@ def test_without_the_bus_nobody_looks():
     result.stdout.fnmatch_lines(
         [
             "*ERROR at teardown of test_unnoticed *",
-            "*UnexpectedFailures: handlers failed, and the test did not expect it. If it should, "
-            "look at `failures`, provoke them with `fail`, or call `allow_failures()`, in pytest "
-            "@pytest.mark.eventkit_allow_failures (1 sub-exception)",
+            "*UnexpectedFailures: handlers failed, and the test did not expect it. If the failures "
+            "are expected: read `failures`, or provoke them with `fail()`, or call "
+            "`allow_failures()`, or mark the test with @pytest.mark.eventkit_allow_failures "
+            "(1 sub-exception)",
             "*File *app.py*, line *, in send_receipt",
             '*raise ValueError("no receipt for 13")',
             "*raised by the handler app:send_receipt (*app.py:*) for app.OrderPlaced*",
@@ -252,10 +253,10 @@ def test_without_a_bus_the_error_has_the_lines_to_paste(pytester: pytest.Pyteste
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(
         [
-            "capevents needs to know the bus under test, from a fixture of yours named event_bus.*",
+            "capevents needs the bus under test, and gets it from a fixture of yours*event_bus.*",
             "    import pytest",
             "    from eventkit import EventBus",
-            "    from shop import bus  # wherever yours is",
+            "    from shop import bus  # the module that has your bus",
             "    @pytest.fixture",
             "    def event_bus() -> EventBus:",
             "        return bus",
@@ -295,7 +296,7 @@ def test_it(capevents): ...
     result.stdout.fnmatch_lines(
         [
             "*fixture 'nobody_has_this' not found",
-            'the fixture event_bus gave "another library\'s", which is no EventBus',
+            'the fixture event_bus gave "another library\'s", not an EventBus',
         ]
     )
 

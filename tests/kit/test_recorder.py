@@ -246,7 +246,7 @@ def test_one_event_is_not_two_steps() -> None:
 def test_what_is_no_class_is_refused(events: EventList[object]) -> None:
     text = message(lambda: events.of(OrderPaid(1)), InvalidEventTypeError)  # type: ignore[arg-type]
 
-    assert "For its class: OrderPaid" in text
+    assert "Give its class: OrderPaid" in text
 
 
 def test_long_lists_and_long_events_are_cut_short() -> None:
@@ -317,7 +317,7 @@ def test_classes_that_compare_by_identity_are_told_so() -> None:
     assert explain("==", EventList([Plain(1)]), [Plain(1)]) == [
         "recorded == expected, but for 1 different (~)",
         "~ Plain(1)",
-        "    Plain is compared by identity: make it a dataclass, or give it __eq__",
+        "    Plain is compared by identity: make it a dataclass, or define __eq__",
     ]
 
 

@@ -119,8 +119,8 @@ async def test_a_wait_for_the_unit_of_work_around_it_is_refused(
         await events.idle()
 
     assert str(caught.value) == (
-        "idle() would wait for the unit of work that surrounds it, which has 1 deliveries "
-        "pending. Leave that first, or deliver them with `await bus.current_context().drain()`"
+        "idle() would wait for itself: the unit of work around it is open (pending: 1). Leave it "
+        "first, or deliver its events with `await bus.current_context().drain()`"
     )
 
 

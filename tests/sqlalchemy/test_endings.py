@@ -39,10 +39,10 @@ IN_DOUBT = (
     "event_types=builtins.str x1"
 )
 LEFT_OPEN = (
-    "a transaction that has written was still open when its unit of work ended: if it is committed "
-    "later, no handler hears of it. End it inside; a middleware that commits goes inside of "
-    "EventContextMiddleware, which is then added last: bus=default deliveries=1 "
-    "event_types=builtins.str x1"
+    "a transaction that has written was still open when its unit of work ended: its events are "
+    "lost, even if it is committed later. End it inside the unit of work. A middleware that "
+    "commits goes inside of EventContextMiddleware: add EventContextMiddleware last: bus=default "
+    "deliveries=1 event_types=builtins.str x1"
 )
 DISPATCHED = (
     "dispatch of builtins.str inside a transaction that has written: the handlers do not see its "

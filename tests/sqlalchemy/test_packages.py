@@ -259,7 +259,7 @@ async def test_a_middleware_that_commits_outside_of_eventkits_is_named_in_the_lo
 
     assert seen == ["discarded well"]
     assert rows(engine) == {"well"}
-    assert "a middleware that commits goes inside of EventContextMiddleware" in caplog.text
+    assert "A middleware that commits goes inside of EventContextMiddleware" in caplog.text
 
 
 @pytest.fixture

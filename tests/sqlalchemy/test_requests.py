@@ -193,9 +193,7 @@ async def test_a_middleware_that_commits_goes_inside(
         assert seen == ["discarded ada"]
         (warning,) = warnings()
         assert warning.startswith("a transaction that has written was still open when its unit of")
-        assert (
-            "a middleware that commits goes inside of EventContextMiddleware, which is" in warning
-        )
+        assert "A middleware that commits goes inside of EventContextMiddleware: add" in warning
 
 
 async def test_a_session_that_is_used_in_a_thread_beside_the_request(

@@ -538,10 +538,10 @@ async def test_a_session_from_before_the_unit_that_has_something_to_write_takes_
     assert seen == ["discarded ada"]
     (warning,) = caplog.records
     assert warning.getMessage() == (
-        "a transaction that has written was still open when its unit of work ended: if it is "
-        "committed later, no handler hears of it. End it inside; a middleware that commits goes "
-        "inside of EventContextMiddleware, which is then added last: bus=default deliveries=1 "
-        "event_types=builtins.str x1"
+        "a transaction that has written was still open when its unit of work ended: its events are "
+        "lost, even if it is committed later. End it inside the unit of work. A middleware that "
+        "commits goes inside of EventContextMiddleware: add EventContextMiddleware last: "
+        "bus=default deliveries=1 event_types=builtins.str x1"
     )
 
 
@@ -1248,7 +1248,7 @@ async def test_what_leads_to_no_engine_is_refused(wrong: Any, bus: EventBus) -> 
     with pytest.raises(
         TypeError,
         match=r"deliver_on_commit\(\) takes an Engine or AsyncEngine, or a sessionmaker or "
-        r"async_sessionmaker that has one, not .*: give it the engine itself",
+        r"async_sessionmaker that has one, not .*: pass the engine itself",
     ):
         deliver_on_commit(bus, wrong)
 

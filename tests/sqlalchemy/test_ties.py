@@ -1077,7 +1077,7 @@ async def test_what_leads_to_no_engine_is_refused(wrong: object, bus: EventBus) 
     shown = "a str" if isinstance(wrong, str) else repr(wrong)  # a URL may have a password
     message = (
         "deliver_on_commit() takes an Engine or AsyncEngine, or a sessionmaker or "
-        f"async_sessionmaker that has one, not {shown}: give it the engine itself"
+        f"async_sessionmaker that has one, not {shown}: pass the engine itself"
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
         without_type_checker(bus, wrong)

@@ -520,7 +520,7 @@ async def test_the_same_bus_twice_with_other_options_is_an_error_at_start_up(
     assert isinstance(lifespan.error, ValueError)
     assert str(lifespan.error) == (
         "EventContextMiddleware was added twice to one application for the bus 'default', with "
-        f"other options: {difference}. Remove one of the two"
+        f"different options: {difference}. Remove one of the two"
     )
 
 

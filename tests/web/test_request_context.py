@@ -199,8 +199,8 @@ async def test_a_base_http_middleware_inside_sees_the_context_and_one_outside_do
 
 
 OUTSIDE = (
-    "install the middleware: .* If it is installed, this code runs outside of it: add it last, "
-    "because the last one added is the outermost"
+    "add the middleware: .* If it is there, this code runs outside of it: add it last, because the "
+    "last middleware added is the outermost"
 )
 
 
@@ -301,7 +301,7 @@ async def test_publishing_after_the_request_has_ended_says_that_it_is_over(bus: 
 
     await Exchange().run(serving(act, bus))
 
-    with pytest.raises(EventContextClosedError, match="the request or job it belongs to is over"):
+    with pytest.raises(EventContextClosedError, match="its request or job is over"):
         contexts[0].publish(Number(1))
 
 
@@ -512,9 +512,9 @@ def test_a_websocket_has_no_context_and_opens_one_per_message(
     with bus.context(), client_of(app, anyio_backend).websocket_connect("/") as socket:
         assert socket.receive_text() == (
             "no event context of bus 'default' is active here: a websocket has no event context "
-            "of its own, because it would be open for hours. Open one per message: "
-            "`async with bus.context():`, or `bus.context(background=True)` to go on while "
-            "its handlers run"
+            "of its own, because it would be open for hours. Open one for each message: "
+            "`async with bus.context():`, or `async with bus.context(background=True):` if the "
+            "websocket must not wait for the handlers"
         )
         for message in ("first", "second"):
             socket.send_text(message)

@@ -238,7 +238,7 @@ async def test_a_deliver_if_that_returns_a_generator_is_logged_and_counts_as_no(
     assert trace == DISCARDED
     (line,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert line.exc_info is not None
-    assert str(line.exc_info[1]).endswith(", which nobody iterates: have it return a bool")
+    assert str(line.exc_info[1]).endswith(", which nobody iterates: it has to return a bool")
 
 
 @pytest.mark.parametrize("status", [200, 500])
@@ -265,7 +265,7 @@ async def test_a_deliver_if_that_returns_a_coroutine_is_logged_and_counts_as_no(
     )
     assert line.exc_info is not None
     assert str(line.exc_info[1]) == (
-        f"deliver_if returned {coroutine!r}, which nobody awaits: have it return a bool"
+        f"deliver_if returned {coroutine!r}, which nobody awaits: it has to return a bool"
     )
 
 

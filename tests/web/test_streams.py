@@ -157,8 +157,9 @@ async def test_with_raise_the_reader_gets_what_was_kept_and_then_the_error(
                 await anext(events)
             assert error.value.buffer == 2
             assert str(error.value) == (
-                "a stream of builtins.int had 2 events waiting (buffer) when one more came. Open "
-                "it afresh after reading how things stand, read faster, or give it a larger buffer="
+                "a stream of builtins.int had 2 events waiting (buffer) when one more came, so it "
+                "has ended. Load the current state, then open a new stream. To prevent this, read "
+                "faster, or use a larger buffer="
             )
         assert events.dropped == 1
         events.end()

@@ -1,1 +1,1 @@
-"""What differs between asyncio and trio, and how code that runs on neither reaches one of them."""
+"""The differences between asyncio and trio, and the ways to an event loop from other threads."""

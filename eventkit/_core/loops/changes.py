@@ -1,17 +1,17 @@
-"""Owns how tasks wait for a change of what others do. Knows nothing of what changes."""
+"""Owns `Change`, for tasks that wait until something changes. Knows nothing of what changes."""
 
 from __future__ import annotations
 
 from anyio import Event
 
-# How long the clean-up of what was cancelled at the end may hold up a shutdown.
+# How long the clean-up of cancelled tasks may delay a shutdown.
 GRACE_SECONDS = 0.5
 
 
 class Change:
-    """Something that tasks of one event loop wait for, again and again.
+    """A change that tasks of one event loop wait for, any number of times.
 
-    Most changes are awaited by nobody. So the event is there only while somebody waits.
+    For most changes no task waits. So the event exists only while a task waits.
     """
 
     __slots__ = ("_event",)
@@ -20,12 +20,12 @@ class Change:
         self._event: Event | None = None
 
     def announce(self) -> None:
-        """Have all go on that wait now. Called on their event loop."""
+        """Wake all tasks that wait now. Must be called on their event loop."""
         if self._event is not None:
             self._event.set()
             self._event = None
 
     async def wait(self) -> None:
-        """Wait for the next one."""
+        """Wait for the next change."""
         self._event = self._event or Event()
         await self._event.wait()

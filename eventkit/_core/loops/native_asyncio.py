@@ -1,4 +1,4 @@
-"""What asyncio does in ways of its own: tasks, scopes, and the steps of a coroutine."""
+"""The parts that are special for asyncio: tasks, scopes, and the steps of a coroutine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def drive(
     steps: Coroutine[object, object, object],
     trap: object,
 ) -> Generator[object, object, None]:
-    """Be the pipe between the event loop and a handler, from its second step on."""
+    """Pass traps and results between the event loop and a handler, from its second step on."""
     run, send = variables.run, steps.send
     sent: object = None
     thrown: BaseException | None = None
@@ -34,7 +34,7 @@ def drive(
                 except Exception as broken:
                     raise closed from broken
                 raise
-            except BaseException as error:  # noqa: BLE001 - it is the handler's
+            except BaseException as error:  # noqa: BLE001 - it is thrown into the handler
                 worker.note_thrown(error)
                 thrown = error
             if thrown is None:
@@ -45,15 +45,15 @@ def drive(
     except StopIteration:
         pass
     finally:
-        # Or this frame and the traceback of what they hold keep each other alive.
+        # Otherwise this frame and the tracebacks in these variables keep each other alive.
         del sent, thrown, trap
 
 
 class NativeTasks:
-    """Tasks of the running event loop that no AnyIO task group knows.
+    """Tasks of the running event loop without an AnyIO task group.
 
-    A native task costs a ninth of what `TaskGroup.start_soon` does. Their owner has to keep each
-    task alive, and to wait for it: both are done by the run that the task is of.
+    A native task costs a ninth of `TaskGroup.start_soon`. The owner of a task has to keep it alive,
+    and to wait for it. The run of the task does both.
     """
 
     drive = staticmethod(drive)
@@ -63,24 +63,24 @@ class NativeTasks:
         self._name = name
         self._loop = asyncio.get_running_loop()
         self._variables = copy_context()
-        self.scope = type(CancelScope())  # to ask AnyIO which one it is costs as much as to make it
+        self.scope = type(CancelScope())  # AnyIO's class for asyncio: calling it directly is cheap
         self.time = self._loop.time
 
     def open(self, group: TaskGroup, over: Event) -> None:
-        """Nothing has to own native tasks."""
+        """Do nothing: on asyncio a native task needs no task group."""
 
     def spawn(self, run: Any, worker: Any) -> None:  # Any: `tasks.Workplace`, and its worker
         steps = run.work(worker)
-        # A task that is cancelled before its first step runs nothing of it, not even `finally`. So
-        # the coroutine is brought to a first bare `yield` before there is a task.
+        # If a task is cancelled before its first step, nothing of its coroutine runs, not even
+        # `finally`. So the coroutine takes a first step to a bare `yield` before the task is made.
         steps.send(None)
         # Not `create_task`: a task factory of the application may make eager tasks, which recurse.
-        variables = self._variables.copy()  # or no task could take a step within another's
+        variables = self._variables.copy()  # two tasks cannot be entered in one context at once
         try:
             worker.task = asyncio.Task(steps, loop=self._loop, name=self._name, context=variables)
-        except Exception as error:  # noqa: BLE001 - the run's
+        except Exception as error:  # noqa: BLE001 - the run handles it
             with suppress(StopIteration):
-                steps.throw(error)  # it ends as if its task had failed at once
+                steps.throw(error)  # the coroutine ends as if its task had failed at once
 
     start = spawn
 

@@ -1,4 +1,4 @@
-"""What trio does in ways of its own: tasks, scopes, and the steps of a coroutine."""
+"""The parts that are special for trio: tasks, scopes, and the steps of a coroutine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import trio
 from anyio import Event
 from anyio.abc import TaskGroup
 
-# What `drive` knows the context variables of its task by.
+# Marks the context variables of the task that runs `drive`.
 _stepped_from: ContextVar[object] = ContextVar("eventkit_stepped_from", default=None)
 
 
@@ -22,10 +22,10 @@ def drive(
     steps: Coroutine[object, object, object],
     trap: object,
 ) -> Generator[object, object, None]:
-    """Be the pipe between the event loop and a handler, from its second step on.
+    """Pass traps and results between the event loop and a handler, from its second step on.
 
-    It steps the handler in its own context variables. Not so where trio has exchanged them: trio
-    runs what a thread calls by `from_thread.run` in the task that waits for the thread, and in the
+    It steps the handler in the handler's own context variables, unless trio has changed the current
+    ones: trio runs a call of `from_thread.run` in the task that waits for the thread, with the
     thread's context variables.
     """
     elsewhere = _stepped_from.get()
@@ -35,8 +35,8 @@ def drive(
         _stepped_from.set(worker)
         while True:
             try:
-                # Trio sends an outcome, also of a cancellation. It throws only where the trap is
-                # none of trio's.
+                # trio sends an outcome, also for a cancellation. It throws only if the trap is not
+                # one of trio.
                 sent = yield trap
             except GeneratorExit as closed:
                 try:
@@ -44,7 +44,7 @@ def drive(
                 except Exception as broken:
                     raise closed from broken
                 raise
-            except BaseException as error:  # noqa: BLE001 - it is the handler's
+            except BaseException as error:  # noqa: BLE001 - it is thrown into the handler
                 thrown = error
             step = variables.run if _stepped_from.get() is worker else _call
             if thrown is None:
@@ -56,7 +56,7 @@ def drive(
         pass
     finally:
         _stepped_from.set(elsewhere)
-        # Or this frame and the traceback of what they hold keep each other alive.
+        # Otherwise this frame and the tracebacks in these variables keep each other alive.
         del sent, thrown, trap
 
 
@@ -65,10 +65,10 @@ def _call(step: Callable[[Any], object], value: Any) -> object:
 
 
 class NativeTasks:
-    """Tasks in nurseries of trio's own: one nursery for each run, all of them inside one.
+    """Tasks in trio's nurseries: one nursery for each run, all inside one outer nursery.
 
-    A handler that leaves a nursery open makes the nursery around its task raise. So each run has a
-    nursery of its own, whose error goes no further.
+    If a handler leaves a nursery open, the nursery around its task raises. So each run has its own
+    nursery, and an error of this nursery is dropped.
     """
 
     primed = False  # trio takes the first step of each task
@@ -81,7 +81,7 @@ class NativeTasks:
         self._token = trio.lowlevel.current_trio_token()
         self._variables = copy_context()
         self._nursery: trio.Nursery | None = None
-        self._early: list[Callable[[], None]] = []  # what is to be started once that is open
+        self._early: list[Callable[[], None]] = []  # starts that wait until the nursery is open
 
     def open(self, group: TaskGroup, over: Event) -> None:
         self._variables.copy().run(group.start_soon, self._hold, over)
@@ -101,15 +101,15 @@ class NativeTasks:
         except Exception as error:  # noqa: BLE001  # pragma: no cover - the nursery outlives all runs
             run.miss(worker, error)
 
-    @trio.lowlevel.enable_ki_protection  # or Ctrl-C could come in here, where it would be lost
+    @trio.lowlevel.enable_ki_protection  # otherwise a Ctrl-C could be raised here and be lost
     async def _surround(self, run: Any, worker: Any) -> None:
         try:
             async with trio.open_nursery() as run.nursery:
                 self.spawn(run, worker)
-        except BaseException:  # noqa: BLE001 - a nursery that a handler has left open; see above
+        except BaseException:  # noqa: BLE001 - a handler has left a nursery open; see above
             pass
         finally:
-            run.nursery = None  # or the two keep each other alive
+            run.nursery = None  # otherwise the run and the nursery keep each other alive
 
     def spawn(self, run: Any, worker: Any) -> None:
         try:
@@ -136,5 +136,5 @@ class NativeTasks:
             self._early.append(lambda: self._start(function, *args))
         else:
             start = self._nursery.start_soon
-            # A copy, because a request's task may be at work in it.
+            # A copy, because the task of a request may be running in this context.
             self._variables.copy().run(start, function, *args)

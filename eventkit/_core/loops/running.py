@@ -1,4 +1,4 @@
-"""Owns the question on which event loop code runs. Knows nothing of events and handlers."""
+"""Owns the look-up of the event loop that code runs on. Knows nothing of events and handlers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from contextvars import ContextVar
 
 from anyio.lowlevel import current_token
 
-_running: object = None  # whose `name` trio sets while it runs, maybe inside of a task of asyncio's
-try:  # which event loop a task runs on, where AnyIO leaves that to sniffio
+_running: object = None  # trio sets its `name` while trio runs, perhaps inside a task of asyncio
+try:  # the event loop of a task, for releases of AnyIO that use sniffio
     from sniffio import current_async_library_cvar, thread_local
 except ImportError:  # pragma: no cover - trio depends on it, newer releases of AnyIO do not
     library = ContextVar[str | None]("eventkit_library", default=None)
@@ -17,24 +17,24 @@ else:
 
 
 def current_loop() -> object:
-    """The event loop that calls.
+    """The calling event loop.
 
     Raises:
-        RuntimeError: There is none.
+        RuntimeError: No event loop runs here.
     """
-    if getattr(_running, "name", None) == "trio":  # as `on_trio`, whose call costs as much again
+    if getattr(_running, "name", None) == "trio":  # as `on_trio`; the call would double the cost
         token: object = current_token()
-        return getattr(token, "native_token", token)  # which newer releases of AnyIO wrap
+        return getattr(token, "native_token", token)  # newer releases of AnyIO wrap the token
     return asyncio.get_running_loop()
 
 
 def on_trio() -> bool:
-    """Whether it is trio that calls; else one may ask asyncio, ten times as fast as AnyIO."""
+    """Whether trio runs here. If not, asking asyncio is ten times as fast as asking AnyIO."""
     return getattr(_running, "name", None) == "trio"
 
 
 def on_event_loop() -> bool:
-    """Whether the caller is called by an event loop, which must not be blocked."""
+    """Whether the caller runs on an event loop, which must not be blocked."""
     try:
         current_token()
     except RuntimeError:

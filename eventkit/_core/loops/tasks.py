@@ -1,4 +1,4 @@
-"""Owns what differs between asyncio and trio where handlers run: tasks, scopes, steps, timers."""
+"""Owns the interface to the differences of asyncio and trio: tasks, scopes, steps, timers."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from eventkit._core.loops.running import on_trio
 
 
 class Stepping(Protocol):
-    """Whose task drives a handler, as far as `drive` knows it."""
+    """The part of a worker that `drive` uses."""
 
     def note_thrown(self, error: BaseException) -> None:
-        """The event loop throws this into the handler."""
+        """Note that the event loop throws this exception into the handler."""
         ...
 
 
-# What `await` is from the second step of a coroutine on: a pipe between the event loop and it.
+# Does what `await` does, from the second step of a coroutine on.
 Drive = Callable[
     [Any, Context, Coroutine[object, object, object], object], Awaitable[None]
 ]  # Any: a `Stepping`; a protocol in a callable would have to be matched exactly
 
 
 class Tasks(Protocol):
-    """Native tasks of the running event loop, for what runs behind the response.
+    """Native tasks of the running event loop, for deliveries behind the response.
 
     Attributes:
-        scope: Makes a cancel scope, a native one where that costs less.
-        time: The time of the event loop, in seconds.
-        drive: Goes on with a coroutine that was stepped by hand.
-        primed: Whether a task is brought to a first bare yield before it is one, so that a
-            cancellation before its first step finds it begun.
+        scope: Makes a cancel scope; a native one if that is cheaper.
+        time: Returns the time of the event loop, in seconds.
+        drive: Goes on with a coroutine whose first step was taken by hand.
+        primed: Whether the coroutine takes a step to a bare `yield` before its task is made, so
+            that its `finally` blocks run even if the task is cancelled before its first step.
     """
 
     scope: Callable[[], AbstractContextManager[Any]]  # Any: AnyIO's or trio's, which are alike
@@ -46,52 +46,52 @@ class Tasks(Protocol):
     primed: bool
 
     def open(self, group: TaskGroup, over: Event) -> None:
-        """Have the group own what has to own the tasks, until `over` is set and they have ended."""
+        """Start what the tasks need in the group, until `over` is set and all tasks have ended."""
         ...
 
     def start(self, run: Workplace, worker: Any) -> None:
-        """Start the first task of a run. Where that fails, the run ends."""
+        """Start the first task of a run. If that fails, the run ends."""
         ...
 
     def spawn(self, run: Workplace, worker: Any) -> None:
-        """Start another task of a run. Where that fails, the run ends."""
+        """Start another task of a run. If that fails, the run ends."""
         ...
 
     def call_soon(self, function: Callable[[], object]) -> None:
-        """Call it on the event loop; from any thread."""
+        """Schedule a call on the event loop, from any thread."""
         ...
 
     def call_at(self, when: float, function: Callable[[], object]) -> Callable[[], object]:
-        """Call it once at that time; what is returned takes that back."""
+        """Schedule a call at that time; the function that is returned cancels it."""
         ...
 
 
 class Workplace(Protocol):
-    """What tasks are started for.
+    """A run, as the tasks know it.
 
     Attributes:
-        nursery: Where they are, on trio.
+        nursery: On trio, the nursery of its tasks.
     """
 
     nursery: Any
 
     async def work(self, worker: Any) -> None:
-        """What a task does, to its end; no exception leaves it."""
+        """Do the work of one task; it never raises."""
         ...
 
     def miss(self, worker: Any, error: Exception) -> None:
-        """The worker's task could not be started, and nothing of `work` has run."""
+        """Note that the worker's task could not be started: nothing of `work` has run."""
         ...
 
 
 def tasks_here(name: str) -> Tasks:
-    """Native tasks of the event loop that calls, of this name."""
+    """Native tasks of the calling event loop; `name` is the name of the tasks."""
     tasks: Tasks = _differences().NativeTasks(name)
     return tasks
 
 
 def drive_here() -> Drive:
-    """What goes on with a stepped coroutine on the event loop that calls."""
+    """The `drive` function for the calling event loop."""
     drive: Drive = _differences().drive
     return drive
 

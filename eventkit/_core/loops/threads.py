@@ -1,8 +1,8 @@
-"""Owns the way to an event loop for threads that have none.
+"""Owns the ways to an event loop for threads that have none.
 
-Such a thread has three ways: to the loop whose worker it is (`run`), to a loop that runs in another
-thread (`reach`, and `Entrance` where that loop's owner has to know), and to the loop that the
-process keeps for such threads (`_OwnLoop`). Knows nothing of events and handlers.
+Such a thread has three ways. `run` uses the loop whose worker thread it is. `reach` uses a loop in
+another thread, and `Entrance` does this so that the owner of the loop can close the way. `_OwnLoop`
+is a loop that the process keeps for such threads. Knows nothing of events and handlers.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from anyio import CancelScope, from_thread, get_cancelled_exc_class, move_on_aft
 from eventkit._core.loops.changes import GRACE_SECONDS, Change
 from eventkit._core.loops.running import current_loop, library, on_trio
 
-# What a thread has an event loop run for it.
+# The coroutine function that an event loop runs for a thread.
 Function = Callable[[], Coroutine[object, object, None]]
 
-# How often a thread that waits for an event loop looks whether somebody has closed the loop.
+# Seconds between two checks of a waiting thread whether its event loop was closed.
 _LOOK_SECONDS = 1.0
 
 
 def in_worker_thread() -> bool:
-    """Whether AnyIO or trio runs this thread, on behalf of a task of an event loop."""
+    """Whether this is a worker thread of AnyIO or trio, started by a task of an event loop."""
     return _way_back() is not None
 
 
 def _way_back() -> Callable[..., object] | None:
-    """What calls a coroutine function on the event loop that this thread works for."""
-    # Who has not imported trio has no thread of trio's.
+    """The function that runs a coroutine function on the event loop of this worker thread."""
+    # If trio was not imported, no thread belongs to trio.
     ways = [from_thread, *(trio.from_thread for trio in [sys.modules.get("trio")] if trio)]
     for way in ways:
         try:
             way.check_cancelled()
         except RuntimeError:
             continue
-        except BaseException:  # noqa: BLE001 - cancelled, and outside a loop nobody says what that is
+        except BaseException:  # noqa: BLE001 - a cancellation, whose class is not known in a thread
             pass
         run: Callable[..., object] = way.run
         return run
@@ -52,10 +52,10 @@ def _way_back() -> Callable[..., object] | None:
 
 
 def run(function: Function, nearby: Iterable[Callable[[Function], bool]]) -> None:
-    """Run it on the event loop that suits a thread that has none, and wait for its end.
+    """Run the function on an event loop, from a thread that has none, and wait for its end.
 
-    That is the loop that this thread works for, beside the application's resources; else the
-    first of those nearby that takes it; else the one that the process keeps for such threads.
+    It is the loop that this worker thread works for; else the first of `nearby` that accepts the
+    function; else the loop that the process keeps for such threads.
     """
     way_back = _way_back()
     if way_back is not None:
@@ -65,32 +65,33 @@ def run(function: Function, nearby: Iterable[Callable[[Function], bool]]) -> Non
 
 
 async def _unless_cancelled(function: Function) -> None:
-    """Run it, unless the worker thread was cancelled before.
+    """Run the function, unless the worker thread was cancelled before.
 
-    On asyncio AnyIO cancels no task that begins in a cancelled scope: it could wait for ever.
+    On asyncio AnyIO does not cancel a task that begins in a cancelled scope, so the function could
+    wait without an end.
     """
     if anyio.current_effective_deadline() > -math.inf:
         await function()
 
 
 class _Call:
-    """A coroutine function that a thread has called on an event loop, and waits for.
+    """A call of a coroutine function on an event loop; a thread waits for its end.
 
-    | state | `start` | `cancel` |
+    | state | after `start` | after `cancel` |
     |---|---|---|
-    | new | runs | over, and nothing was run |
-    | runs | | its function is cancelled; over when that has ended |
+    | new | runs | over; nothing has run |
+    | runs | | the function is cancelled; over when it has ended |
     | over | | |
 
     The event loop calls `start` and `cancel`, one after the other. Ctrl-C may come at any moment,
-    so a thread that is interrupted cannot tell whether the loop will call `start`.
+    so an interrupted thread does not know whether the loop will call `start`.
 
-    An event loop that ends may cancel the call before its first step, or take no call any more.
-    Then it is over, and has not begun.
+    An event loop that ends may cancel the call before its first step, or accept no call. Then the
+    call is over, and has not begun.
 
     Args:
-        function: What to run, in the context variables of this moment.
-        turn: Notified when it is over.
+        function: The function; it runs with the context variables of this moment.
+        turn: Notified when the call is over.
     """
 
     def __init__(self, function: Function, turn: threading.Condition) -> None:
@@ -100,14 +101,14 @@ class _Call:
         self._function = function
         self._turn = turn
         self._variables = copy_context()
-        self._variables.run(library.set, None)  # which may tell of another loop
+        self._variables.run(library.set, None)  # it may name another event loop
         self._scope: CancelScope | None = None
         self._cancelled = False
         self._error: BaseException | None = None
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start it, called by the event loop."""
+        """Start the function. The event loop calls this."""
         if self._cancelled:
             return
         self._started = True
@@ -119,11 +120,11 @@ class _Call:
                 self._end()
         else:
             self._task = self._variables.run(asyncio.get_running_loop().create_task, self._run())
-            # If the task is cancelled before its first step, nothing of `_run` runs.
+            # Needed if the task is cancelled before its first step: then nothing of `_run` runs.
             self._task.add_done_callback(lambda _: self._end())
 
     def cancel(self) -> None:
-        """Cancel it, called by the event loop."""
+        """Cancel the function. The event loop calls this."""
         self._cancelled = True
         if not self._started:
             self._end()
@@ -131,7 +132,7 @@ class _Call:
             self._scope.cancel()
 
     async def watch(self) -> None:
-        """Wait for it in another task of asyncio, whose cancellation is passed on."""
+        """Wait for the end in another asyncio task; a cancellation of that task is passed on."""
         if self._task is None:  # it was cancelled before it was started
             return
         try:
@@ -142,15 +143,15 @@ class _Call:
             raise
 
     def wait_while(self, go_on: Callable[[], bool]) -> None:
-        """Block the thread until it is over, or `go_on` says that it never will be."""
+        """Block the thread until the call is over, or until `go_on` returns False."""
         with self._turn:
             _wait_for(self._turn, lambda: self.over, go_on)
 
     def raise_error(self) -> None:
-        """Raise what it raised; nothing, if the event loop cancelled it.
+        """Raise the exception of the function; do nothing if the event loop cancelled it.
 
         Raises:
-            RuntimeError: It will never be over.
+            RuntimeError: The event loop was closed, so the call will never be over.
         """
         if not self.over:
             raise RuntimeError("the event loop was closed while a thread waited for its call on it")
@@ -159,7 +160,7 @@ class _Call:
             if error is not None:
                 raise error
         finally:
-            del error  # or this frame and its traceback keep each other alive
+            del error  # otherwise this frame and its traceback keep each other alive
 
     async def _run(self) -> None:
         self.begun = True
@@ -170,7 +171,7 @@ class _Call:
                 await self._function()
         except get_cancelled_exc_class():  # the event loop ends
             raise
-        except BaseException as error:  # noqa: BLE001 - the thread's, and it would end the loop
+        except BaseException as error:  # noqa: BLE001 - the thread's; here it would end the loop
             self._error = error
         finally:
             self._end()
@@ -184,26 +185,27 @@ class _Call:
 def _wait_for(
     turn: threading.Condition, ready: Callable[[], bool], go_on: Callable[[], bool] = lambda: True
 ) -> None:
-    """Block the thread until it is ready; now and then ask whether to go on.
+    """Block the thread until `ready`; ask `go_on` once in `_LOOK_SECONDS`.
 
-    On Windows, Ctrl-C reaches a thread that waits only between two of these waits.
+    On Windows, a waiting thread gets Ctrl-C only between two waits.
     """
     while not turn.wait_for(ready, _LOOK_SECONDS) and go_on():
         pass
 
 
 def reach(loop: object, function: Function) -> bool:
-    """Run it on an event loop that runs in another thread, and wait for its end.
+    """Run the function on an event loop in another thread, and wait for its end.
 
-    Ctrl-C in a main thread that waits cancels it, and is raised when its clean-up has ended; once
-    more Ctrl-C is raised at once. What the loop cancels as it ends is over.
+    If the main thread waits, Ctrl-C cancels the function, and is raised when the clean-up of the
+    function has ended. A second Ctrl-C is raised at once. If the loop ends and cancels the
+    function, this call returns.
 
     Args:
-        loop: What `current_loop` gave.
-        function: What to run.
+        loop: The event loop, as `current_loop` returns it.
+        function: The function.
 
     Returns:
-        False if the loop runs no longer or is about to end, and nothing was done.
+        False if the loop has ended or is about to end, and nothing has run.
     """
     call = _Call(function, threading.Condition())
     try:
@@ -219,10 +221,10 @@ def reach(loop: object, function: Function) -> bool:
 
 
 def _call_soon(loop: Any, function: Callable[[], None]) -> bool:
-    """Have a running event loop call it; False where it does not run."""
+    """Schedule a call on a running event loop; False if the loop does not run."""
     try:
         if not isinstance(loop, asyncio.AbstractEventLoop):
-            loop.run_sync_soon(function)  # trio's
+            loop.run_sync_soon(function)  # trio
         elif loop.is_running():
             loop.call_soon_threadsafe(function)
         else:
@@ -233,17 +235,17 @@ def _call_soon(loop: Any, function: Callable[[], None]) -> bool:
 
 
 def _is_open(loop: object) -> bool:
-    """Whether what was called on it may still end."""
+    """Whether a call on the event loop may still end."""
     if isinstance(loop, asyncio.AbstractEventLoop):
         return not loop.is_closed()
     return _call_soon(loop, lambda: None)
 
 
 class Entrance:
-    """Where threads call functions on the event loop that made it, until it is closed.
+    """The way for threads to call functions on the event loop that made it, until `close`.
 
-    For the owner of a loop whose shutdown may block the loop until threads have ended: after
-    `close` no thread waits for the loop.
+    After `close` no thread waits for the loop. So the shutdown of the loop's application may block
+    the loop until these threads have ended.
     """
 
     def __init__(self) -> None:
@@ -253,7 +255,7 @@ class Entrance:
         self._call_ended = Change()
 
     def run(self, function: Function) -> bool:
-        """As `reach`; False also where it is closed."""
+        """As `reach`; False also if it is closed."""
         entered = False
 
         async def enter() -> None:
@@ -272,7 +274,7 @@ class Entrance:
         return reach(self.loop, enter) and entered
 
     async def close(self, timeout: float) -> None:
-        """Let no more calls in, and wait for `timeout` seconds at most; cancel what is left."""
+        """Refuse new calls, and wait at most `timeout` seconds; then cancel the remaining calls."""
         self._closed = True
         try:
             with move_on_after(timeout):
@@ -289,27 +291,27 @@ class Entrance:
 
 
 class _OwnLoop:
-    """The event loop of a process's threads that have none, kept open from call to call.
+    """The event loop of the process for threads that have none. It stays open between calls.
 
-    What belongs to an event loop, such as the connections of a pool, is of use in the next call.
-    It has no thread: one of those that wait for their calls drives it, and the calls of all run
-    on it meanwhile. When that thread's own call is over, another one takes its place. Between
-    calls it stands still.
+    So objects that belong to the loop, such as connections in a pool, can be used in the next call.
+    The loop has no thread: one of the threads that wait for their calls runs it, and the calls of
+    all threads run on it. When that thread's own call is over, another thread takes over. Between
+    calls the loop does not run.
     """
 
     def __init__(self) -> None:
-        self._turn = threading.Condition()  # guards what follows
+        self._turn = threading.Condition()  # guards the attributes below
         self._driver: _Call | None = None  # the call whose thread drives the loop
         self._loop: asyncio.AbstractEventLoop | None = None
-        # With a factory, it does not make the loop the thread's current one.
+        # With a factory, the runner does not set the loop as the thread's current one.
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
 
     def run(self, function: Function) -> None:
-        """Run it there, and wait for its end. Ctrl-C is as in `asyncio.run`."""
+        """Run the function on this loop, and wait for its end. Ctrl-C works as in `asyncio.run`."""
         call = _Call(function, self._turn)
         with self._turn:
             if self._loop is None:
-                self._loop = Context().run(self._runner.get_loop)  # it would keep this context
+                self._loop = Context().run(self._runner.get_loop)  # the runner keeps its context
             loop = self._loop
         try:
             loop.call_soon_threadsafe(call.start)
@@ -321,7 +323,7 @@ class _OwnLoop:
         call.raise_error()
 
     def _drive(self, call: _Call) -> None:
-        """Wait for the call, and drive the loop where nobody else does."""
+        """Wait for the call, and run the loop if no other thread does."""
         try:
             while self._take_turn(call):
                 self._runner.run(call.watch())
@@ -332,7 +334,7 @@ class _OwnLoop:
                     self._turn.notify_all()
 
     def _take_turn(self, call: _Call) -> bool:
-        """Wait until nobody else drives the loop; False if the call is over by then."""
+        """Wait until no other thread runs the loop; False if the call is over by then."""
         with self._turn:
             _wait_for(self._turn, lambda: call.over or self._driver in (None, call))
             if not call.over:
@@ -340,15 +342,15 @@ class _OwnLoop:
             return not call.over
 
     def close(self) -> None:
-        """Cancel what is left on it and close it, unless a thread that may not end drives it."""
+        """Cancel the tasks of the loop and close it, unless another thread runs it."""
         with self._turn:
             if self._driver is None:
                 self._runner.close()
 
 
 _own_loop = _OwnLoop()
-# Kept for ever: a loop that is freed is closed, and in a child process that takes the parent's loop
-# out of the selector that both share.
+# Loops of parent processes, never freed: freeing a loop closes it. A close in a child process would
+# remove the parent's loop from the selector that both share.
 _of_parents: list[_OwnLoop] = []
 
 
@@ -357,7 +359,7 @@ def _close_own_loop() -> None:
 
 
 def _renew_own_loop() -> None:
-    """Have a loop of its own in a child process, whose threads are gone."""
+    """Make a new loop in a forked child process, which has only one thread."""
     global _own_loop
     _of_parents.append(_own_loop)
     _own_loop = _OwnLoop()
