@@ -193,8 +193,8 @@ def why_none() -> str:
             "app.add_middleware(EventContextMiddleware, bus=bus). If it is there, this code runs "
             "outside of it: add it after the middleware that publishes, because a later one is "
             "further outside. In other code, and in an exception_handler(Exception), which runs "
-            "outside of all middlewares, open a unit of work: `async with bus.context():`, or in a thread "
-            "`with bus.context():`"
+            "outside of all middlewares, open a unit of work: `async with bus.context():`, or in "
+            "a thread `with bus.context():`"
         )
     thread = threading.current_thread()
     if thread is not threading.main_thread():
