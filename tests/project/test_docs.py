@@ -165,7 +165,8 @@ def run_project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, pass
     plugin = [] if installed else ["-p", "eventkit_pytest"]
     filters = filter_options(*(path.stem for path in pytester.path.glob("*.py")))
 
-    result = pytester.runpytest_subprocess("-q", "-p", "no:asyncio", *filters, *plugin)
+    unused = ["-p", "no:asyncio", "-p", "no:hypothesispytest"]  # the latter takes long to import
+    result = pytester.runpytest_subprocess("-q", *unused, *filters, *plugin)
     result.assert_outcomes(passed=passed)
 
 
