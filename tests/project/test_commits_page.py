@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,15 @@ TITLE = "# heroes.py\n"
 
 
 @pytest.fixture
-def heroes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def heroes(project: Path) -> Iterator[Any]:
     """The program, with a database of its own. Any: a module that no type checker knows."""
     pytest.importorskip("greenlet")
     pytest.importorskip("sqlmodel", reason="pip install sqlmodel, for its tests")
     blocks = [each[1] for each in FENCED.finditer(PAGE.read_text())]
     (block,) = [each for each in blocks if each.startswith(TITLE)]
-    (tmp_path / "heroes.py").write_text(block)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (project / "heroes.py").write_text(block)
     module = importlib.import_module("heroes")
     yield module
-    del sys.modules["heroes"]
     module.engine.dispose()
 
 

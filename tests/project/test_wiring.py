@@ -2,10 +2,7 @@
 
 import importlib
 import re
-import sys
 from pathlib import Path
-
-import pytest
 
 from tests.project.messages import unsaid
 from tests.project.test_docs import FENCED, ROOT
@@ -13,24 +10,17 @@ from tests.project.test_docs import FENCED, ROOT
 PAGE = ROOT / "docs" / "wiring.md"
 
 
-def test_explain_answers_as_the_page_has_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_explain_answers_as_the_page_has_it(project: Path) -> None:
     """Its first program is a module of its own here, as it is in the answer that it quotes."""
     text = PAGE.read_text()
     program = FENCED.findall(text)[0]
     (quoted,) = re.findall(r"^```text\n(shop\.OrderPaid reaches .*?)^```", text, re.M | re.S)
-    (tmp_path / "shop.py").write_text(program)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.delitem(sys.modules, "shop", raising=False)
+    (project / "shop.py").write_text(program)
     shop = importlib.import_module("shop")
 
-    try:
-        answer = shop.bus.explain(shop.OrderPaid)
-    finally:
-        del sys.modules["shop"]
+    answer = shop.bus.explain(shop.OrderPaid)
 
-    assert answer.replace(str(tmp_path), "/app").strip() == quoted.strip()
+    assert answer.replace(str(project), "/app").strip() == quoted.strip()
 
 
 def test_the_lines_that_the_page_has_of_the_log_are_written() -> None:

@@ -30,7 +30,7 @@ from starlette.testclient import TestClient
 
 from eventkit import EventBus
 from eventkit.wire import encode
-from tests.serving import HOST, PATIENCE, ROOT, Server, serving
+from tests.serving import PATIENCE, ROOT, Server, on_uvicorn, serving
 
 TUTORIAL = ROOT / "docs" / "tutorial"
 STEPS = sorted(TUTORIAL.glob("[1-9]-*.md"))
@@ -196,12 +196,8 @@ class Reader:
         if app in self._servers:
             self._stop(app)
 
-        def command(port: int) -> list[str]:
-            where = ["--app-dir", str(self.folder), "--host", HOST, "--port", str(port)]
-            return [sys.executable, "-m", "uvicorn", app, *where]
-
         stack = ExitStack()
-        run = serving(command, env=self._env(variables), cwd=self.folder)
+        run = serving(on_uvicorn(app, self.folder), env=self._env(variables), cwd=self.folder)
         self._servers[app] = stack, stack.enter_context(run)
         self._seen[app] = 0
 
