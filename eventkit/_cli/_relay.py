@@ -84,7 +84,7 @@ def _check_loop(loop: str, target: Target) -> None:
         raise Mistake(f"--loop {loop} needs {loop}, which is not installed: pip install {loop}")
     if loop == "trio" and any(holdings_of(each).database.awaits for each in target.outboxes):
         raise Mistake(
-            "an AsyncEngine is asyncio's driver: leave out --loop trio, or give the outbox a "
+            "an AsyncEngine works on asyncio only: leave out --loop trio, or give the outbox a "
             "blocking engine"
         )
 

@@ -78,7 +78,7 @@ class Bridge:
         if not isinstance(bus, EventBus):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"Bridge() takes an EventBus first, not {bus!r}")
         if not source or not isinstance(source, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ValueError(f'source is what this service is called, "/orders", not {source!r}')
+            raise ValueError(f'source is the name of this service, as "/orders", not {source!r}')
         self._bus = bus
         self._source = source
 

@@ -1,20 +1,23 @@
-"""Owns what becomes of a message: it is read, delivered, and answered. Knows no broker by name.
+"""Owns the handling of a received message: read, deliver, answer. Knows no broker by name.
 
-FastStream calls the consumer as its handler. Each message has one answer:
+FastStream calls the consumer as its handler. Each message gets one answer:
 
-| what happens | answer |
+| event | answer |
 |---|---|
-| all handlers have ended well, or an outbox keeps the event | acknowledged |
-| it cannot be read, or its handlers fail to the end | a dead letter, then acknowledged |
-| it was given out too often | the same |
-| a handler raises `RejectMessage` | the same, at once |
-| a handler raises `NackMessage` | handed back after a pause |
-| the inbox, or the destination of dead letters, is not available | handed back after a pause |
-| the process ends meanwhile | handed back |
+| all handlers have succeeded, or an outbox keeps the event | acknowledge |
+| the message cannot be read, or handlers fail in all attempts | dead letter, then acknowledge |
+| the broker has given out the message too often | dead letter, then acknowledge |
+| a handler raises `RejectMessage` | dead letter, then acknowledge, without further attempts |
+| a handler raises `NackMessage` | hand back after a pause |
+| the inbox, or the destination of dead letters, is not available | hand back after a pause |
+| the process stops | hand back |
 
-FastStream's policy decides nothing here: what it does with errors loses messages on some brokers.
-It acknowledges what returns, whatever the policy is. What is handed back is answered here: a
-middleware of the user's may swallow what is raised, and FastStream would acknowledge it.
+To *hand back* is to tell the broker that it should deliver the message again.
+
+The `ack_policy` of FastStream decides nothing here, because on some brokers it loses messages after
+an error. FastStream acknowledges a message if its handler returns. The consumer itself hands back
+the others: a middleware of the user may swallow the exception, and FastStream would acknowledge the
+message then.
 """
 
 from __future__ import annotations
@@ -38,16 +41,16 @@ from eventkit.faststream._forward import send
 from eventkit.wire import Received, decode
 
 PAUSE = 1.0  # seconds before a message is handed back
-DEAD_PAUSE = 2.0  # seconds, where a dead letter was not accepted
-_DEAD_WITHIN = 10.0  # seconds until it has to have confirmed one
+DEAD_PAUSE = 2.0  # seconds, if the broker has not accepted the dead letter
+_DEAD_WITHIN = 10.0  # seconds within which the broker has to confirm a dead letter
 _FAREWELL = 2.0  # seconds to hand a message back when its task is cancelled
 _LONGEST = 500  # characters of an error in a header
 _ROUNDS = 10  # how often one message may become a dead letter again
 _TRACE = ("traceparent", "tracestate")
-# Headers of a dead letter, beside those of the message.
+# Headers that a dead letter has in addition to those of the message.
 _REASON, _ERROR = "eventkit-reason", "eventkit-error"
 _BY, _ROUND = "eventkit-consumer", "eventkit-round"
-# What a broker or FastStream makes anew for each message; other names with "x-" are the user's.
+# A broker or FastStream sets these for each message. Other names with "x-" belong to the user.
 _OF_ONE_MESSAGE = (
     *("nats-", "reply_to", "message_id", "correlation_id"),
     *("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count"),
@@ -55,7 +58,7 @@ _OF_ONE_MESSAGE = (
 
 
 class Problem(NamedTuple):
-    """Why a message is dead, in a word and in a sentence."""
+    """The reason why a message becomes a dead letter, as a word and as a sentence."""
 
     reason: str
     error: str
@@ -67,10 +70,10 @@ class _Facts(TypedDict):
 
 
 class HandBackError(Exception):
-    """The message is to come again: here later, or to another process.
+    """Raised to hand the message back. It comes again, here or in another process.
 
     Attributes:
-        pause: Seconds to wait before.
+        pause: Seconds to wait before the message is handed back.
     """
 
     def __init__(self, pause: float = PAUSE) -> None:
@@ -79,32 +82,32 @@ class HandBackError(Exception):
 
 
 class Deliver(Protocol):
-    """Takes a message's event to its handlers, or to an inbox."""
+    """Delivers the event of a message to its handlers or to an inbox."""
 
     async def refuse(self, message: Any, subscriber: Any) -> Problem | None:
-        """Say why a message is dead before it is read; None if it is not."""
+        """Check a message before it is read; return the problem of a dead letter, or None."""
         ...
 
     async def __call__(self, received: Received, subscriber: Any) -> Problem | None:
-        """Deliver the event, and say why its message is dead; None if it is not.
+        """Deliver the event; return the problem of a dead letter, or None.
 
         Raises:
-            HandBackError: The message is to come again.
+            HandBackError: The message has to come again.
         """
         ...
 
 
 class Consumer:
-    """Takes the messages of one consumer of a broker.
+    """Handles the messages of one consumer of a broker.
 
     Args:
         state: The state of the bus that has the handlers.
         types: The classes of events that may come.
         name: The name of the consumer.
-        dead_letter: A publisher of FastStream's. Any: each broker has its own class.
+        dead_letter: A publisher of FastStream. Any: each broker has its own class.
         dead_engine: The engine of the publisher's broker.
-        deliver: Takes the event of a message that was read.
-        ignores: Whether messages of other types are acknowledged, and forgotten.
+        deliver: Delivers the event of a message.
+        ignores: Whether messages of other types are acknowledged and dropped.
     """
 
     def __init__(
@@ -127,7 +130,7 @@ class Consumer:
         self._ignores = ignores
 
     async def receive(self, message: Any, subscriber: Any) -> None:
-        """Take one message. A return acknowledges it.
+        """Handle one message. If this returns, FastStream acknowledges the message.
 
         Args:
             message: The message as FastStream has parsed it.
@@ -136,14 +139,14 @@ class Consumer:
         Raises:
             NackMessage: The message was handed back.
         """
-        # FastStream would answer who asks for it, with nothing; where that fails, the message would
-        # be lost, or come again at once, although its handlers have ended well.
+        # FastStream would send an empty reply to a message with `reply_to`. If the reply failed,
+        # the message would be lost or come again, although its handlers have succeeded.
         message.reply_to = ""
         try:
             pause = await self._take(message, subscriber)
-            if pause is not None and subscriber.running:  # else another process should have it soon
+            if pause is not None and subscriber.running:  # no pause while the process stops
                 await sleep(pause)
-        except BaseException:  # FastStream answers some wrongly, and others not at all
+        except BaseException:  # for some exceptions FastStream gives a wrong answer or none
             with move_on_after(_FAREWELL, shield=True):
                 await _hand_back(message)
             raise
@@ -152,7 +155,7 @@ class Consumer:
             raise NackMessage
 
     async def _take(self, message: Any, subscriber: Any) -> float | None:
-        """Deliver or bury a message; the seconds after which it is handed back, or None."""
+        """Deliver a message or make it a dead letter; return the pause if it is handed back."""
         requests = cancel_requests()
         try:
             problem = await self._problem(message, subscriber)
@@ -160,7 +163,7 @@ class Consumer:
                 await self._bury(message, problem)
         except HandBackError as again:
             return again.pause
-        except (Exception, get_cancelled_exc_class()) as error:  # the message is not lost
+        except (Exception, get_cancelled_exc_class()) as error:  # hand back, so nothing is lost
             if not isinstance(error, Exception) and is_asked_to_end(requests):
                 raise
             log(
@@ -173,7 +176,7 @@ class Consumer:
         return None
 
     async def _problem(self, message: Any, subscriber: Any) -> Problem | None:
-        """Deliver a message, and say why it is dead; None if it is not."""
+        """Deliver a message; return the problem of a dead letter, or None."""
         problem = await self._deliver.refuse(message, subscriber)
         if problem is not None:
             return problem
@@ -215,14 +218,14 @@ class Consumer:
         try:
             if rounds >= _ROUNDS:
                 raise RecursionError(
-                    f"it has been a dead letter {rounds} times: they come back to this consumer"
+                    f"the message was a dead letter {rounds} times: dead letters come back here"
                 )
             with fail_after(_DEAD_WITHIN):
                 await send(self._dead_letter, self._dead_engine, message.body or b"", options)
         except Exception as away:  # noqa: BLE001 - of a broker, or of its client
             log(
                 logging.ERROR,
-                "a dead letter was not accepted: the message stays where it is",
+                "a dead letter was not accepted, so the message is handed back",
                 error=away,
                 reason=problem.reason,
                 failed_with=problem.error,
@@ -242,15 +245,15 @@ class Consumer:
 
 
 async def _hand_back(message: Any) -> None:
-    with suppress(Exception):  # the connection is gone, so the message comes again by itself
+    with suppress(Exception):  # without a connection, the broker delivers the message again itself
         await message.nack()
 
 
 def headers_of(message: Any) -> dict[str, str]:
-    """The headers of a message as texts, with the type of its content."""
+    """Return the headers of a message as `str`, with `content-type`."""
     headers: Mapping[str, object] = message.headers
     texts = {name: value if type(value) is str else _text(value) for name, value in headers.items()}
-    if message.content_type and "content-type" not in texts:  # RabbitMQ has it beside them
+    if message.content_type and "content-type" not in texts:  # RabbitMQ has it as a property
         texts["content-type"] = message.content_type
     return texts
 

@@ -1,6 +1,6 @@
 """Owns how the event of a message is delivered: to handlers that run now, or to an inbox.
 
-Knows nothing of answers to brokers: see the consumer.
+Knows nothing of answers to brokers: `_consumer` gives them.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ _SECONDS_BETWEEN_COMPLAINTS = 60.0
 
 
 async def run_handlers(state: BusState, received: Received) -> list[Failure]:
-    """Run the handlers of what was read from a message, once, and return what failed."""
+    """Run the handlers of a received event once, and return their failures."""
     incoming = Incoming(received.event_id, received.headers)
     return await dispatch(state, received.event, incoming)
 
 
 class _FailedError(Exception):
-    """Handlers have failed, and may be tried again."""
+    """Raised for `retry`: handlers have failed, and may be tried again."""
 
 
 class ToHandlers:
-    """Runs the handlers, and all of them again where some fail.
+    """Runs the handlers. If one fails, all of them run again.
 
-    The second attempt follows at once, the others as `retry` says. All attempts together take at
-    most `within` seconds: later, the broker would give the message to another process.
+    The second attempt follows at once, the others after the pauses of `retry`. All attempts
+    together take at most `within` seconds: later, the broker would give the message to another
+    process.
 
     Args:
         state: The state of the bus that has the handlers.
@@ -68,14 +69,14 @@ class ToHandlers:
         self._max_deliveries = max_deliveries
 
     async def refuse(self, message: Any, subscriber: Any) -> Problem | None:
-        """Refuse a message that was given out too often: it may kill each process that runs it."""
+        """Refuse a message that was given out too often: its handlers may kill their process."""
         times = await self._engine.deliveries(message, subscriber)
         if times is None or times <= self._max_deliveries:
             return None
-        return Problem("crashed", f"delivered {times} times without an end")
+        return Problem("crashed", f"delivered {times} times without an answer")
 
     async def __call__(self, received: Received, subscriber: Any) -> Problem | None:
-        """Run the handlers until all have ended well, or the attempts are over."""
+        """Run the handlers until all have succeeded, or no attempt is left."""
         failures: list[Failure] = []
         try:
             with move_on_after(self._within) as scope:
@@ -96,7 +97,7 @@ class ToHandlers:
             problem = Problem("failed", f"the handlers did not end within {self._within:g} s")
         for failure in failures:
             self._state.report(failure.delivery, failure.error)
-        failures.clear()  # or this frame and the tracebacks keep each other alive
+        failures.clear()  # else a reference cycle of this frame and the tracebacks
         return problem
 
     def _say_again(self, failures: Sequence[Failure]) -> None:
@@ -110,10 +111,10 @@ class ToHandlers:
         )
 
     async def _again(self, received: Received, subscriber: Any, failures: list[Failure]) -> None:
-        """Run the handlers again until nothing fails; `failures` has what failed last."""
+        """Run the handlers again until none fails. `failures` has those of the last attempt."""
 
         async def attempt() -> None:
-            if not subscriber.running:  # the process ends, and another one is to go on
+            if not subscriber.running:  # the process stops, and another process gets the message
                 raise HandBackError
             failures[:] = await self._attempt(received)
             if failures:
@@ -122,7 +123,7 @@ class ToHandlers:
         await self._retry(_FailedError, attempt)
 
     async def _attempt(self, received: Received) -> list[Failure]:
-        """Run the handlers once, and return what failed.
+        """Run the handlers once, and return their failures.
 
         Raises:
             RejectMessage, NackMessage: A handler has raised it.
@@ -133,8 +134,8 @@ class ToHandlers:
         for answer in (RejectMessage, NackMessage):
             others = [each for each in failures if not _has(each, answer)]
             if len(others) < len(failures):
-                failures.clear()  # or this frame and the tracebacks keep each other alive
-                for each in others:  # nobody else will hear of them
+                failures.clear()  # else a reference cycle of this frame and the tracebacks
+                for each in others:  # they are reported only here
                     self._state.report(each.delivery, each.error)
                 others.clear()
                 raise answer
@@ -144,15 +145,16 @@ class ToHandlers:
 class ToKeeper:
     """Gives an event to an inbox, which stores it and drops messages that come again.
 
-    What an inbox raises is an outage, and no fault of the message. It is tried again here for some
-    seconds, so that messages keep their order. Then the message is handed back, however often.
+    An exception of the inbox counts as an outage, and not as a fault of the message. The inbox is
+    tried again here for some seconds, so that messages keep their order. Then the message is handed
+    back, any number of times.
 
     Args:
         state: The state of the bus.
         name: The name of the consumer.
-        keep: Stores an event, and returns when it is committed.
+        keep: Stores an event, and returns after the commit.
         patience: Seconds to try.
-        poison: The exceptions of `keep` that are the fault of the event.
+        poison: The exceptions of `keep` that are the fault of the event. They make a dead letter.
     """
 
     def __init__(
@@ -171,7 +173,7 @@ class ToKeeper:
         self._complained_at = -math.inf
 
     async def refuse(self, message: Any, subscriber: Any) -> Problem | None:
-        """Refuse none: brokers also count how often an outage has handed a message back."""
+        """Refuse no message: the broker's count includes messages handed back in an outage."""
         return None
 
     async def __call__(self, received: Received, subscriber: Any) -> Problem | None:
@@ -185,7 +187,7 @@ class ToKeeper:
                 return Problem("rejected", "deliver= has raised RejectMessage")
             except NackMessage:
                 raise HandBackError from None
-            except OSError as error:  # some are a ValueError, too: that of TLS certificates
+            except OSError as error:  # first, as a TLS certificate error is also a ValueError
                 self._complain(error)
             except self._poison as error:
                 return Problem("failed", _text_of(error))
@@ -202,7 +204,7 @@ class ToKeeper:
             self._complained_at = now
             log(
                 logging.ERROR,
-                "messages cannot be taken in, and wait with their broker",
+                "messages cannot be stored in the inbox, and wait at the broker",
                 error=error,
                 consumer=self._name,
                 bus=self._state.name,
@@ -222,12 +224,12 @@ def _leaves(errors: Sequence[BaseException]) -> Iterator[BaseException]:
 
 
 def _told(failures: Sequence[Failure]) -> str:
-    """What failed, in one line."""
+    """Describe the failures in one line."""
     return "; ".join(_text_of(error) for error in _leaves([each.error for each in failures]))
 
 
 def _text_of(error: BaseException) -> str:
     try:
         return f"{type(error).__qualname__}: {error}"
-    except Exception:  # noqa: BLE001 - its `__str__` is user code
+    except Exception:  # noqa: BLE001 - `__str__` of an error is user code
         return type(error).__qualname__

@@ -1,8 +1,8 @@
-"""Owns what differs between the brokers: how a message is sent, confirmed, counted and kept.
+"""Owns how brokers differ: in sending, confirming, counting and keeping messages.
 
-Knows nothing of buses. The module of an object's class tells which broker it belongs to, so no
-unused client is imported. Publishers, subscribers and messages are Any: each broker has its own
-classes.
+Knows nothing of buses. An *engine* is the code for one kind of broker. The engine of a publisher or
+subscriber is found by the module of its class, so no unused client is imported. Publishers,
+subscribers and messages are Any: each broker has its own classes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from faststream import AckPolicy
 
 from eventkit.wire import Wired
 
-LONGEST_ID = 255  # bytes; RabbitMQ takes no more
-_FIELD = b"__data__"  # of an entry of Redis that FastStream has written
+LONGEST_ID = 255  # bytes; the limit of RabbitMQ
+_FIELD = b"__data__"  # the field of a Redis entry in which FastStream writes the message
 _LOSING = {AckPolicy.ACK_FIRST: "ACK_FIRST", AckPolicy.MANUAL: "MANUAL"}
 
 
 def plain(text: str, longest: int) -> str:
-    """One line that every broker takes: not all of them take, or give back, what is not ASCII."""
+    """Return one line of printable ASCII: some brokers refuse or change other characters."""
     if len(text) <= longest and text.isascii() and text.isprintable():
         return text.strip()
     line = " ".join(text[:longest].split())
@@ -35,13 +35,14 @@ def _escaped(character: str) -> str:
 
 
 class Engine(ABC):
-    """One kind of broker. The methods here do what is right for most of them.
+    """One kind of broker. The methods here are right for most brokers.
 
     Attributes:
-        name: The name of the broker, for people.
-        prefix: How the headers that are attributes of CloudEvents begin.
-        how_to_wait: The option with which the broker waits longer, in brackets; empty if none.
-        parse: Parses a message, where FastStream's own parser would drop some.
+        name: The name of the broker, for messages.
+        prefix: The prefix of headers that are attributes of CloudEvents.
+        how_to_wait: For messages: the option for a longer wait of the broker, in brackets. Empty if
+            there is none.
+        parse: Parses a message, if FastStream's own parser would drop some messages.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Engine(ABC):
     parse: Callable[..., Any] | None = None
 
     def options(self, publisher: Any, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
-        """The arguments of `publish` beside the body, for an event.
+        """Return the arguments of `publish` for an event, without the body.
 
         Args:
             publisher: The publisher.
@@ -60,43 +61,43 @@ class Engine(ABC):
         return {"headers": headers | wired.headers(self.prefix)}
 
     def dead_options(self, message: Any, headers: dict[str, str]) -> dict[str, Any]:
-        """The arguments of `publish` beside the body, for a dead letter with these headers."""
+        """Return the arguments of `publish` for a dead letter, without the body."""
         return {"headers": headers}
 
     @abstractmethod
     def refusal(self, result: Any) -> str | None:
-        """Why what `publish` returned does not confirm the message; None if it does."""
+        """Return why the result of `publish` is no confirmation; None if it is one."""
 
     async def deliveries(self, message: Any, subscriber: Any) -> int | None:
-        """How often the broker has given out the message; None if the broker does not count."""
+        """Return how often the broker has given out the message; None if it does not count."""
         return None
 
     @abstractmethod
     def consumer(self, subscriber: Any) -> str:
-        """The name that all processes of this consumer share."""
+        """Return the name that all processes of this consumer share."""
 
     @abstractmethod
     def comes_to(self, publisher: Any, subscriber: Any) -> bool:
-        """Whether the subscriber receives what the publisher sends, as far as the wiring shows."""
+        """Whether the subscriber receives the publisher's messages, as far as the wiring shows."""
 
     @abstractmethod
     def patience(self, subscriber: Any) -> float | None:
-        """Seconds until the broker gives a message to another process; None if it never does."""
+        """Return the seconds until the broker gives a message to another process; None if never."""
 
     def problem_of_publisher(self, publisher: Any) -> str | None:
-        """Why the publisher cannot be used, and what to do; None if it can."""
+        """Return why the publisher cannot be used, and the remedy; None if it can."""
         return None
 
     @abstractmethod
     def problem_of_subscriber(self, subscriber: Any) -> str | None:
-        """Why the subscriber cannot be used, and what to do; None if it can."""
+        """Return why the subscriber cannot be used, and the remedy; None if it can."""
 
     def doubt_of_subscriber(self, subscriber: Any) -> str | None:
-        """Why the subscriber may do more than it should, and what to do."""
+        """Return why handlers may run twice with this subscriber, and the remedy; or None."""
         return None
 
     def problem_of_subscribers(self, subscribers: Sequence[Any]) -> str | None:
-        """Why the subscribers cannot be used together, and what to do; None if they can."""
+        """Return why the subscribers cannot be used together, and the remedy; None if they can."""
         return None
 
 
@@ -107,8 +108,8 @@ class Nats(Engine):
     how_to_wait = " (ConsumerConfig(ack_wait=))"
 
     def options(self, publisher: Any, wired: Wired, headers: dict[str, str]) -> dict[str, Any]:
-        # JetStream drops a second message of this id in the whole stream, for two minutes by
-        # default. So the subject is part of it: an event may go to several.
+        # JetStream drops a second message with this id in the same stream, within two minutes by
+        # default. The id includes the subject, because an event may be sent to several subjects.
         once = f"{wired.attributes['id']} {publisher.subject.broker_address}"
         return super().options(publisher, wired, headers | {"Nats-Msg-Id": once})
 
@@ -137,35 +138,35 @@ class Nats(Engine):
     def problem_of_publisher(self, publisher: Any) -> str | None:
         if publisher.stream is None:
             return (
-                "this publisher is core NATS, which keeps and confirms nothing: give it a stream="
+                "this publisher uses core NATS, which stores and confirms no message: add stream="
             )
         return None
 
     def problem_of_subscriber(self, subscriber: Any) -> str | None:
         if getattr(subscriber, "stream", None) is None:
             return (
-                "this subscriber is core NATS, which keeps nothing for it and cannot be "
-                "acknowledged: give it a stream="
+                "this subscriber uses core NATS, which stores no message and knows no "
+                "acknowledgement: add stream="
             )
         if "Batch" in type(subscriber).__name__:
             return _BATCH
         config = subscriber.config
         if subscriber.extra_options.get("ordered_consumer") or config.ack_policy != "explicit":
             return (
-                "this consumer acknowledges nothing, or more than what was handled: leave "
-                "ordered_consumer= and ConsumerConfig(ack_policy=) out"
+                "this consumer does not acknowledge each message by itself: remove "
+                "ordered_consumer= and ConsumerConfig(ack_policy=)"
             )
-        # By its queue NATS remembers one that it pushes to, and none that pulls.
+        # NATS remembers a push consumer by its queue, but not a pull consumer.
         if not (config.durable_name or (subscriber.queue and not hasattr(subscriber, "pull_sub"))):
             return (
-                "this consumer is forgotten when its process ends, so what was sent is lost or "
-                "comes once more: give it durable="
+                "NATS forgets this consumer when its process ends, so messages are lost or come "
+                "twice: add durable="
             )
         most = config.max_deliver
         if most is not None and most > 0:
             return (
-                f"ConsumerConfig(max_deliver={most}) has NATS drop a message that was handed out "
-                "so often: leave it out, and give consume() max_deliveries="
+                f"with ConsumerConfig(max_deliver={most}) NATS drops a message after {most} "
+                "deliveries: remove it, and pass max_deliveries= to consume()"
             )
         return None
 
@@ -174,14 +175,14 @@ class Nats(Engine):
         if "Push" not in type(subscriber).__name__ or subscriber.config.max_ack_pending:
             return None
         return (
-            "a NATS push subscriber has up to 1000 messages wait in its client, and ack_wait runs "
-            "for all of them: slow handlers run twice. Give it pull_sub=True, or "
+            "a NATS push subscriber keeps up to 1000 messages in its client, and ack_wait runs for "
+            "all of them, so slow handlers run twice: use pull_sub=True, or "
             "ConsumerConfig(max_ack_pending=10)"
         )
 
 
 def _matches(subject: str, filter_: str) -> bool:
-    """Whether a filter of NATS, which may have wildcards, names a subject."""
+    """Whether a subject matches a filter of NATS, which may have wildcards."""
     parts, wanted = subject.split("."), filter_.split(".")
     if wanted[-1] == ">" and len(parts) >= len(wanted):
         parts, wanted = parts[: len(wanted) - 1], wanted[:-1]
@@ -201,49 +202,49 @@ class Rabbit(Engine):
         return _properties(headers, plain(message.message_id or "", LONGEST_ID) or None)
 
     def refusal(self, result: Any) -> str | None:
-        # A message that was returned is no exception, but holds the broker's answer.
+        # For a returned message there is no exception: the result has the broker's answer.
         answer = getattr(result, "delivery", result)
         if type(answer).__name__ == "Ack":
             return None
         return getattr(answer, "reply_text", None) or "there is no confirmation"
 
     async def deliveries(self, message: Any, subscriber: Any) -> int | None:
-        returned = message.headers.get("x-delivery-count")  # quorum queues alone count
+        returned = message.headers.get("x-delivery-count")  # only quorum queues count
         return returned + 1 if isinstance(returned, int) else None
 
     def consumer(self, subscriber: Any) -> str:
-        prefix = subscriber.routing().removesuffix(subscriber.queue.routing())  # a router's
+        prefix = subscriber.routing().removesuffix(subscriber.queue.routing())  # of a router
         return f"{prefix}{subscriber.queue.name}"
 
     def comes_to(self, publisher: Any, subscriber: Any) -> bool:
         exchange, key = publisher.exchange, publisher.routing()
-        if not exchange.name:  # the default one, which routes to the queue of this name
+        if not exchange.name:  # the default exchange routes to the queue with the key as its name
             return bool(key == self.consumer(subscriber))
         if exchange.name != subscriber.exchange.name:
             return False
         return bool(exchange.type.value == "fanout" or key == subscriber.routing())
 
     def patience(self, subscriber: Any) -> float | None:
-        return None  # as long as the connection
+        return None  # never, while the connection lasts
 
     def problem_of_subscriber(self, subscriber: Any) -> str | None:
         queue = subscriber.queue
         arguments: Mapping[str, Any] = queue.arguments or {}
         if arguments.get("x-queue-type") == "stream":
             return (
-                f"RabbitQueue({queue.name!r}) is a stream, which takes nothing back, and does "
-                "not know how far it was read: give it another queue_type="
+                f"RabbitQueue({queue.name!r}) is a stream, which takes no message back, and does "
+                "not know which messages were read: use another queue_type="
             )
         if queue.declare and (not queue.durable or queue.exclusive or queue.auto_delete):
             return (
-                f"RabbitQueue({queue.name!r}) ends with its consumer or with the broker, and with "
-                "it what it holds: give it durable=True, and no exclusive= or auto_delete="
+                f"RabbitQueue({queue.name!r}) is deleted with its messages when its consumer or "
+                "the broker stops: use durable=True, without exclusive= and auto_delete="
             )
         return None
 
 
 def _properties(headers: dict[str, str], message_id: str | None) -> dict[str, Any]:
-    """Properties of AMQP: the content type is one of its own, and no header."""
+    """Return the properties of AMQP. The content type is a property there, and not a header."""
     return {
         "content_type": headers.pop("content-type", None),
         "headers": headers,
@@ -253,10 +254,10 @@ def _properties(headers: dict[str, str], message_id: str | None) -> dict[str, An
 
 
 async def _read_at_all(entry: Any, parse: Callable[[Any], Awaitable[Any]]) -> Any:
-    """Parse an entry of a stream; FastStream hands back one that it cannot parse, for ever."""
+    """Parse an entry of a stream. FastStream would hand back an unreadable entry forever."""
     try:
         return await parse(entry)
-    except Exception:  # noqa: BLE001 - whatever is wrong with it
+    except Exception:  # noqa: BLE001 - any error of the parser
         fields: Mapping[bytes, bytes] = entry["data"]
         message = await parse({**entry, "data": {_FIELD: b"?"}})
         texts = {_escape(name): _escape(value) for name, value in fields.items()}
@@ -269,14 +270,14 @@ def _escape(value: bytes) -> str:
 
 
 class Redis(Engine):
-    """Streams of Redis."""
+    """Redis streams."""
 
     name = "Redis"
     how_to_wait = " (StreamSub(min_idle_time=))"
     parse = staticmethod(_read_at_all)
 
     def dead_options(self, message: Any, headers: dict[str, str]) -> dict[str, Any]:
-        # FastStream writes the length of a text in characters, and reads it as one in bytes.
+        # FastStream writes the length of a `str` in characters, and reads the length in bytes.
         return {"headers": {_measured(name): _measured(headers[name]) for name in headers}}
 
     def refusal(self, result: Any) -> str | None:
@@ -286,7 +287,7 @@ class Redis(Engine):
         if "delivery_counts" in message.raw_message:  # XREADGROUP CLAIM
             claimed: int = message.raw_message["delivery_counts"][0]
             return claimed + 1
-        if subscriber.min_idle_time is None:  # it reads what is new
+        if subscriber.min_idle_time is None:  # this subscriber reads new entries only
             return 1
         counted: int = await message.get_delivery_count()
         return counted
@@ -305,8 +306,8 @@ class Redis(Engine):
     def problem_of_publisher(self, publisher: Any) -> str | None:
         if not hasattr(publisher, "stream"):
             return (
-                "this publisher is Redis pub/sub or a list, which cannot be acknowledged: give it "
-                "a stream="
+                "this publisher uses Redis pub/sub or a list, which have no acknowledgements: use "
+                "stream="
             )
         return None
 
@@ -314,26 +315,26 @@ class Redis(Engine):
         stream = getattr(subscriber, "stream_sub", None)
         if stream is None:
             return (
-                "this subscriber is Redis pub/sub or a list, which cannot be acknowledged: give it "
-                "a stream="
+                "this subscriber uses Redis pub/sub or a list, which have no acknowledgements: use "
+                "stream="
             )
         if stream.batch:
             return _BATCH
         if not stream.group or stream.no_ack:
             return (
-                f"StreamSub({stream.name!r}) acknowledges nothing: give it group= and consumer=, "
-                "and no no_ack="
+                f"StreamSub({stream.name!r}) acknowledges no entry: add group= and consumer=, and "
+                "remove no_ack="
             )
         if stream.last_id != ">":
             return (
                 f"StreamSub({stream.name!r}, last_id={stream.last_id!r}) reads no new entry once "
-                "its group exists: leave last_id= out, and create the group at the id that it is "
-                "to begin with"
+                "its group exists: remove last_id=, and create the group with the id at which it "
+                "has to start"
             )
         if stream.min_idle_time is None and stream.max_records is None:
             return (
-                f"StreamSub({stream.name!r}) reads the whole backlog into one consumer, where it "
-                "waits for min_idle_time if that one stops: give it max_records=10"
+                f"StreamSub({stream.name!r}) reads the whole backlog into one consumer. If this "
+                "consumer stops, the entries wait for min_idle_time: add max_records=10"
             )
         return None
 
@@ -344,15 +345,15 @@ class Redis(Engine):
         claimed = {self.consumer(each): each.stream_sub.name for each in claiming}
         for consumer in read.keys() - claimed.keys():
             return (
-                "nobody would take over what a killed consumer of the Redis stream "
-                f"{read[consumer]!r} had read: pass [subscriber, another one with "
+                "no subscriber takes over entries that a killed consumer of the Redis stream "
+                f"{read[consumer]!r} has read: pass [subscriber, another one with "
                 "StreamSub(min_idle_time=60_000)]"
             )
         for consumer in claimed.keys() - read.keys():
             return (
-                f"nobody reads what is new in the Redis stream {claimed[consumer]!r}, as "
-                "StreamSub(min_idle_time=) takes over alone: pass [subscriber, another one "
-                "without it]"
+                f"no subscriber reads new entries of the Redis stream {claimed[consumer]!r}, as "
+                "StreamSub(min_idle_time=) only takes over old ones: pass [subscriber, another "
+                "one without it]"
             )
         return None
 
@@ -362,7 +363,7 @@ def _measured(text: str) -> str | bytes:
 
 
 async def _repaired(record: Any, parse: Callable[[Any], Awaitable[Any]]) -> Any:
-    """Parse a record of Kafka; FastStream drops one with headers that are null, or no UTF-8."""
+    """Parse a record of Kafka. FastStream drops a record if a header is null or not in UTF-8."""
     record.headers = tuple((name, _utf8(value)) for name, value in record.headers)
     return await parse(record)
 
@@ -414,13 +415,13 @@ class Kafka(Engine):
             return _BATCH
         if subscriber.group_id is None:
             return (
-                "this subscriber has no group, so nothing is acknowledged: give it group_id= and "
+                "this subscriber has no group, so no record is acknowledged: add group_id= and "
                 'auto_offset_reset="earliest"'
             )
         return None
 
 
-_BATCH = "batches are not for events: an event is one message. Leave batch= out"
+_BATCH = "batch= cannot be used, because each message is one event: remove batch="
 _ENGINES: Mapping[str, Engine] = {
     "nats": Nats(),
     "rabbit": Rabbit(),
@@ -430,7 +431,7 @@ _ENGINES: Mapping[str, Engine] = {
 
 
 def engine_of(endpoint: object, kind: Literal["publisher", "subscriber"]) -> Engine | None:
-    """The engine of a publisher or subscriber of FastStream's; None if its broker is unknown."""
+    """Return the engine of a publisher or subscriber of FastStream; None if it is unknown."""
     if not hasattr(endpoint, "publish" if kind == "publisher" else "calls"):
         return None
     for each in type(endpoint).__mro__:
@@ -441,22 +442,22 @@ def engine_of(endpoint: object, kind: Literal["publisher", "subscriber"]) -> Eng
 
 
 def problem_of_policy(subscriber: Any) -> str | None:
-    """How the subscriber's `ack_policy` loses messages, and what to do; None if it does not."""
+    """Return why the subscriber's `ack_policy` loses messages, and the remedy; or None."""
     policy = _LOSING.get(subscriber.ack_policy)
     if policy is None:
         return None
     return (
-        f"the subscriber's ack_policy is {policy}, which loses what a handler fails on: give it "
+        f"the subscriber's ack_policy is {policy}, which loses a message if a handler fails: use "
         "ack_policy=AckPolicy.NACK_ON_ERROR"
     )
 
 
 def problem_of_codec(endpoint: Any) -> str | None:
-    """Why a codec of the user's, of a broker or of a subscriber, spoils events, and what to do."""
+    """Return why a `codec=` of a broker or subscriber corrupts events, and the remedy; or None."""
     own = getattr(getattr(endpoint, "_call_options", None), "codec", None)
     if own is None and getattr(endpoint._outer_config, "broker_codec", None) is None:  # noqa: SLF001
         return None
     return (
-        "this broker or subscriber has a codec=, which would write and read what is JSON already: "
-        "give events a broker without one"
+        "this broker or subscriber has a codec=, but events are JSON already: use a broker without "
+        "codec= for events"
     )

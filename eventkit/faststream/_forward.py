@@ -1,4 +1,4 @@
-"""Owns the handler that sends an event to a broker, and what of a unit of work goes along.
+"""Owns the handler that sends an event to a broker, with the ids and headers of its unit of work.
 
 Knows nothing of consumers.
 """
@@ -22,24 +22,25 @@ from eventkit.wire import encode, wire_name
 
 E = TypeVar("E")
 
-# The names of the id that all log lines of one request share; the first one found is sent.
+# The names of the id that all log lines of one request share. The first one found is sent.
 CORRELATION = ("correlation_id", "request_id")
-_LONGEST_CARRIED = 512  # characters; more than the standard has one send of `tracestate`
-_LONGEST_ADDED = 8192  # characters; so long the standard lets baggage be
+# Characters. W3C Trace Context: at least 512 of `tracestate` should be sent on.
+_LONGEST_CARRIED = 512
+_LONGEST_ADDED = 8192  # characters. W3C Baggage: up to 8192 bytes have to be sent on.
 
 
 class Forward(Generic[E]):
-    """Sends the events of one class: a handler like any other.
+    """Sends the events of one class. It is an ordinary handler.
 
     It succeeds when the broker has confirmed the message.
 
     Args:
-        event_type: The class. Subclasses have names of their own, and forwards of their own.
-        publisher: A publisher of FastStream's. Any: each broker has its own class.
+        event_type: The class. A subclass needs a name and a forward of its own.
+        publisher: A publisher of FastStream. Any: each broker has its own class.
         engine: The engine of the publisher's broker.
         source: The name of this service in its messages.
-        key: Gives the same text for events that belong together.
-        state: Of the bus, whose observers have headers of their own.
+        key: Returns the same `str` for events that belong together.
+        state: The state of the bus. Its observers add headers.
     """
 
     def __init__(
@@ -68,13 +69,13 @@ class Forward(Generic[E]):
         if type(event) is not self._event_type:
             kind = type(event).__qualname__
             raise BridgeError(
-                f"{kind} is a subclass of {self._event_type.__qualname__}: forward it by its own "
-                "name"
+                f"{kind} is a subclass of {self._event_type.__qualname__}: forward the subclass "
+                "under its own name"
             )
         if on_trio():
             raise BridgeError(
-                "FastStream is asyncio only: on trio, send what eventkit.wire.encode() gives with "
-                "a client of your own"
+                "FastStream works on asyncio only: on trio, send the result of "
+                "eventkit.wire.encode() with a client of your own"
             )
         delivery = current_delivery()
         wired = encode(
@@ -93,13 +94,13 @@ class Forward(Generic[E]):
         )
 
     def _carried(self, event: E) -> dict[str, str]:
-        """What goes along with all that comes of a unit of work, and what observers add."""
+        """Return the carried headers of the unit of work, and the headers of observers."""
         along = {name: plain(value, _LONGEST_CARRIED) for name, value in carried.get().items()}
         added: dict[str, str] = {}
         for observer in self._state.observers.headers:
             with contained(observer):
                 added.update(observer.headers(event))
-        if "traceparent" in added:  # the state of a trace belongs to its id
+        if "traceparent" in added:  # the carried `tracestate` belongs to another `traceparent`
             along.pop("tracestate", None)
         return along | {name: plain(value, _LONGEST_ADDED) for name, value in added.items()}
 
@@ -111,7 +112,7 @@ async def send(publisher: Any, engine: Engine, body: bytes, options: dict[str, A
     """Publish a message, and check that the broker has confirmed it.
 
     Raises:
-        BridgeError: The broker has not confirmed it, or is not started.
+        BridgeError: The broker has not confirmed the message, or is not started.
     """
     try:
         result = await publisher.publish(body, **options)
@@ -123,13 +124,13 @@ async def send(publisher: Any, engine: Engine, body: bytes, options: dict[str, A
         return
     refusal = engine.refusal(result)
     if refusal is not None:
-        raise BridgeError(f"the broker has not taken the message: {refusal}")
+        raise BridgeError(f"the broker has not accepted the message: {refusal}")
 
 
 def _correlation_id() -> str | None:
-    """The id of the unit of work in logs; None if there is none, so that FastStream makes one.
+    """Return the id of the unit of work in logs; None if there is none: FastStream then makes one.
 
-    It may be a header of a request, which anybody can write.
+    The id may come from a header of a request, so it may have any characters and any length.
     """
     bound = get_contextvars()
     ids = (plain(str(bound[name]), LONGEST_ID) for name in CORRELATION if name in bound)

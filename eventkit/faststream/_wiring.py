@@ -1,6 +1,6 @@
-"""Owns what is refused where a bridge is wired: what would lose messages, or send them in a circle.
+"""Owns the checks of a bridge's wiring. They refuse wiring that loses messages or makes a circle.
 
-Knows nothing of what happens to a message.
+Knows nothing of the handling of a message.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from eventkit.exceptions import BridgeError, InvalidEventTypeError
 from eventkit.faststream._engines import Engine, engine_of, problem_of_codec, problem_of_policy
 from eventkit.wire import codec_for, is_named, names_of
 
-_LONGEST_IN_PLACE = 25.0  # seconds that an inbox may be away before a message is handed back
+_LONGEST_IN_PLACE = 25.0  # seconds to retry an inbox that is away, before the hand-back
 
-# By bus: the types that are consumed, and those that are forwarded.
+# The consumed and the forwarded types of each bus.
 _consumed: WeakKeyDictionary[EventBus, set[type]] = WeakKeyDictionary()
 _forwarded: WeakKeyDictionary[EventBus, set[type]] = WeakKeyDictionary()
 
@@ -29,11 +29,11 @@ class Group:
     """The subscribers of one consumer.
 
     Attributes:
-        subscribers: Subscribers of FastStream's. Any: each broker has its own class.
+        subscribers: Subscribers of FastStream. Any: each broker has its own class.
         engine: The engine of their broker.
         name: The name of the consumer.
-        patience: Seconds until the broker gives a message to another process; None if it never does
-            while the connection lasts.
+        patience: Seconds until the broker gives a message to another process. None: never, while
+            the connection lasts.
     """
 
     subscribers: Sequence[Any]
@@ -43,19 +43,19 @@ class Group:
 
     @property
     def seconds_in_place(self) -> float:
-        """How long a message may wait here for an inbox: well below the broker's patience."""
+        """How long a message may wait here for an inbox: at most half of the broker's patience."""
         patience = self.patience
         return _LONGEST_IN_PLACE if patience is None else min(_LONGEST_IN_PLACE, patience / 2)
 
     def check_within(self, within: float) -> None:
-        """Refuse a limit that the broker would not wait for.
+        """Refuse a time limit that is not below the broker's patience.
 
         Raises:
             BridgeError: The limit is too long.
             ValueError: The limit is not above 0.
         """
         if not within > 0:
-            raise ValueError(f"within takes seconds above 0, not {within!r}")
+            raise ValueError(f"within has to be above 0 seconds, not {within!r}")
         if self.patience is not None and within >= self.patience:
             raise BridgeError(
                 f"the broker hands a message out again after {self.patience:g} s, so it would be "
@@ -64,15 +64,15 @@ class Group:
 
 
 def group_of(subscriber: Any) -> Group:
-    """Make a group of a subscriber, or of a list of them.
+    """Make a group of a subscriber or of a list of subscribers.
 
     Raises:
-        BridgeError: One of them loses messages, or cannot be used.
+        BridgeError: A subscriber would lose messages, or cannot be used.
     """
     is_list = isinstance(subscriber, list | tuple)
     subscribers = [*cast("Sequence[Any]", subscriber)] if is_list else [subscriber]
     if not subscribers:
-        raise BridgeError("consume() takes a subscriber, and an empty list has none")
+        raise BridgeError("consume() needs a subscriber, and the list is empty")
     engine = _engine_for(subscribers[0], "subscriber")
     for each in subscribers:
         if _engine_for(each, "subscriber") is not engine:
@@ -81,8 +81,8 @@ def group_of(subscriber: Any) -> Group:
             )
         if each.calls:
             raise BridgeError(
-                "this subscriber has a handler already: give consume() one of its own, and all of "
-                "its event types at once"
+                "this subscriber has a handler already: pass another one to consume(), with all of "
+                "its event types in one call"
             )
         _refuse(engine.problem_of_subscriber(each) or problem_of_policy(each))
     _refuse(engine.problem_of_subscribers(subscribers))
@@ -96,10 +96,10 @@ def group_of(subscriber: Any) -> Group:
 
 
 def check_publisher(publisher: Any) -> Engine:
-    """Check that the broker of a publisher confirms what it takes, and give its engine.
+    """Check that the broker of a publisher confirms messages, and return its engine.
 
     Raises:
-        BridgeError: The broker does not.
+        BridgeError: The broker does not confirm them.
     """
     engine = _engine_for(publisher, "publisher")
     _refuse(engine.problem_of_publisher(publisher))
@@ -107,7 +107,7 @@ def check_publisher(publisher: Any) -> Engine:
 
 
 def check_dead_letter(publisher: Any, group: Group) -> Engine:
-    """Check the publisher of dead letters, and give its engine.
+    """Check the publisher of dead letters, and return its engine.
 
     Raises:
         BridgeError: A subscriber of the group would read the dead letters, or the broker confirms
@@ -118,17 +118,18 @@ def check_dead_letter(publisher: Any, group: Group) -> Engine:
         engine.comes_to(publisher, each) for each in group.subscribers
     ):
         raise BridgeError(
-            f"dead letters of {group.name!r} would come back to it, and go round for ever: give "
-            "them a place of their own"
+            f"dead letters of {group.name!r} would come back to the same consumer, in an endless "
+            "circle: publish them to another place"
         )
     return engine
 
 
 def check_type(event_type: type) -> None:
-    """Refuse a class whose events another service could not recognise or read.
+    """Refuse a class if another service could not recognise or read its events.
 
     Raises:
-        BridgeError: It is no class, has no name, or cannot be written as JSON.
+        BridgeError: The argument is no class, or the class has no name or cannot be written as
+            JSON.
     """
     if not isinstance(event_type, type):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise BridgeError(f"forward() and consume() take classes of events, not {event_type!r}")
@@ -144,10 +145,10 @@ def check_type(event_type: type) -> None:
 
 
 def check_types(event_types: Sequence[type]) -> None:
-    """Refuse classes that a message's type could not tell apart.
+    """Refuse classes that share a name: the type of a message would not identify one class.
 
     Raises:
-        BridgeError: There are none, two have one name, or one cannot be used.
+        BridgeError: There is no class, two classes share a name, or a class cannot be used.
     """
     if not event_types:
         raise BridgeError("consume() takes at least one class of events, after the subscriber")
@@ -163,7 +164,7 @@ def check_types(event_types: Sequence[type]) -> None:
 
 
 def check_options(deliver: object, *, durable: bool, **given: object) -> None:
-    """Refuse options for retries where the outbox or `deliver` retries.
+    """Refuse options for retries if the outbox retries, or if `deliver` is given.
 
     Raises:
         BridgeError: Such an option is given.
@@ -174,13 +175,13 @@ def check_options(deliver: object, *, durable: bool, **given: object) -> None:
         named.append("deliver")
     if named and durable:
         raise BridgeError(
-            f"{', '.join(named)} and durable=True exclude each other: retries and dead letters are "
-            "the outbox's then, by Durable(...) of each handler"
+            f"{', '.join(named)} and durable=True exclude each other: with durable=True the outbox "
+            "retries, as Durable(...) of each handler says"
         )
     if named and deliver is not None:
         raise BridgeError(
-            f"{', '.join(named)} and deliver= exclude each other: what deliver= raises is tried "
-            "again, however often"
+            f"{', '.join(named)} and deliver= exclude each other: if deliver= raises, the message "
+            "comes again, any number of times"
         )
     most = given["max_deliveries"]
     if isinstance(most, int) and most < 1:
@@ -191,7 +192,7 @@ def note_consumed(bus: EventBus, event_types: Sequence[type]) -> None:
     """Note that these classes are consumed on this bus.
 
     Raises:
-        BridgeError: One of them is forwarded from it.
+        BridgeError: One of the classes is forwarded from this bus.
     """
     for each in event_types:
         for other in _forwarded.get(bus, ()):
@@ -203,7 +204,7 @@ def note_forwarded(bus: EventBus, event_type: type) -> None:
     """Note that this class is forwarded from this bus.
 
     Raises:
-        BridgeError: The class is consumed on it.
+        BridgeError: The class is consumed on this bus.
     """
     for each in _consumed.get(bus, ()):
         _refuse_both(each, event_type)
@@ -213,8 +214,8 @@ def note_forwarded(bus: EventBus, event_type: type) -> None:
 def _refuse_both(consumed: type, forwarded: type) -> None:
     if issubclass(consumed, forwarded):
         raise BridgeError(
-            f"{consumed.__qualname__} is consumed and forwarded on one bus, and would go round in "
-            "a circle: give what is sent on a type of its own"
+            f"{consumed.__qualname__} is consumed and forwarded on one bus, so its messages would "
+            "go in a circle: forward an event of another class"
         )
 
 

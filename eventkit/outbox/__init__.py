@@ -8,7 +8,7 @@ from eventkit.exceptions import not_installed
 try:
     import pydantic as _pydantic
     import sqlalchemy.ext.asyncio as _sqlalchemy
-except ImportError as _missing:  # without greenlet SQLAlchemy raises one that has no name
+except ImportError as _missing:  # if greenlet is missing, SQLAlchemy's error has no module name
     raise not_installed(__name__, _missing.name or "greenlet", "outbox") from _missing
 
 from eventkit.outbox._keeper import complete_with

@@ -1,6 +1,7 @@
 """Owns which stored deliveries this process can run: names of handlers, and names of event types.
 
-Knows nothing of tables. Names lead to what is subscribed here; nothing is imported for them.
+Knows nothing of tables. Finds handlers only among the subscriptions of the bus, and imports no
+module to find one.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from eventkit.wire import Codec, codec_for, names_of, wire_name
 
 
 class Found(NamedTuple):
-    """What it takes to run a stored delivery.
+    """The codec, the handler and the plan for a stored delivery.
 
     Attributes:
-        codec: How to decode its event.
-        subscription: Its handler.
+        codec: Decodes the event.
+        subscription: The subscription of the handler.
         plan: A plan of this handler alone.
     """
 
@@ -31,9 +32,9 @@ class Found(NamedTuple):
 
 
 class Catalog:
-    """The durable handlers of a bus, and the types of their events, by all their names.
+    """The durable handlers of a bus and the types of their events, by current and former names.
 
-    Thread-safe: it asks the bus each time, so what is subscribed later is known at once.
+    Thread-safe. Each call reads the subscriptions of the bus, so later subscriptions are found.
     """
 
     def __init__(self, bus: EventBus) -> None:
@@ -43,36 +44,37 @@ class Catalog:
     def admit(self, declaration: Declaration) -> None:
         """Refuse a durable handler of events that cannot be stored.
 
-        A base class is not instantiated itself as a rule: its subclasses are looked at as they are
-        subscribed, or published.
+        Only the class itself is checked. A subclass is checked when a handler subscribes to it, or
+        when an event of it is published.
 
         Raises:
-            InvalidEventTypeError: Naming the field, and what to do.
+            InvalidEventTypeError: The error names the field and the remedy.
         """
         if declaration.declared.durable is not None:
             codec_for(declaration.event_type)
             self._warn_of_main(declaration)
 
     def _warn_of_main(self, declaration: Declaration) -> None:
-        """Warn once of names that hold in one script alone, however it is started."""
+        """Warn once of names that begin with `__main__`: they are valid in one script only."""
         stored = [declaration.declared.name, wire_name(declaration.event_type)]
         of_a_script = [name for name in stored if name.startswith("__main__:")]
         if of_a_script and not self._warned:
             self._warned = True
             log(
                 logging.WARNING,
-                "what is stored under these names is found by no process that imports the script: "
-                "name the event, @named(...), and the handler, name=, or move them to a module",
+                "these names are valid only in a script that is run directly: a process that "
+                "imports it cannot run deliveries stored under them. Use @named(...) for the event "
+                "and name= for the handler, or move both to a module",
                 names=", ".join(of_a_script),
             )
 
     def admit_all(self) -> None:
-        """Do so for all that are subscribed already."""
+        """Call `admit` for all current subscriptions."""
         for subscription in self._durable():
             self.admit(subscription)
 
     def known(self) -> Known:
-        """All names of handlers and of event types that can be run here."""
+        """Return all names of handlers and event types that this process can run."""
         handlers: dict[str, None] = {}
         types: dict[str, None] = {}
         for subscription in self._durable():
@@ -82,7 +84,7 @@ class Catalog:
         return Known(tuple(handlers), tuple(types))
 
     def handler(self, name: str, event_type: type) -> Subscription | None:
-        """Who is called so, or was before, and takes events of this type; None if nobody does."""
+        """Return the handler with this current or former name, for this type of event; or None."""
         found = (
             subscription
             for subscription in self._durable()
@@ -92,7 +94,7 @@ class Catalog:
         return next(found, None)
 
     def codec(self, name: str) -> Codec[Any] | None:
-        """How to decode what is stored under this name; None where nobody takes such events."""
+        """Return the codec for this stored name; None if no durable handler takes such events."""
         for subscription in self._durable():
             for event_type in _with_subclasses(subscription.event_type):
                 if name in names_of(event_type):
@@ -100,7 +102,7 @@ class Catalog:
         return None
 
     def find(self, handler: str, event_type: str) -> Found | None:
-        """What it takes to run what is stored under these names; None where nobody can."""
+        """Return the codec, the handler and its plan for these stored names; None if unknown."""
         codec = self.codec(event_type)
         subscription = None if codec is None else self.handler(handler, codec.event_type)
         if codec is None or subscription is None:

@@ -1,13 +1,15 @@
-"""Owns the outbox's connections: the twin of the user's engine, and who waits for it where.
+"""Owns the outbox's own connections: the twin of the user's engine, and the threads that use it.
 
 Knows nothing of tables, deliveries and leases: it opens a transaction, calls a function with the
 connection, and commits.
 
-The twin connects as the user's engine does, and shares no connection with it. An outbox that took
-its connections from the pool of the requests would wait for them under load, and for ever where
-that pool has one. A blocking engine is used in the caller's thread or in a worker thread. An
-`AsyncEngine` belongs to one event loop, so a thread with a loop of its own uses its twin: that
-works while the loops of the application are blocked, and needs no second driver.
+The twin is an engine that connects as the user's engine does, with a pool of its own. With the pool
+of the requests, the outbox would wait for connections under load. With a pool of one connection, it
+would wait forever.
+
+- The twin of a blocking engine is used in the caller's thread or in a worker thread.
+- An `AsyncEngine` belongs to one event loop, so its twin has a thread with an event loop. This
+  works while the event loops of the application are blocked, and needs no second driver.
 """
 
 from __future__ import annotations
@@ -38,24 +40,27 @@ _Work = Callable[[Connection], _Result]
 _ORDINARY = 2  # connections
 _RESERVED = 1
 _PATIENCE = 5.0  # seconds that `close` waits for transactions
-_LAST_PATIENCE = 2.0  # seconds, where nobody has closed it before the process or it ends
+# Seconds, if nobody called `close` before the end of the process or of the object.
+_LAST_PATIENCE = 2.0
 _OLDEST = {"postgresql": (12,), "sqlite": (3, 35)}
-_WHICH = "the outbox needs PostgreSQL 12, SQLite 3.35, or a newer one of these"
-# What is noted of a connection, as long as it is open.
+_WHICH = "the outbox needs PostgreSQL 12 or later, or SQLite 3.35 or later"
+# Keys in `Connection.info`, which lasts as long as the driver's connection.
 _BUSY_TIMEOUT_IS_SET = "eventkit_busy_timeout_is_set"
 _IS_READ_COMMITTED = "eventkit_is_read_committed"
 
 
 class Database:
-    """Transactions on connections of the outbox's own: at most three at once in a process.
+    """Transactions on the outbox's own connections: at most three at once in a process.
 
-    Two are for `call` and `run`, and one is reserved. Where the pool has room for fewer, they take
-    turns. All methods may be called in any thread. A forked child opens connections of its own,
-    and never touches, closes or frees those of its parent. On SQLite do not fork while any
-    transaction is open: the child has a copy of the library's locks, which nobody ever releases.
+    Two connections are for `call` and `run`, and one is reserved. If the pool has room for fewer,
+    callers share the connections and wait for each other. All methods may be called in any thread.
+
+    A forked child opens its own connections. It never uses, closes or frees the connections of its
+    parent. On SQLite do not fork while a transaction is open: the child gets a copy of the
+    library's locks, and no thread of the child releases them.
 
     Attributes:
-        dialect: That of the engine whose connections they are.
+        dialect: The dialect of the engine in use.
     """
 
     def __init__(
@@ -65,18 +70,19 @@ class Database:
         *,
         busy_timeout: float = 5.0,
     ) -> None:
-        """Connects to nothing yet, so that events of the engine may still be listened to.
+        """Opens no connection yet, so the user can still add event listeners to the engine.
 
         Args:
-            engine: That whose transactions the outbox writes in. Its twin has the same dialect,
-                pool class and pool events; its options are not applied. On PostgreSQL the twin
-                runs READ COMMITTED, whatever isolation level the engine or the server has.
-            own: Used as it is, instead of a twin. Nobody else should use its connections: those of
-                an `AsyncEngine` are used on the outbox's event loop, and `close` disposes of it.
-            busy_timeout: Seconds that a transaction waits for SQLite's lock at least.
+            engine: The outbox writes rows in transactions of this engine. The twin has the same
+                dialect, pool class and pool events. The options of the engine are not applied. On
+                PostgreSQL the twin always runs in READ COMMITTED.
+            own: An engine to use instead of a twin, with its own options. Only the outbox should
+                use its connections: the outbox's event loop uses those of an `AsyncEngine`, and
+                `close` disposes of the engine.
+            busy_timeout: Seconds. A transaction waits at least this long for SQLite's lock.
 
         Raises:
-            ValueError: An engine commits each statement, or is of another database.
+            ValueError: An engine commits each statement, or belongs to another database.
         """
         for each in [engine] if own is None else [engine, own]:
             _refuse(each)
@@ -86,30 +92,30 @@ class Database:
         self._url = chosen.url
         self._busy_timeout = round(busy_timeout * 1000)  # milliseconds
         self._is_in_memory: bool | None = None
-        self._has_looked = False  # whether the version and the driver's mode are known to be right
+        self._has_looked = False  # whether the version and the driver's mode have been checked
         self._lock = new_lock()
-        # By process: what a parent has opened stays here, so that nothing frees it in the child.
+        # By process id. The link of a parent stays here, so that the child never frees it.
         self._links: dict[int, _Blocking | _Awaiting] = {}
-        # A limiter belongs to the loop it is used in.
+        # One limiter for each event loop.
         self._limiter: RunVar[CapacityLimiter] = RunVar("eventkit_outbox_threads")
         weakref.finalize(self, _close, self._links, _LAST_PATIENCE)
 
     @property
     def awaits(self) -> bool:
-        """Whether its connections are those of an `AsyncEngine`."""
+        """Whether the engine in use is an `AsyncEngine`."""
         return isinstance(self._engine if self._own is None else self._own, AsyncEngine)
 
     @property
     def address(self) -> str:
-        """The engine's URL as people may see it: without its password, and without its query."""
+        """The URL of the engine for messages: without password and query."""
         return self._url.set(query={}).render_as_string(hide_password=True)
 
     @property
     def is_in_memory(self) -> bool:
-        """Whether it is SQLite without a file: then each connection may be a database of its own.
+        """Whether this is SQLite without a file. Each connection may then have its own database.
 
-        The URL says that there is a file. Where it does not, the database is asked once, because
-        `create_engine(creator=...)` may open a file that the URL does not name.
+        If the URL names no file, the database is asked once: `create_engine(creator=...)` may open
+        a file that the URL does not name.
         """
         if self._is_in_memory is None:
             self._is_in_memory = self.dialect.name == "sqlite" and not self._has_file()
@@ -127,30 +133,33 @@ class Database:
     def call(
         self, function: _Work[_Result], *, writes: bool = True, reserved: bool = False
     ) -> _Result:
-        """Call it in a transaction, commit, and give what it returned. Blocks the thread.
+        """Call a function in a transaction, commit, and return its result. Blocks the thread.
 
         Args:
-            function: Called with a connection on which a transaction is open. With an
-                `AsyncEngine` it runs in the outbox's thread, so it must not block.
-            writes: Whether it may write. On SQLite such a transaction takes the lock as it
-                begins: to take it later fails where another one has written meanwhile.
-            reserved: Take the connection that is reserved. For the lease, which must not wait.
+            function: It gets a connection with an open transaction. With an `AsyncEngine` it runs
+                in the outbox's thread, so it must not block.
+            writes: Whether the function may write. On SQLite a writing transaction takes the lock
+                at its begin. A later lock fails if another transaction has written since the begin.
+            reserved: Use the reserved connection. For the lease, which must not wait.
 
         Raises:
-            BaseException: What the function raised, after a rollback; what the database raised.
-            ValueError: The server, or SQLite's library, is too old.
+            BaseException: The error of the function, after a rollback. Or the error of the
+                database.
+            ValueError: The version of the server, or of SQLite's library, is too old.
         """
         return self._link().call(partial(self._transact, function, writes), reserved)
 
     async def run(self, function: _Work[_Result], *, writes: bool = True) -> _Result:
-        """As `call`, and the event loop does not wait. At most two run at once in a process.
+        """Do the same as `call` without blocking the event loop. At most two run at once.
 
-        A cancellation of the caller comes through at once, and cancels no transaction half-way:
-        one that has not begun never does, and one that has is carried on to its end by itself.
-        What it returns or raises is dropped then, so it may have been committed or not.
+        A cancellation ends the call at once, and cancels no running transaction:
+
+        - A transaction that has not begun never begins.
+        - A transaction that has begun runs to its end. Its result or error is dropped, so the
+          caller does not know whether it was committed.
 
         Raises:
-            RuntimeError: It is an `AsyncEngine`, and trio calls.
+            RuntimeError: The engine is an `AsyncEngine`, and the event loop is trio.
         """
         work = partial(self._transact, function, writes)
         link = self._link()
@@ -158,15 +167,15 @@ class Database:
             return await link.run(work, self._threads())
         if on_trio():
             raise RuntimeError(
-                f"{link.engine!r} has asyncio's driver; on trio use a blocking engine"
+                f"{link.engine!r} works on asyncio only: on trio use a blocking engine"
             )
         return await asyncio.wrap_future(link.submit(work, reserved=False))
 
     def close(self) -> None:
-        """End the thread and the connections; the next call opens them anew.
+        """End the thread and the connections. The next `call` or `run` opens new ones.
 
-        Waits for the transactions that are open, for five seconds at most. Those that an
-        `AsyncEngine` has open after that are cancelled: their callers get a `RuntimeError`.
+        Waits for open transactions, at most five seconds. Then the open transactions of an
+        `AsyncEngine` are cancelled, and their callers get a `RuntimeError`.
         """
         _close(self._links, _PATIENCE)
 
@@ -182,7 +191,7 @@ class Database:
             engine = _twin_of(self._engine)
         else:
             engine = self._own
-            if self._links:  # a parent's
+            if self._links:  # this is a forked child, and the pool has connections of its parent
                 root_of(engine).dispose(close=False)
         return _Awaiting(engine) if isinstance(engine, AsyncEngine) else _Blocking(engine)
 
@@ -204,28 +213,28 @@ class Database:
             return function(connection)
 
     def _begin_on_sqlite(self, connection: Connection, writes: bool) -> None:
-        """Begin by a statement: the driver would do it at the first write, or not at all."""
+        """Begin with a statement: the driver would begin at the first write, or not at all."""
         if _BUSY_TIMEOUT_IS_SET not in connection.info:
             timeout = connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
             if timeout < self._busy_timeout:
                 connection.exec_driver_sql(f"PRAGMA busy_timeout = {self._busy_timeout}")
             connection.info[_BUSY_TIMEOUT_IS_SET] = True
-        # A listener of all engines may have begun one, and `autocommit=False` always has.
+        # A listener for all engines may have begun a transaction, and `autocommit=False` does.
         if not _driver_of(connection).in_transaction:
             connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 class _Blocking:
-    """An engine that blocks the thread which uses it."""
+    """A link with a blocking engine."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._pool = engine.pool  # a child must not free the connections of its parent
+        self._pool = engine.pool  # kept: a forked child must not free its parent's connections
         ordinary, reserved = _turns(engine.pool)
         self._ordinary = Semaphore(ordinary)
         self._reserved = Semaphore(reserved) if reserved else self._ordinary
         self._count = ordinary, reserved
-        # It keeps a connection for each thread, and worker threads come and go.
+        # This pool keeps one connection per thread, and worker threads end.
         self._forgets = isinstance(engine.pool, SingletonThreadPool)
 
     def call(self, work: _Work[_Result], reserved: bool) -> _Result:
@@ -241,7 +250,7 @@ class _Blocking:
             return ticket.result()
         finally:
             ticket.cancel()
-            del ticket  # what it raised keeps this frame, and the ticket keeps what it raised
+            del ticket  # else a reference cycle: ticket, its exception, traceback, this frame
 
     def _fulfil(self, ticket: Future[_Result], work: _Work[_Result]) -> None:
         with self._ordinary:
@@ -271,11 +280,11 @@ class _Blocking:
 
 
 class _Awaiting:
-    """An engine that is awaited, in a thread that begins when it is needed."""
+    """A link with an `AsyncEngine`. Its thread starts at the first call."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
-        self._pool = engine.pool  # a child must not free the connections of its parent
+        self._pool = engine.pool  # kept: a forked child must not free its parent's connections
         self._lock = new_lock()
         self._thread: _LoopThread | None = None
 
@@ -283,7 +292,7 @@ class _Awaiting:
         return self.submit(work, reserved).result()
 
     def submit(self, work: _Work[_Result], reserved: bool) -> Future[_Result]:
-        """Have it done; a ticket that is cancelled is not begun any more."""
+        """Run the function in the thread. If the ticket is cancelled first, it never begins."""
         ticket: Future[_Result] = Future()
         with self._lock:
             if self._thread is None:
@@ -299,11 +308,12 @@ class _Awaiting:
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """One that is closed in a forked child.
+    """An event loop that counts as closed in a forked child.
 
-    Else finalizers of asyncpg's end its connections as the child exits: they send the server a
-    farewell, on sockets that are its parent's too. Windows has another loop by default, on which
-    psycopg does not work.
+    Without this, finalizers of asyncpg would close the connections when the child exits: they send
+    a terminate message to the server, on sockets that the child shares with its parent.
+
+    It is a SelectorEventLoop, because psycopg does not work on the default loop of Windows.
     """
 
     def __init__(self) -> None:
@@ -315,20 +325,20 @@ class _Loop(asyncio.SelectorEventLoop):
 
 
 class _LoopThread:
-    """A thread with an event loop, which alone uses the engine's connections."""
+    """A thread with an event loop. Only this thread uses the engine's connections."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         ordinary, reserved = _turns(engine.pool)
         self._ordinary = asyncio.Semaphore(ordinary)
         self._reserved = asyncio.Semaphore(reserved) if reserved else self._ordinary
-        self._tasks: set[asyncio.Task[None]] = set()  # changed on the loop alone
+        self._tasks: set[asyncio.Task[None]] = set()  # changed on the loop only
         self._loop = _Loop()
         self._thread = Thread(target=_serve, args=[self._loop], name="eventkit-outbox", daemon=True)
         self._thread.start()
 
     def post(self, ticket: Future[_Result], work: _Work[_Result], reserved: bool) -> None:
-        # Connections outlive the request that opened them, so they get none of its variables.
+        # An empty context: connections live longer than the request that opened them.
         self._loop.call_soon_threadsafe(self._begin, ticket, work, reserved, context=Context())
 
     def _begin(self, ticket: Future[Any], work: _Work[Any], reserved: bool) -> None:
@@ -345,7 +355,8 @@ class _LoopThread:
                     result = await connection.run_sync(work)
         except asyncio.CancelledError:
             if ticket.running() or ticket.set_running_or_notify_cancel():
-                ticket.set_exception(RuntimeError("the outbox's connections were closed meanwhile"))
+                closed = "the outbox's connections were closed during this call"
+                ticket.set_exception(RuntimeError(closed))
         except BaseException as error:  # noqa: BLE001 - raised where the ticket is waited for
             ticket.set_exception(error)
         else:
@@ -353,7 +364,7 @@ class _LoopThread:
 
     def end(self, patience: float) -> None:
         self._loop.call_soon_threadsafe(self._end_soon, patience, context=Context())
-        if current_thread() is not self._thread:  # else the collector has called, in the midst
+        if current_thread() is not self._thread:  # a finalizer may run in this very thread
             self._thread.join(3 * patience)
 
     def _end_soon(self, patience: float) -> None:
@@ -373,7 +384,7 @@ class _LoopThread:
 
 
 async def _within(seconds: float, awaitable: Awaitable[None]) -> None:
-    """Wait for what may hang or fail where the server is away: there is nothing left to do then."""
+    """Await, and ignore a timeout or an error. For a server that may be away at the very end."""
     try:
         await asyncio.wait_for(awaitable, seconds)
     except Exception:  # noqa: BLE001 - of the driver
@@ -397,7 +408,7 @@ def _close(links: dict[int, _Blocking | _Awaiting], patience: float) -> None:
 def _refuse(engine: Engine | AsyncEngine) -> None:
     if engine.dialect.name not in _OLDEST:
         raise ValueError(
-            f"{_WHICH}, and {engine!r} is none: use deliver_on_commit, which works with others, too"
+            f"{_WHICH}, not {engine!r}: use deliver_on_commit, which works with other databases"
         )
     option = engine.get_execution_options().get("isolation_level")
     if "AUTOCOMMIT" in {_spelled(option), _isolation_level(engine.dialect)}:
@@ -412,16 +423,16 @@ def _autocommit(engine: Engine | AsyncEngine) -> ValueError:
 
 
 def _is_right(connection: Connection) -> bool:
-    """Whether it is known to be new enough, and to have transactions.
+    """Check the version, and that the driver does not commit by itself. False: not known yet.
 
     Raises:
-        ValueError: It is not so.
+        ValueError: The version is too old, or the driver commits each statement.
     """
     dialect = connection.dialect
-    if getattr(_driver_of(connection), "autocommit", None) is True:  # set by the driver's own means
+    if getattr(_driver_of(connection), "autocommit", None) is True:  # set without SQLAlchemy
         raise _autocommit(connection.engine)
     version = dialect.server_version_info
-    if version is None:  # the user's engine connects for the first time just now, and asks
+    if version is None:  # SQLAlchemy asks the server at its first connect, which may run now
         return False
     if version < _OLDEST[dialect.name]:
         found = ".".join(map(str, version))
@@ -430,20 +441,20 @@ def _is_right(connection: Connection) -> bool:
 
 
 def _isolation_level(dialect: Dialect) -> str | None:
-    """The one that `create_engine` was given, which can be had nowhere else."""
+    """The `isolation_level` of `create_engine`. SQLAlchemy keeps it only in this attribute."""
     return _spelled(getattr(dialect, "_on_connect_isolation_level", None))
 
 
 def _spelled(level: str | None) -> str | None:
-    """A level that users may write in lower case and with underscores."""
+    """Normalize the level: users may write it in lower case and with underscores."""
     return None if level is None else level.upper().replace("_", " ")
 
 
 def _twin_of(engine: Engine | AsyncEngine) -> Engine | AsyncEngine:
-    """An engine that connects as the other one does, and has none of its connections.
+    """Make an engine that connects as the other one does, with a pool of its own.
 
-    The new pool has copies of the other one's listeners. None is added to it, and none that the
-    user adds later reaches it.
+    The new pool has copies of the listeners that the user has added so far. Later listeners are not
+    copied.
     """
     root = root_of(engine)
     twin = Engine(
@@ -453,7 +464,7 @@ def _twin_of(engine: Engine | AsyncEngine) -> Engine | AsyncEngine:
 
 
 def _read_committed(connection: Connection) -> None:
-    """Set it once for each connection: the engine's option would be set and reset each time."""
+    """Set READ COMMITTED once per connection. An engine's option is set again each time."""
     driver = connection.connection.dbapi_connection
     if driver is not None and _IS_READ_COMMITTED not in connection.info:
         connection.dialect.set_isolation_level(driver, "READ COMMITTED")
@@ -461,21 +472,22 @@ def _read_committed(connection: Connection) -> None:
 
 
 def _turns(pool: Pool) -> tuple[int, int]:
-    """How many may use the pool at once: on ordinary connections, and on the reserved one.
+    """Return how many callers may use ordinary connections at once, and how many the reserved one.
 
-    They wait here and not in the pool, whose timeout is made for requests.
+    Callers wait for this number, and not in the pool: the timeout of the pool is meant for
+    requests.
     """
     room = _ORDINARY + _RESERVED
     if isinstance(pool, StaticPool | AssertionPool | SingletonThreadPool):
-        room = 1  # the last one closes connections of other threads when it has too many
+        room = 1  # SingletonThreadPool closes connections of other threads above its size
     elif isinstance(pool, QueuePool) and pool.size() > 0:
-        overflow = pool._max_overflow  # noqa: SLF001 - it can be had nowhere else
+        overflow = pool._max_overflow  # noqa: SLF001 - there is no public attribute
         room = room if overflow < 0 else min(room, pool.size() + overflow)
     return (1, 0) if room == 1 else (room - _RESERVED, _RESERVED)
 
 
 def _opens_a_file(connection: Connection) -> bool:
-    # For each database its number, its name, and its file or nothing.
+    # One row for each database: number, name, file (empty if in memory).
     return any(file for _, _, file in connection.exec_driver_sql("PRAGMA database_list"))
 
 

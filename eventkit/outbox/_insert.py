@@ -1,11 +1,11 @@
-"""Owns the statement that writes new rows: the one that users wait for in their transactions.
+"""Owns the statement that writes new rows. It runs in transactions of users, so it has to be fast.
 
-Knows nothing of what becomes of the rows.
+Knows nothing of how rows are run.
 
-The text depends on the shape alone: how many rows each event has, which of them have a key, and
-whether they are leased. It is rendered once per shape, in the driver's own style of parameters, and
-goes to the driver without SQLAlchemy's compiler. What the rows of an event share is bound once
-where the driver can use a parameter twice.
+The text of the statement depends only on its shape: the number of rows of each event, which rows
+have a key, and whether they are leased. The text is rendered once per shape, in the driver's own
+style of parameters, and goes to the driver without SQLAlchemy's compiler. If the driver can use a
+parameter twice, the values that the rows of an event share are bound once.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from eventkit.outbox._statements import Statements
 
 __all__ = ["Insert", "NewEvent", "NewRow"]
 
-_SHAPES = 256  # texts that are kept
-# Rows of one statement, unless one event has more. Ordinary transactions have less; bulk is cut,
-# because a statement has a bounded number of parameters and drivers keep the texts.
+_SHAPES = 256  # texts in the cache
+# Rows of one statement, unless one event has more. Ordinary transactions have fewer. Large ones are
+# cut: a statement has a bounded number of parameters, and drivers cache the texts.
 _ROWS = 100
 
 
 class NewRow(NamedTuple):
-    """A delivery that is to be written.
+    """A delivery to write.
 
     Attributes:
-        id: The delivery's.
+        id: The id of the delivery.
         handler: The name of the handler.
-        key: Deliveries of one handler with an equal key run in order; None for no order.
+        key: Deliveries to one handler with an equal key run in order. None: no order.
     """
 
     id: UUID
@@ -43,16 +43,16 @@ class NewRow(NamedTuple):
 
 
 class NewEvent(NamedTuple):
-    """What the rows of an event share.
+    """An event to write, with its rows.
 
     Attributes:
-        event_id: Equal for all deliveries of one publish.
-        event_type: The name of its class.
+        event_id: The id of the event. All deliveries of one publish have the same.
+        event_type: The stored name of the event's class.
         payload: The encoded event.
-        headers: JSON, or None.
-        depth: How many events led to it.
+        headers: The headers as JSON, or None.
+        depth: The number of events that led to this one.
         published_at: Seconds since 1970.
-        rows: At least one.
+        rows: The deliveries, at least one.
     """
 
     event_id: UUID
@@ -64,23 +64,23 @@ class NewEvent(NamedTuple):
     rows: Sequence[NewRow]
 
 
-# Per event, per row: whether it has a key.
+# For each event and each of its rows: whether the row has a key.
 _Shape = tuple[tuple[bool, ...], ...]
 
 
 class _Text(NamedTuple):
-    """A rendered statement, and how its values are laid out for the driver."""
+    """A rendered statement, and the functions that make the driver's arguments."""
 
     statement: str
     arguments: Callable[[list[Any]], Any]
-    id_of: Callable[[UUID], Any] | None  # None: the driver takes a UUID
+    id_of: Callable[[UUID], Any] | None  # None: the driver takes a UUID as it is
 
 
 class Insert:
     """Writes new rows. Thread-safe.
 
     Args:
-        statements: Of the database that they go to.
+        statements: The statements of the database.
     """
 
     def __init__(self, statements: Statements) -> None:
@@ -88,7 +88,7 @@ class Insert:
         self._texts = lru_cache(_SHAPES)(self._render)
 
     def run(self, connection: Connection, events: Sequence[NewEvent], owner: str | None) -> None:
-        """Write the rows of events, in their order, with one statement per hundred rows."""
+        """Write the rows of events in the given order, with one statement per hundred rows."""
         if self._statements.schema is None:
             self._statements.resolve(connection)
         if len(events) > 1 and sum(len(event.rows) for event in events) > _ROWS:
@@ -143,7 +143,8 @@ class Insert:
         if has_key:
             key, position = f":k{n}", "default"
             if self._statements.is_sqlite:
-                # Under SQLite's one lock. Each row sees the table as it was before the statement.
+                # Safe, because SQLite has one lock for all writers. Each subquery sees the table as
+                # it was before the statement, so `n` makes the positions of its rows differ.
                 position = (
                     f"(select coalesce(max(position), 0) + {n + 1} from {words['outbox']}"
                     f" where handler = :n{n} and key = :k{n})"
@@ -161,14 +162,14 @@ class Insert:
 def _arguments(
     names: list[str], order: Sequence[str] | None
 ) -> Callable[[list[Any]], tuple[Any, ...] | dict[str, Any]]:
-    """How values in the order of `names` become what the driver takes."""
+    """Return a function that turns values in the order of `names` into the driver's arguments."""
     if order is None:
         return lambda values: dict(zip(names, values, strict=True))
     return itemgetter(*map(names.index, order))
 
 
 def _cut(events: Sequence[NewEvent]) -> Iterator[list[NewEvent]]:
-    """Split events so that no part has more than a hundred rows, unless one event has."""
+    """Split events into parts of at most a hundred rows. An event is never split."""
     part, rows = list[NewEvent](), 0
     for event in events:
         if part and rows + len(event.rows) > _ROWS:

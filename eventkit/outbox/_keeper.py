@@ -1,6 +1,6 @@
-"""Owns the way of rows into transactions: what is written when, and what a commit makes of it.
+"""Owns the writing of rows in transactions: when rows are written, and what a commit changes.
 
-Knows no SQL text, and nothing of who runs rows later.
+Knows no SQL text, and nothing of how rows run later.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from eventkit.outbox._rows import EventRows, Row, headers_of, rows_of
 from eventkit.sqlalchemy import CommitTie
 from eventkit.wire import codec_for
 
-CONCURRENCY = 4  # as the middleware's
-_LARGE = 1_000_000  # characters of a payload that is worth a warning
+CONCURRENCY = 4  # the default of the middleware
+_LARGE = 1_000_000  # characters of a payload, above which a warning is logged
 
 
 @dataclass(eq=False, slots=True)
 class _Underway:
-    """What the outbox has done in a transaction that is being committed.
+    """The work of the outbox in a transaction that is being committed.
 
     Attributes:
-        events: Whose rows were written.
-        completed: The rows that a handler's own commit completes.
-        renewed: The local time before the process's lease was renewed in it, if it was.
-        term: That of the lease, if it was not.
-        unowned: Whether some of the rows are for a relay to claim.
+        events: The events with rows in this transaction.
+        completed: The rows that this commit completes, by `complete_with`.
+        renewed: The local time before this transaction renewed the lease. None if it did not.
+        term: The term of the lease. None if this transaction renews the lease.
+        unowned: Whether some of the rows are not leased, so that a relay has to claim them.
     """
 
     events: list[EventRows] = field(default_factory=list[EventRows])
@@ -61,11 +61,11 @@ class _Underway:
 
 
 class Keeper:
-    """The way of rows into transactions: what the core calls a `Keeper`.
+    """Writes rows in transactions. Implements the core's protocol `Keeper`.
 
     Attributes:
-        outbox: What users have of it. Any: an `Outbox`, which is a floor above.
-        memory: How many `in_memory` blocks are open.
+        outbox: The public `Outbox`. Any, because this module must not import that layer.
+        memory: The number of open `in_memory` blocks.
     """
 
     def __init__(
@@ -79,19 +79,19 @@ class Keeper:
         self._engine = engine
         self._marks: WeakKeyDictionary[Session, Row] = WeakKeyDictionary()
         self._underway: WeakKeyDictionary[Transaction, _Underway] = WeakKeyDictionary()
-        # By the transaction of their caller's connection: rows that its commit is to show.
+        # By root transaction: rows written in savepoints, not visible before the root's commit.
         self._unseen: WeakKeyDictionary[RootTransaction, Counter[str]] = WeakKeyDictionary()
         self._lock = Lock()
-        self._told: set[object] = set()  # what was warned of
+        self._told: set[object] = set()  # the warnings that were logged
         self._examined = False  # whether the tables were checked
-        # Weakly, for the tie and SQLAlchemy outlive a bus that is dropped.
+        # Weak, because the tie and SQLAlchemy may live longer than the bus.
         tie.before_commit.append(_weakly(self._before_commit))
         tie.ended.append(_weakly(self._ended))
         self._session_hook = _weakly(self._before_session_commit)
         event.listen(Session, "before_commit", self._session_hook)
 
     def detach(self) -> None:
-        """Write no rows any more."""
+        """Stop writing rows."""
         self._tie.detach()
         event.remove(Session, "before_commit", self._session_hook)
 
@@ -101,18 +101,18 @@ class Keeper:
             self._holdings.catalog.admit(declaration)
 
     def accept(self, envelope: Envelope) -> None:
-        """Give an event that is being published its rows. See the core's `Keeper`.
+        """Make the rows of an event that is being published. See the core's `Keeper`.
 
-        The event is encoded at once: what cannot be stored raises at the line that made it, and
-        one that is changed later is stored as it was.
+        The event is encoded at once. So an event that cannot be stored raises at its publish, and
+        a later change of the event is not stored.
         """
         codec = codec_for(type(envelope.event))
         payload = codec.encode(envelope.event)
         if len(payload) > _LARGE:
             self._warn_once(
                 ("large", codec.name),
-                "an event is large, and is stored with each delivery: put an id into it, and load "
-                "the rest",
+                "an event is large, and is stored once for each delivery: put an id into the "
+                "event, and load the rest in the handler",
                 event_type=codec.name,
                 characters=len(payload),
             )
@@ -124,7 +124,8 @@ class Keeper:
             name=codec.name,
             payload=payload,
             headers=headers_of(envelope, self._state.observers.headers),
-            # Who delivers an event in any case knows that it waits for no commit.
+            # For the warning about a missing transaction. An event that is delivered even on
+            # failure waits for no commit on purpose, so it needs no warning.
             location=caller() if envelope.verdict is Verdict.OPEN else None,
         )
         for row in rows.rows.values():
@@ -132,13 +133,13 @@ class Keeper:
                 self._holdings.know(row)
 
     def _before_session_commit(self, session: Session) -> None:
-        """Have a session that has sent nothing begin, if its commit decides events."""
+        """Begin the transaction of a session without statements, if its commit decides events."""
         transaction = self._tie.transaction_of(session)
         if transaction is not None and _deciding(transaction):
             session.connection()
 
     def _before_commit(self, connection: Connection, transaction: Transaction) -> None:
-        """Write what this commit decides; what it raises comes out of the user's `commit()`."""
+        """Write the rows that this commit decides. The user's `commit()` raises the errors."""
         if connection.engine.pool is not self._engine.pool:
             return
         if transaction.is_root and self._unseen:
@@ -149,7 +150,7 @@ class Keeper:
             self._holdings.place_tables()
             self._underway[transaction] = underway = _Underway(events)
             leased = bool(events) and transaction.is_root and self._may_lease()
-            if leased:  # first, as those do who reap: the other way round both could wait
+            if leased:  # first, as `Store.reap` does: the other order could make a deadlock
                 self._renew(connection, underway)
             self._complete(connection, marked, underway)
             self._write(connection, underway, leased=leased)
@@ -157,7 +158,7 @@ class Keeper:
                 self._note_unseen(connection, events)
 
     def _note_unseen(self, connection: Connection, events: Sequence[EventRows]) -> None:
-        """Note rows that nobody sees before the caller of this savepoint commits."""
+        """Note rows in a savepoint: others see them only after the commit of the root."""
         root = connection.get_transaction()
         assert root is not None
         names = Counter(row.handler for each in events for row in each.rows.values())
@@ -166,14 +167,14 @@ class Keeper:
             self._state.unseen.update(names)
 
     def _show(self, connection: Connection) -> None:
-        """The caller commits, so what was written in savepoints before is seen from now on."""
+        """Note that the root commits, so rows from its savepoints become visible."""
         root = connection.get_transaction()
         assert root is not None
         with self._state.tally.lock:
             self._state.unseen -= self._unseen.pop(root, Counter())
 
     def _marked(self, connection: Connection, transaction: Transaction) -> list[Row]:
-        """The rows that this commit is to complete: of handlers that run still."""
+        """Return the rows that this commit completes: rows of handlers that still run."""
         if not self._marks:
             return []
         with self._lock:
@@ -187,7 +188,7 @@ class Keeper:
         ]
 
     def _complete(self, connection: Connection, marked: list[Row], underway: _Underway) -> None:
-        """Delete rows in the user's transaction, unless another process was given one of them."""
+        """Delete rows in the user's transaction. Raise if another process has taken one over."""
         if not marked:
             return
         wanted = [(row.id, row.attempt) for row in marked]
@@ -197,18 +198,18 @@ class Keeper:
                 row.lost = True
                 self._holdings.tell_lost([row])
                 raise LeaseLostError(
-                    f"another process has been given delivery {row.id} meanwhile: nothing of this "
-                    "transaction is committed"
+                    f"another process has taken over delivery {row.id}, so this transaction is not "
+                    "committed"
                 )
         underway.completed = marked
 
     def _may_lease(self) -> bool:
-        """Whether this process is to run what it writes: it does not if it has too much to do."""
+        """Whether this process leases the rows that it writes: not if it has no room for them."""
         crowded = any(host.is_crowded() for host in self._state.hosts)
         return self._holdings.relays and not crowded
 
     def _renew(self, connection: Connection, underway: _Underway) -> None:
-        """Have others know in the same transaction that this process is alive."""
+        """Write in the same transaction that this process is alive, if its lease is not valid."""
         lease = self._holdings.lease
         underway.term = lease.term
         lease.start(at_once=underway.term is not None)
@@ -219,9 +220,11 @@ class Keeper:
     def _write(self, connection: Connection, underway: _Underway, *, leased: bool) -> None:
         """Insert the rows of events in this transaction.
 
-        They are leased, unless somebody else is to run them: a relay in another process, where
-        this one has none or too much to do; or a relay later, where an outer transaction that
-        nobody tells of decides when they can be seen.
+        The rows are not leased, so that a relay claims them later, in these cases:
+
+        - This process runs no deliveries, or has no room for more.
+        - The transaction is a savepoint. Its root decides when the rows are visible, and the
+          outbox may not see the end of the root.
         """
         facts = [each.facts for each in underway.events if each.facts is not None]
         if not facts:
@@ -235,7 +238,7 @@ class Keeper:
         )
 
     def _ended(self, transaction: Transaction, how: End) -> None:
-        """What was done in a transaction is so, or it is not."""
+        """Handle the end of a transaction, for the rows that were written or completed in it."""
         underway = self._underway.pop(transaction, None)
         if underway is None:
             return
@@ -248,7 +251,7 @@ class Keeper:
         self._committed(underway)
 
     def _committed(self, underway: _Underway) -> None:
-        """What was renewed is, and what was written can be claimed."""
+        """Handle a commit: the lease is renewed, and rows without an owner can be claimed."""
         if underway.renewed is not None:
             lease = self._holdings.lease
             lease.extend(underway.renewed)
@@ -258,14 +261,14 @@ class Keeper:
             self._holdings.wake()
 
     async def write(self, envelopes: Sequence[Envelope]) -> None:
-        """Write the rows of what no transaction has decided. See the core's `Keeper`."""
+        """Write the rows of events that no transaction decides. See the core's `Keeper`."""
         underway = _Underway([each.rows for each in envelopes if isinstance(each.rows, EventRows)])
         for rows in underway.events:
             if rows.location is not None:
                 self._warn_once(
                     rows.location,
-                    "an event with durable handlers belongs to no transaction: it is kept from now "
-                    "on only, and a crash before loses it. Publish inside of a session's "
+                    "an event with durable handlers belongs to no transaction: it is stored only "
+                    "now, and a crash before would have lost it. Publish it inside a session's "
                     "transaction",
                     published_from=rows.location,
                     bus=self._state.name,
@@ -278,7 +281,8 @@ class Keeper:
             self._write(connection, underway, leased=leased)
 
         try:
-            # What is written after this is run twice: nobody here knows its rows.
+            # After this timeout the events run in memory, although the rows may still be written.
+            # Then they run twice: the lease gives rows back that this process does not know.
             with fail_after(self._holdings.lease.seconds, shield=True):
                 await self._holdings.database.run(write)
         except Exception as error:  # noqa: BLE001 - of a database, or of its driver
@@ -295,10 +299,10 @@ class Keeper:
         self._committed(underway)
 
     async def receive(self, envelope: Envelope, consumer: str, message_id: str) -> bool:
-        """Commit the id of a message with the rows of its event; False if the id was there before.
+        """Commit the id of a message with the rows of its event; False if the id is not new.
 
-        If this is cancelled or fails, the commit may have happened. Then nobody here has the rows,
-        so the lease returns them.
+        If this is cancelled or fails, the commit may have happened. This process then forgets the
+        rows, so that the lease gives them back.
         """
         holdings = self._holdings
         if self.memory or holdings.database.is_in_memory:
@@ -308,7 +312,8 @@ class Keeper:
         leased = bool(underway.events) and self._may_lease()
 
         def write(connection: Connection) -> bool:
-            # First: a process that waits here for another one with this message has locked nothing.
+            # First, because it may wait for another process that has the same message. The waiting
+            # transaction holds no other lock then.
             is_new = holdings.store.note_message(connection, consumer, message_id)
             if is_new and leased:
                 self._renew(connection, underway)
@@ -329,17 +334,17 @@ class Keeper:
         return is_new
 
     async def _examine(self) -> None:
-        """Check the tables once, as relays do at their start."""
+        """Check the tables once, as a relay does at its start."""
         if not self._examined:
             await self._holdings.check()
             self._examined = True
 
     def mark(self, session: Session, delivery_id: UUID) -> None:
-        """Have the session's next commit complete the delivery, if it has a row here."""
+        """Let the session's next commit complete the delivery, if this process has its row."""
         row = self._holdings.row_of(delivery_id)
         if row is None:
             return
-        engine = None if session.bind is None else session.bind.engine  # None: it has several
+        engine = None if session.bind is None else session.bind.engine  # None: several engines
         if engine is not None and engine.pool is not self._engine.pool:
             raise ValueError(
                 f"complete_with() takes a session of the outbox's engine, {self._engine!r}, not of "
@@ -349,11 +354,11 @@ class Keeper:
             self._marks[session] = row
 
     def settle(self) -> Coroutine[Any, Any, None]:
-        """Write down what has become of deliveries. See the core's `Keeper`."""
-        return self._holdings.settle()  # which each unit of work awaits: one coroutine is enough
+        """Write the outcomes of deliveries. See the core's `Keeper`."""
+        return self._holdings.settle()  # not `async def`: saves a coroutine per unit of work
 
     def serve(self, host: Host, tasks: TaskGroup, *, concurrency: int) -> Relay:
-        """A relay on the event loop that calls. See the core's `Keeper`."""
+        """Make a relay for this event loop. See the core's `Keeper`."""
         return Relay(
             self._holdings, self._state, host, tasks, self.outbox.concurrency or concurrency
         )
@@ -367,7 +372,7 @@ class Keeper:
 def complete_with(
     session: Session | AsyncSession | scoped_session[Any] | async_scoped_session[Any],
 ) -> None:
-    """Have the session's next commit complete the delivery of the handler that calls.
+    """Complete the running delivery in the next commit of a session.
 
         @bus.on(OrderPlaced, durable=True)
         async def reserve(event: OrderPlaced, session: AsyncSession) -> None:
@@ -375,19 +380,23 @@ def complete_with(
             session.add(Reservation(event.order_id))
             await session.commit()
 
-    The delivery's row is deleted in that transaction, so what the handler writes in it happens
-    exactly once. If another process has been given the delivery meanwhile, the commit raises
-    `LeaseLostError`, and nothing is committed. What the handler does after the commit is not tried
-    again. It only marks: nothing is sent.
+    Call it in a durable handler. The call itself sends nothing to the database. The next commit of
+    the session deletes the row of the delivery in the same transaction. So the handler's writes in
+    this transaction happen exactly once. If the handler fails after the commit, it is not tried
+    again.
 
-    Where the delivery has no row, it does nothing: the same handler runs in memory and in tests.
+    If another process has taken over the delivery, the commit raises `LeaseLostError`, and nothing
+    is committed.
+
+    If the delivery has no row, the call does nothing. So the same handler also runs in memory and
+    in tests.
 
     Args:
-        session: A session of the outbox's engine, also one to await.
+        session: A `Session` or `AsyncSession` of the outbox's engine, or a scoped session.
 
     Raises:
-        TypeError: It is no session.
-        ValueError: It is a session of another engine.
+        TypeError: `session` is no session.
+        ValueError: The session belongs to another engine.
     """
     found: object = session
     if isinstance(found, scoped_session | async_scoped_session):
@@ -395,7 +404,7 @@ def complete_with(
     if isinstance(found, AsyncSession):
         found = found.sync_session
     if not isinstance(found, Session):
-        raise TypeError(f"complete_with() takes a session of SQLAlchemy's, not {session!r}")
+        raise TypeError(f"complete_with() takes a session of SQLAlchemy, not {session!r}")
     unit = current()
     keeper = None if unit is None else unit.state.keeper
     if unit is not None and unit.delivery is not None and isinstance(keeper, Keeper):
@@ -403,7 +412,7 @@ def complete_with(
 
 
 def _weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """What calls a method for as long as its object lives, and does not keep that alive."""
+    """Wrap a method. The wrapper does not keep the object alive, and does nothing after its end."""
     alive = WeakMethod(method)
 
     def call(*arguments: object) -> None:
@@ -414,8 +423,8 @@ def _weakly(method: Callable[..., None]) -> Callable[..., None]:
 
 
 def _deciding(transaction: Transaction) -> list[EventRows]:
-    """The rows that a commit of the transaction decides, and that are not written yet."""
-    # Asked first, because it costs a hundredth of the other question, and mostly there are none.
+    """Return the rows that a commit of the transaction decides, without those already written."""
+    # This check costs a hundredth of `decides()`, and most commits have no such rows.
     if not any(
         each.rows is not None and not each.rows.written
         for unit in [*transaction.units]

@@ -1,15 +1,20 @@
-"""Owns who this process is, until when it is alive, and the thread that keeps it so.
+"""Owns the lease of this process, and the thread that renews it.
 
-Rows name their owner, which is a process and not a row's own lease. One row of each process says
-until when it is alive by the database's clock; the thread renews it while event loops are blocked.
-The process judges its own lease by its own clock, counted from before the renewing statement, so
-its lease ends here before it ends there. Knows nothing of deliveries and of the bus.
+Knows nothing of deliveries and of the bus.
 
-| lease | `is_valid` | `steady` | left by |
+A lease belongs to a process, not to a row: each leased row names a process as its owner. The table
+of processes has one row for each process, with the time until which it is alive, by the database's
+clock. A heartbeat renews this time. Heartbeats come from a thread, so blocked event loops do not
+stop them.
+
+The process checks its own lease by its own clock. It counts from the moment before the renewing
+statement, so the lease ends in this process before it ends in the table.
+
+| lease | `is_valid` | `steady` | next |
 |---|---|---|---|
-| none, or over | no | no | a heartbeat, or a commit that carried one: valid |
-| valid | yes | no | no renewal for a lease: over. One lease in a row: steady |
-| steady | yes | yes | no renewal for a lease: over |
+| none, or over | no | no | a heartbeat, or a commit with a heartbeat: valid |
+| valid | yes | no | no renewal within `seconds`: over. Valid for `seconds` in a row: steady |
+| steady | yes | yes | no renewal within `seconds`: over |
 """
 
 from __future__ import annotations
@@ -32,68 +37,70 @@ from eventkit._core.locks import new_lock
 from eventkit._core.log import log
 from eventkit.outbox._database import Database
 
-_JOIN_SECONDS = 2.0  # that `stop` waits for a heartbeat on its way
-_SILENT_SECONDS = 60.0  # between two lines about a database that is away
+_JOIN_SECONDS = 2.0  # `stop` waits this long for a running heartbeat
+_SILENT_SECONDS = 60.0  # between two log lines about a database that is away
 
 
 class Store(Protocol):
     """The statements that a heartbeat needs."""
 
     def beat(self, connection: Connection, owner: str, lease_seconds: float) -> object:
-        """Write that the owner is alive for this long from now on."""
+        """Write that the owner is alive for `lease_seconds` from now on."""
         ...
 
     def owned(self, connection: Connection, owner: str) -> set[UUID]:
-        """The rows that are leased to the owner."""
+        """Return the ids of the rows that the owner has leased."""
         ...
 
     def give_back(self, connection: Connection, owner: str, ids: Collection[UUID]) -> int:
-        """Let others have those of these rows that are leased to the owner; give how many."""
+        """Make these rows ready again, if the owner has leased them; return their number."""
         ...
 
 
 def local_clock() -> float:
-    """Seconds that go on while the machine is suspended, where the system counts those."""
+    """Return monotonic seconds. On Linux they also count while the machine is suspended."""
     if hasattr(time, "CLOCK_BOOTTIME"):
         return time.clock_gettime(time.CLOCK_BOOTTIME)
-    return time.monotonic()  # pragma: no cover - on Linux there is the other one
+    return time.monotonic()  # pragma: no cover - Linux has CLOCK_BOOTTIME
 
 
 class _Times(NamedTuple):
-    """Replaced and never changed, so that readers need no lock."""
+    """The times of a lease. Replaced and never changed, so that readers need no lock."""
 
-    began: float  # valid since then without a break
+    began: float  # valid since this time without a break
     until: float
-    term: object  # another one after each break
+    term: object  # a new object after each break
 
 
 class _Process:
-    """What belongs to one process alone: a forked child makes one of its own."""
+    """The state of one process. A forked child makes its own."""
 
     def __init__(self) -> None:
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.times = _Times(0.0, 0.0, object())
-        self.stops = 0  # how often `stop` was called
+        self.stops = 0  # the number of calls of `stop`
         self.beating = threading.Lock()
-        self.unknown: dict[UUID, float] = {}  # when it was first seen so; under `beating`
-        self.warned: float | None = None  # when; the thread's own
+        # Leased rows that this process does not know, and when each was first seen so. The lock
+        # `beating` guards it.
+        self.unknown: dict[UUID, float] = {}
+        self.warned: float | None = None  # the time of the last warning; used by the thread only
         self.thread: Thread | None = None
         self.over: Event | None = None
         self._lock = new_lock()
 
     def renew(self, now: float, until: float, stops: int | None = None) -> None:
-        """Have the lease end then, unless `stop` was called since it was called this often."""
+        """Extend the lease. Do nothing if `stop` has been called more often than `stops`."""
         with self._lock:
             if stops is None or stops == self.stops:
                 began, ended, term = self.times
                 if now >= ended:
-                    began = now  # known only since now
-                    if ended:  # it was valid before
+                    began = now  # there was a break
+                    if ended:  # the lease was valid before the break
                         term = object()
                 self.times = _Times(began, max(ended, until), term)
 
     def forget(self) -> None:
-        """The lease is over."""
+        """End the lease."""
         with self._lock:
             self.stops += 1
             self.times = _Times(0.0, 0.0, object())
@@ -102,19 +109,19 @@ class _Process:
         thread, self.thread = self.thread, None
         if thread is not None and self.over is not None:
             self.over.set()
-            if current_thread() is not thread:  # else the collector has called, in the midst
+            if current_thread() is not thread:  # a finalizer may run in this very thread
                 thread.join(_JOIN_SECONDS)
         self.forget()
 
 
 class Lease:
-    """The lease of this process. All of it may be used in any thread.
+    """The lease of this process. Thread-safe.
 
-    The thread knows it weakly: a lease that is garbage ends its thread.
+    The thread has only a weak reference to the lease. It ends when the lease is garbage-collected.
 
     Attributes:
-        seconds: How long each heartbeat makes it valid.
-        given_back: How many rows were given back because nobody here knew them.
+        seconds: The length of the lease, from each heartbeat.
+        given_back: The number of rows that were given back because this process did not know them.
     """
 
     def __init__(
@@ -127,16 +134,16 @@ class Lease:
         clock: Callable[[], float] = local_clock,
         event: Callable[[], Event] = Event,
     ) -> None:
-        """Begins nothing.
+        """Starts no thread yet.
 
         Args:
-            database: Where heartbeats are written, on its reserved connection.
+            database: Heartbeats use its reserved connection.
             store: The statements.
             seconds: The length of the lease.
-            alive: The ids of the rows that this process knows of. Called in the lease's thread, or
-                in that of an `AsyncEngine`.
-            clock: Seconds; it must go on while the process is stopped.
-            event: Makes what the thread waits on.
+            alive: Returns the ids of the rows that this process has. Called in the lease's thread,
+                or in the outbox's thread for an `AsyncEngine`.
+            clock: Returns seconds. The clock must go on while the process is stopped.
+            event: Makes the `Event` on which the thread waits.
         """
         self.seconds: float = seconds
         self.given_back: int = 0
@@ -146,25 +153,26 @@ class Lease:
         self._clock = clock
         self._event = event
         self._lock = new_lock()
-        self._processes: dict[int, _Process] = {}  # by their ids; that of a parent stays
+        # By process id. A forked child keeps the entry of its parent.
+        self._processes: dict[int, _Process] = {}
         weakref.finalize(self, _stop, self._processes)
 
     @property
     def owner(self) -> str:
-        """What rows call this process: `host:pid:random`, another one after a fork."""
+        """The name of this process in rows: `host:pid:random`. A forked child has a new one."""
         return self._process().owner
 
     @property
     def is_valid(self) -> bool:
-        """Whether nobody may take this process for dead, by the local clock."""
+        """Whether the lease is valid, by the local clock. Then no process may reap this one."""
         process = self._processes.get(os.getpid())
         return process is not None and self.now() < process.times.until
 
     @property
     def term(self) -> object | None:
-        """What the lease is, as long as it is valid without a break; None if it is not valid.
+        """An object that is the same while the lease is valid without a break; None if not valid.
 
-        What was leased in another term may have been given to another process meanwhile.
+        After a break, another process may have taken over the rows that were leased before it.
         """
         process = self._processes.get(os.getpid())
         if process is None:
@@ -174,10 +182,10 @@ class Lease:
 
     @property
     def steady(self) -> bool:
-        """Whether it has been valid without a break for one whole lease.
+        """Whether the lease has been valid for `seconds` without a break.
 
-        Only then may it say that others are dead: after an outage of the database all that live
-        have renewed theirs by then.
+        This process may treat others as dead only if this is True. After an outage of the database,
+        all living processes have renewed their leases within these seconds.
         """
         process = self._processes.get(os.getpid())
         if process is None:
@@ -190,12 +198,14 @@ class Lease:
         return self._clock()
 
     def start(self, *, at_once: bool = True) -> None:
-        """Have a thread send heartbeats from now on, without waiting for the first one.
+        """Start the thread that sends heartbeats. Does not wait for the first heartbeat.
 
-        With `at_once` that is sent now, else in a third of the lease, for another transaction is
-        about to carry one: where that is REPEATABLE READ, two at a time are one too many.
+        Does nothing if the thread runs. After `stop` a new thread starts.
 
-        Does nothing where this process has one. After `stop` another one begins.
+        Args:
+            at_once: Whether to send the first heartbeat now. If False, it is sent after a third of
+                the lease, because another transaction is about to renew the lease. Two at the same
+                time would conflict if that transaction is REPEATABLE READ.
         """
         process = self._process()
         with self._lock:
@@ -210,21 +220,20 @@ class Lease:
                 process.thread.start()
 
     def stop(self) -> None:
-        """End the thread, and the lease here: it is not valid until it is renewed.
+        """End the thread, and the lease in this process. The lease is not valid until a renewal.
 
-        Waits for a heartbeat on its way, for two seconds at most. In the table the lease goes on
-        until it lapses or its row is deleted.
+        Waits for a running heartbeat, at most two seconds. The row in the table is not changed.
         """
         _stop(self._processes)
 
     def beat(self) -> None:
-        """Send one heartbeat, and give back what nobody here knows. Blocks the thread.
+        """Send one heartbeat, and give back leased rows that this process does not know. Blocks.
 
-        A row is given back where it was unknown at two looks, a third of a lease apart: it may be
-        on its way from the database to whoever claimed it.
+        A row is given back if it is unknown in two heartbeats, at least a third of a lease apart.
+        In the first one, the result of the claim may not have reached its task yet.
 
         Raises:
-            Exception: The database is away. The lease is as it was.
+            Exception: The database is away. The lease is not changed.
         """
         process = self._process()
         with process.beating:
@@ -236,27 +245,27 @@ class Lease:
 
             unknown, count = self._database.call(renew, reserved=True)
             process.unknown = unknown
-            # Not after `stop`: its caller may have deleted the row that was written.
+            # Not after `stop`: its caller may have deleted the row of this process.
             process.renew(self.now(), since + self.seconds, stops)
         if count:
             self.given_back += count
             log(
                 logging.INFO,
-                "deliveries that nobody here waits for were given back to the table",
+                "deliveries that this process does not know were given back to the table",
                 deliveries=count,
                 owner=process.owner,
             )
 
     def extend(self, since: float) -> None:
-        """Count a heartbeat that another transaction has carried, and that is committed.
+        """Extend the lease after the commit of another transaction that has sent a heartbeat.
 
         Args:
-            since: The local clock before the statement.
+            since: The local time before the statement.
         """
         self._process().renew(self.now(), since + self.seconds)
 
     def take_turn(self) -> float:
-        """Send a heartbeat for the thread; log what fails. Give the seconds until the next one."""
+        """Send a heartbeat in the thread, and log an error; return the seconds until the next."""
         try:
             self.beat()
         except Exception as error:  # noqa: BLE001 - of the driver; the thread goes on
@@ -267,19 +276,18 @@ class Lease:
     def _process(self) -> _Process:
         pid = os.getpid()
         process = self._processes.get(pid)
-        if process is None:  # of several threads one has its way, in one step
+        if process is None:  # `setdefault` is atomic, so all threads get the same one
             process = self._processes.setdefault(pid, _Process())
         return process
 
     def _reconcile(
         self, connection: Connection, process: _Process
     ) -> tuple[dict[UUID, float], int]:
-        """Give what is unknown after this look, and how many were given back."""
+        """Give back unknown rows; return those that are still unknown, and how many went back."""
         owned = self._store.owned(connection, process.owner)
         look = self.now()
-        lost = owned.difference(
-            self._alive()
-        )  # asked after the table: what it has was known before
+        # `alive` has to be called after `owned`: a process knows its rows before they are leased.
+        lost = owned.difference(self._alive())
         unknown = {each: process.unknown.get(each, look) for each in lost}
         twice = [each for each, first in unknown.items() if look - first >= self.seconds / 3]
         count = self._store.give_back(connection, process.owner, twice) if twice else 0
@@ -291,12 +299,12 @@ class Lease:
         process, now = self._process(), self.now()
         if process.warned is not None and now - process.warned < _SILENT_SECONDS:
             return
-        if not threading.main_thread().is_alive():  # the interpreter ends, and the driver with it
+        if not threading.main_thread().is_alive():  # the driver fails while the interpreter ends
             return
         process.warned = now
         log(
             logging.WARNING,
-            "the lease of this process cannot be renewed, and is tried again: without it no "
+            "the lease of this process cannot be renewed, and is tried again: without a lease no "
             "durable delivery starts here",
             owner=process.owner,
             error=error,

@@ -118,11 +118,11 @@ class OutboxStats:
 
 
 class Batch(NamedTuple):
-    """What one call of `retry` or `drop` has changed.
+    """The result of one call of `retry` or `drop`.
 
     Attributes:
-        changed: How many rows.
-        last: Where the next call goes on; None if no row is left.
+        changed: The number of changed rows.
+        last: The argument `after` for the next call; None if no row is left.
     """
 
     changed: int
@@ -134,14 +134,14 @@ class _Step(Protocol):
 
 
 class Operations:
-    """What people do with the rows of one outbox. Thread-safe.
+    """The operations of users on the rows of one outbox. Thread-safe.
 
     Args:
-        dialect: SQLAlchemy's, of PostgreSQL or SQLite.
-        schema: Where the tables are; None to look once where the first connection finds them.
+        dialect: SQLAlchemy's dialect, for PostgreSQL or SQLite.
+        schema: The schema of the tables. None: it is looked up once, on the first connection.
 
     Raises:
-        ValueError: It is another database.
+        ValueError: The dialect belongs to another database.
     """
 
     def __init__(self, dialect: Dialect, schema: str | None) -> None:
@@ -150,24 +150,24 @@ class Operations:
 
     @property
     def is_placed(self) -> bool:
-        """Whether it is known in which schema the tables are."""
+        """Whether the schema of the tables is known."""
         return self._statements.schema is not None
 
     def place(self, connection: Connection) -> None:
-        """Look up in which schema the tables are, by the connection's search_path."""
+        """Look up the schema of the tables, by the connection's search_path."""
         self._statements.resolve(connection)
 
     def ddl(self) -> str:
-        """The statements that create the tables, each ended by `;`."""
+        """Return the statements that create the tables. Each ends with `;`."""
         return ddl_of(self._statements.dialect, self._schema)
 
     def problem(self, connection: Connection) -> str | None:
-        """What keeps the outbox from working with this database, and what to do; None if nothing.
+        """Check the database and its tables; return the problem and its remedy, or None.
 
-        Where no schema was given, this also looks up in which one the tables are.
+        If no schema was given, this also looks up the schema of the tables.
 
         Raises:
-            ValueError: The server is older than PostgreSQL 12, or SQLite 3.35.
+            ValueError: The version is older than PostgreSQL 12 or SQLite 3.35.
         """
         self._statements.check_version()
         self._statements.resolve(connection)
@@ -180,7 +180,7 @@ class Operations:
         handler: str | None = None,
         limit: int = 100,
     ) -> list[StoredDelivery]:
-        """Rows without their payloads, by `due_at`; of all states if `state` is None.
+        """Return rows without payloads, ordered by `due_at`. With `state=None`, of all states.
 
         Raises:
             ValueError: There is no such state.
@@ -197,7 +197,7 @@ class Operations:
         return [_stored(row) for row in rows]
 
     def get(self, connection: Connection, id_: UUID) -> StoredDelivery | None:
-        """One row with its payload; None if there is none of this id, or no longer."""
+        """Return one row with its payload; None if there is no row with this id."""
         statement = f"select {_LISTED}, payload from {{outbox}} where id = :id"
         for row in self._statements.run(connection, statement, id=id_):
             return _stored(row)
@@ -213,20 +213,20 @@ class Operations:
         after: UUID | None = None,
         limit: int = _BATCH,
     ) -> Batch:
-        """Have dead and unreadable rows tried again now, as if for the first time.
+        """Make dead and unreadable rows ready now, with their first attempt.
 
-        Rows of other states are left alone: a leased one is running, and a ready one will run.
+        Rows in other states are not changed: a leased row is running, and a ready row will run.
 
         Args:
-            connection: In a transaction.
-            ids: Only these.
-            handler: Only those of this handler.
-            before: Only those published at least as long ago: seconds, or a timedelta.
-            after: The `last` of the call before.
-            limit: How many rows at most.
+            connection: A connection in a transaction.
+            ids: Only rows with these ids.
+            handler: Only rows of this handler.
+            before: Only rows of events that are at least this old: seconds or a timedelta.
+            after: The `last` of the previous call.
+            limit: The maximum number of rows.
 
         Raises:
-            ValueError: Nothing says which rows are meant.
+            ValueError: None of `ids`, `handler` and `before` is given.
         """
         states = (State.DEAD, State.UNREADABLE)
         selection = _selection("retry", states, ids, handler, before)
@@ -243,19 +243,19 @@ class Operations:
         after: UUID | None = None,
         limit: int = _BATCH,
     ) -> Batch:
-        """Delete rows for good. Leased ones are left alone, whatever is asked for.
+        """Delete rows permanently. Leased rows are never deleted.
 
         Args:
-            connection: In a transaction.
-            ids: Only these.
-            handler: Only those of this handler.
-            before: Only those published at least as long ago: seconds, or a timedelta.
-            state: Only those of this state.
-            after: The `last` of the call before.
-            limit: How many rows at most.
+            connection: A connection in a transaction.
+            ids: Only rows with these ids.
+            handler: Only rows of this handler.
+            before: Only rows of events that are at least this old: seconds or a timedelta.
+            state: Only rows in this state.
+            after: The `last` of the previous call.
+            limit: The maximum number of rows.
 
         Raises:
-            ValueError: Nothing says which rows are meant, or there is no such state.
+            ValueError: None of `ids`, `handler` and `before` is given, or there is no such state.
         """
         states = tuple(each for each in _states(state) if each is not State.LEASED)
         selection = _selection("drop", states, ids, handler, before)
@@ -269,7 +269,7 @@ class Operations:
         handler: str | None = None,
         before: timedelta | float | None = None,
     ) -> dict[tuple[str, str], int]:
-        """Count rows by handler and state: those that are chosen as for `drop`, or all."""
+        """Count rows by handler and state. Arguments choose rows as for `drop`; default: all."""
         chosen = _chosen(ids, handler, before)
         conditions = " and ".join(["1 = 1", *map(_CONDITIONS.__getitem__, chosen)])
         statement = f"""
@@ -326,14 +326,15 @@ async def in_batches(
     step: _Step,
     progress: Callable[[int], object] | None = None,
 ) -> int:
-    """Repeat a `retry` or `drop` until it has seen all rows; how many it has changed.
+    """Repeat a `retry` or `drop` until it has seen all rows; return the number of changed rows.
 
-    Each batch is a transaction of its own. Each row is looked at once, so one that is dead again
-    is not tried for ever. Cancelled, or failing, in between: the batches before stay done.
+    Each batch is a transaction of its own. After a cancellation or an error, the earlier batches
+    stay committed. Each row is seen once. So a row that becomes dead again during the call is not
+    retried again.
 
     Args:
         run: Calls a function with a connection, and commits: `Database.run`.
-        step: `partial(store.retry, handler=...)`, for instance.
+        step: The operation with its arguments, such as `partial(store.retry, handler=...)`.
         progress: Called after each batch with the number of rows changed so far.
     """
     count, after = 0, None
@@ -351,7 +352,7 @@ _CONDITIONS = {
     "ids": "id in :ids",
     "handler": "handler = :handler",
     "before": "published_at <= {now} - :before",
-    # Ids are compared as the database does: PostgreSQL by bytes, SQLite by hexadecimal digits.
+    # PostgreSQL compares ids by bytes, SQLite by hexadecimal digits: the same order.
     "after": "id > :after",
 }
 
@@ -372,7 +373,7 @@ def _selection(
 def _chosen(
     ids: Iterable[UUID] | None, handler: str | None, before: timedelta | float | None
 ) -> dict[str, object]:
-    """The values that choose rows, by the name of their condition."""
+    """Return the values of the conditions that are given, by the name of the condition."""
     if isinstance(before, timedelta):
         before = before.total_seconds()
     chosen = {"ids": None if ids is None else tuple(ids), "handler": handler, "before": before}
@@ -383,7 +384,7 @@ def _states(state: str | None) -> tuple[State, ...]:
     if state is None:
         return tuple(State)
     if state not in _STATES:
-        raise ValueError(f"there is no state '{state}': it is one of {', '.join(_STATES)}")
+        raise ValueError(f"there is no state '{state}': use one of {', '.join(_STATES)}")
     return _STATES[state]
 
 

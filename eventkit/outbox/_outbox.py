@@ -1,4 +1,4 @@
-"""Owns the outbox of a bus, as users have it: relays, received messages, and operations on rows.
+"""Owns the public `Outbox`: relays, received messages, and operations on rows.
 
 Knows no HTTP and no SQL text.
 """
@@ -97,16 +97,14 @@ class Outbox:
             raise TypeError(f"Outbox() takes an EventBus first, not {bus!r}")
         if lease < 3 * POLL:
             raise ValueError(
-                f"lease takes seconds of at least {3 * POLL:g}, three looks of a relay "
-                f"into the table, not {lease!r}"
+                f"lease has to be at least {3 * POLL:g} seconds, three polls of a relay, not "
+                f"{lease!r}"
             )
         if concurrency is not None and concurrency < 1:
             raise ValueError(f"concurrency is at least 1, not {concurrency!r}")
         state = state_of(bus)
         if state.keeper is not None:
-            raise ValueError(
-                f"{bus!r} has an outbox already: one per bus, where the application is wired"
-            )
+            raise ValueError(f"{bus!r} has an outbox already: make one outbox for each bus, once")
         self.bus: EventBus = bus
         self._state = state
         catalog = Catalog(bus)
@@ -401,8 +399,8 @@ class Outbox:
 
 
 def holdings_of(outbox: Outbox) -> Holdings:
-    """Return what the process holds of the table, for the command."""
-    return outbox._holdings  # noqa: SLF001 - the one door to it
+    """Return the holdings of an outbox, for the command."""
+    return outbox._holdings  # noqa: SLF001 - the only access from outside
 
 
 def outbox_of(bus: EventBus) -> Outbox | None:
@@ -431,28 +429,26 @@ def _engine_of(given: Any) -> Engine | AsyncEngine:  # Any: as `deliver_on_commi
     if isinstance(found, Engine | AsyncEngine):
         return found
     shown = "a str" if isinstance(given, str) else repr(given)  # a URL may have a password
-    raise ValueError(
-        f"Outbox() needs an engine, and {shown} leads to none: give it the engine itself"
-    )
+    raise ValueError(f"Outbox() needs an engine, and {shown} leads to none: pass the engine itself")
 
 
 def _refuse_text(name: str, value: str) -> None:
     """Refuse a text that an inbox cannot store, or that cannot identify a message."""
     what = {
         "consumer": "the name of the service or of the queue",
-        "message_id": "an id of the message that is the same each time it comes",
+        "message_id": "an id that is the same each time the message comes",
     }[name]
     if not value:
-        raise ValueError(f"receive() was given an empty {name}: give it {what}")
+        raise ValueError(f"the {name} of receive() is empty: pass {what}")
     if "\0" in value:
         raise ValueError(
-            f"the {name} {value!r} has a null character, which PostgreSQL does not store: give "
-            f"receive() {what}, without one"
+            f"the {name} {value!r} has a null character, which PostgreSQL does not store: pass "
+            f"{what}, without such a character"
         )
     if len(value.encode()) > LONGEST_INDEXED:
         raise ValueError(
             f"the {name} has more than {LONGEST_INDEXED} bytes, which PostgreSQL does not index: "
-            f"give receive() {what}, or a hash of it"
+            f"pass {what}, or a hash of it"
         )
 
 

@@ -31,8 +31,8 @@ async def receive(
 ) -> bool:
     """Store and deliver an event; False if the message was received before.
 
-    See `Outbox.receive`. A staged event could be delivered although the commit fails. So the event
-    is staged after the commit, without a checkpoint in between.
+    See `Outbox.receive`. The event is staged after the commit, because a staged event is delivered
+    even if the commit fails. There is no checkpoint between the commit and the staging.
     """
     unit = Unit(state)
     unit.independent = True
@@ -81,7 +81,7 @@ def _accept(keeper: Keeper, envelope: Envelope) -> None:
     """Make the rows of the event.
 
     Raises:
-        ValueError, TypeError: The event cannot have rows, also when the message comes again.
+        ValueError, TypeError: No rows can be made for the event. Another try would fail, too.
     """
     try:
         keeper.accept(envelope)
@@ -89,7 +89,7 @@ def _accept(keeper: Keeper, envelope: Envelope) -> None:
         raise
     except Exception as error:
         kind = type(error).__qualname__
-        raise ValueError(f"the key of a durable handler cannot be told: {kind}") from error
+        raise ValueError(f"the key function of a durable handler failed: {kind}") from error
 
 
 def _stage(unit: Unit, envelope: Envelope) -> None:

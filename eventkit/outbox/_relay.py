@@ -1,8 +1,9 @@
-"""Owns when a process looks into the table, and when it writes down what has become of deliveries.
+"""Owns when a process reads the table for due rows, and when it writes the outcomes of deliveries.
 
-Knows nothing of users' transactions. One relay belongs to one event loop.
+Knows nothing of users' transactions. One relay belongs to one event loop. To *look* is to read the
+table once for due rows and for processes whose lease is over.
 
-| state | looks and claims | begins rows | writes outcomes | left by |
+| state | looks and claims | begins rows | writes outcomes | ended by |
 |---|---|---|---|---|
 | running | yes | yes | yes | `stop` |
 | stopped | no | no | yes | `leave` |
@@ -44,28 +45,29 @@ from eventkit.outbox._holdings import PAUSE_AFTER_ERROR, Holdings
 from eventkit.outbox._source import Fed, RowSource
 
 _AWAY = "the outbox cannot reach its database"
-POLL = 0.5  # seconds between two looks into the table, while something is found
-_SLOWEST_POLL = 1.6  # with the spread less than two seconds, in which others are to take over
+POLL = 0.5  # seconds between two looks, while rows are found
+# Seconds. With the spread it stays below 2 s, the documented limit for a takeover after a lease.
+_SLOWEST_POLL = 1.6
 _SPREAD = 0.2  # so that processes do not look at the same moments
-_GATHERING = 0.005  # seconds in which outcomes gather, to be written at once
-_SECOND_LOOK = 0.25  # seconds; who waits for SQLite's lock tries again each 0.1 s
-_ROUND = 60.0  # seconds between two looks for rows without an owner, or without a handler
+_GATHERING = 0.005  # seconds to collect outcomes, so that one transaction writes several
+_SECOND_LOOK = 0.25  # seconds; a process that waits for SQLite's lock tries each 0.1 s
+_ROUND = 60.0  # seconds between two looks for rows without an owner or without a handler
 _SECONDS_TO_FORGET = 7 * 86400.0  # a message that comes again later counts as new
 _FORGET_EVERY = 3600.0  # seconds
 _FORGET_AT_ONCE = 5000  # messages
 _SECONDS_TO_LEAVE = 5.0
-_SECONDS_TO_LOOK = 2.0  # of these, for a look that is on its way
+_SECONDS_TO_LOOK = 2.0  # the part of `_SECONDS_TO_LEAVE` for a running look
 
 
 class Relay:
-    """Runs what is due in the table, on the event loop that has made it. A core's `Service`.
+    """Runs due rows on the event loop that has made the relay. Implements the core's `Service`.
 
     Args:
-        holdings: What this process holds of the table.
-        state: Of the bus.
-        host: Who runs the units of work that the rows are fed to.
-        tasks: The group that its own tasks are in.
-        concurrency: How many rows run at once.
+        holdings: The holdings of this process.
+        state: The state of the bus.
+        host: Runs the units of work that take the rows.
+        tasks: The task group for the relay's own tasks.
+        concurrency: The number of rows that run at once.
     """
 
     def __init__(
@@ -82,47 +84,48 @@ class Relay:
         self._tasks = tasks
         self._source = RowSource(holdings, state, concurrency, self._row_ended)
         self._fed: set[Fed] = set()
-        self._wanted = Event()  # somebody wants it to look now
-        self._heard = Event()  # an outcome waits to be written
+        self._wanted = Event()  # set: look now
+        self._heard = Event()  # set: an outcome waits to be written
         self._stopped = False
         self._left = False
         self._entered = False
-        self._examined = False  # whether the tables are as they should be
+        self._examined = False  # whether the tables were checked
         self._looking = False
-        self._over = Event()  # it looks no more
+        self._over = Event()  # set: there is no further look
         self._scope = CancelScope()
         self._poll = POLL
-        self._due_at = math.inf  # when a row is due that failed here
+        self._due_at = math.inf  # the time of the next attempt of a row that failed here
         self._looked_at = self._round_at = self._swept_at = self._forgot_at = -math.inf
-        self._lapsed: frozenset[str] = frozenset()  # who looked dead the time before
-        self._told_of: frozenset[str] = frozenset()  # who was said to have ended
-        self._looks_twice = False  # whether it has to look at them again, soon
-        self._unknown: set[tuple[str, str]] = set()  # what was warned of
+        # Processes whose lease was over at the last look.
+        self._lapsed: frozenset[str] = frozenset()
+        self._told_of: frozenset[str] = frozenset()  # processes that were logged as ended
+        self._looks_twice = False  # whether `_lapsed` needs a second look, soon
+        self._unknown: set[tuple[str, str]] = set()  # handlers and types that were logged
         self._call_soon = tasks_here("eventkit relay").call_soon
 
     @property
     def is_looking(self) -> bool:
-        """Whether it has looked into the table within three polls."""
+        """Whether the relay has looked within the last three polls."""
         return not self._stopped and self._holdings.lease.now() - self._looked_at <= 3 * self._poll
 
     @property
     def patience(self) -> float | None:
-        """Seconds that deliveries may go on at shutdown; None where the application says so."""
+        """Seconds that deliveries may still run at shutdown. None: as the application says."""
         return self._holdings.patience
 
     async def start(self) -> None:
-        """Begin to look, to run and to write.
+        """Start the relay's tasks.
 
         Raises:
-            OutboxSchemaError: The tables are missing, or of another version.
-            RuntimeError: An `AsyncEngine` on trio.
+            OutboxSchemaError: The tables are missing, or have another version.
+            RuntimeError: The engine is an `AsyncEngine`, and the event loop is trio.
         """
         holdings = self._holdings
         if holdings.database.is_in_memory:
             return
         self._examined = await examine(holdings)
         if not holdings.relays:
-            await to_thread.run_sync(holdings.database.close)  # it needs no connection any more
+            await to_thread.run_sync(holdings.database.close)  # no connection is needed any more
         holdings.enter(self)
         self._entered = True
         self._tasks.start_soon(self._work)
@@ -136,32 +139,32 @@ class Relay:
                     await self._look_again_and_again()
 
     def wake(self) -> None:
-        """Have it look into the table now. Thread-safe."""
-        with suppress(RuntimeError):  # the event loop has ended meanwhile
+        """Look now. Thread-safe."""
+        with suppress(RuntimeError):  # the event loop has ended
             self._call_soon(self._look_now)
 
     def _look_now(self) -> None:
         self._wanted.set()
-        self._heard.set()  # also what another task has left
+        self._heard.set()  # also write outcomes that a cancelled task has put back
 
     def expect(self, seconds: float | None) -> None:
-        """Look into the table in so many seconds, too; None for no such wish. Thread-safe."""
+        """Look again after `seconds`; None: no further look. Thread-safe."""
         if seconds is not None and seconds < self._poll:
             self._due_at = min(self._due_at, self._holdings.lease.now() + seconds)
             self.wake()
 
     def hear(self) -> None:
-        """An outcome waits to be written. On the relay's event loop alone."""
+        """Write the waiting outcomes soon. To be called on the relay's event loop only."""
         self._heard.set()
 
     def stop(self) -> None:
-        """Claim no more, and begin nothing more."""
+        """Claim no more rows, and begin no more rows."""
         self._stopped = True
         self._source.stock.clear()
         self._wanted.set()
 
     async def leave(self) -> None:
-        """Write down all outcomes, and give back what was not run. Takes at most five seconds."""
+        """Write all outcomes, and give back rows that did not run. Takes at most five seconds."""
         self.stop()
         if self._left:
             return
@@ -169,7 +172,7 @@ class Relay:
         if not self._entered:
             return
         with move_on_after(_SECONDS_TO_LEAVE, shield=True):
-            # What is being claimed would be leased after all had been given back.
+            # Wait for a running look. Else its claim could lease rows after all were given back.
             with move_on_after(_SECONDS_TO_LOOK):
                 while self._looking:
                     await self._over.wait()
@@ -180,12 +183,12 @@ class Relay:
     # Writing
 
     async def _write(self) -> None:
-        """Write outcomes down, soon after they come."""
+        """Write outcomes soon after they arrive, until cancelled."""
         while True:
             await self._heard.wait()
             self._heard = Event()
             await sleep(_GATHERING)
-            while not await self._holdings.flush():  # noqa: ASYNC110 - a database tells nobody
+            while not await self._holdings.flush():  # noqa: ASYNC110 - a database sends no event
                 await sleep(PAUSE_AFTER_ERROR)
             if self._source.suspect_is_done():
                 self._wanted.set()
@@ -217,14 +220,14 @@ class Relay:
         return self._stopped or self._holdings.closed
 
     def _pause(self) -> float:
-        """Seconds until the next look, unless somebody wants one."""
+        """Return the seconds until the next look. `_wanted` can make it earlier."""
         if self._looks_twice:
             return _SECOND_LOOK
         until_due = max(0.0, self._due_at - self._holdings.lease.now())
         return min(until_due, self._poll * random.uniform(1 - _SPREAD, 1 + _SPREAD))
 
     async def _look(self) -> bool:
-        """Look into the table once, and do what there is to do; whether there was something."""
+        """Look once, and reap, claim and start rows; return whether there was something to do."""
         holdings, lease = self._holdings, self._holdings.lease
         if not self._examined:  # the database was away at the start
             await holdings.check()
@@ -240,15 +243,17 @@ class Relay:
         if found and not self._is_over:
             found = await self._source.claim() > 0
         self._feed()
-        return found or bool(lapsed)  # who has lapsed is soon to be reaped
+        return found or bool(lapsed)  # their rows can be reaped soon
 
     async def _reap(self, lapsed: frozenset[str]) -> bool:
-        """Have the rows of dead processes run by others; whether there were some.
+        """Make the rows of dead processes ready for others; return whether there were some.
 
-        While the database was away nobody could renew. So a relay takes others for dead only when
-        its own lease has been valid for a whole lease. On SQLite a process may also look dead
-        because somebody held the one lock: it has to look so twice, each time after this process
-        has renewed its own lease, which takes the lock.
+        While the database is away, no process can renew its lease. So a relay treats others as dead
+        only after its own lease has been valid for a whole lease.
+
+        On SQLite the lease of a living process may be over because another process holds the lock
+        of the database. So a process counts as dead only after two looks. Before each of them, this
+        process renews its own lease, which needs the same lock.
         """
         holdings, lease = self._holdings, self._holdings.lease
         seen, self._lapsed = self._lapsed, frozenset()
@@ -258,19 +263,20 @@ class Relay:
         self._lapsed = lapsed
         if holdings.database.dialect.name == "sqlite":
             await holdings.beat()
-            # Others wait for that lock, too: they need a moment until they have had it.
+            # Others may wait for the lock, too. The second look comes later, so they can renew.
             self._looks_twice = not lapsed <= seen
             lapsed &= seen
         if not lapsed:
             return False
         reap = partial(holdings.store.reap, owner=lease.owner, lapsed=lapsed)
         rows = await holdings.database.run(reap)
-        if not rows and lapsed <= self._told_of:  # frozen in a transaction, it is found each time
+        # A process that is frozen in a transaction holds its rows, and is found at each look.
+        if not rows and lapsed <= self._told_of:
             return False
         self._told_of = lapsed
         log(
             logging.WARNING if rows else logging.INFO,
-            "a process has ended without a farewell, and its deliveries are run by others",
+            "a process has stopped without ending its lease, and others run its deliveries",
             bus=self._state.name,
             processes=", ".join(sorted(lapsed)),
             deliveries=rows,
@@ -278,7 +284,7 @@ class Relay:
         return rows > 0
 
     async def _make_round(self) -> None:
-        """Once per minute, look for rows that nobody has, and for those that nobody knows."""
+        """Once per minute, look for rows without a living owner, and for rows without a handler."""
         holdings, now = self._holdings, self._holdings.lease.now()
         if holdings.lease.steady and now - self._swept_at >= _ROUND:
             await holdings.database.run(holdings.store.reap_orphans)
@@ -294,8 +300,9 @@ class Relay:
                 self._unknown.add((handler, event_type))
                 log(
                     logging.WARNING,
-                    "stored deliveries wait for a handler that is not known here: a process that "
-                    "includes its router runs them, or `formerly` names what it is called now",
+                    "stored deliveries wait for a handler that is not known here: run a process "
+                    "that includes its router or, for a renamed handler, add this name to its "
+                    "`formerly`",
                     handler=handler,
                     event_type=event_type,
                     deliveries=rows,
@@ -304,7 +311,7 @@ class Relay:
         self._round_at = now
 
     async def _forget_messages(self) -> bool:
-        """Delete ids of old messages, once per hour; True if more of them are left."""
+        """Delete ids of old messages, once per hour; return True if more are left."""
         holdings, now = self._holdings, self._holdings.lease.now()
         if self._is_over or now - self._forgot_at < _FORGET_EVERY:
             return False
@@ -319,8 +326,8 @@ class Relay:
     # Running
 
     def _feed(self) -> None:
-        """Have units of work run what was claimed, as many at once as may."""
-        if self._is_over:  # since the claim: what it gave is not begun
+        """Start units of work that take the claimed rows, at most `concurrency` at once."""
+        if self._is_over:  # the relay was stopped after the claim: do not begin these rows
             self._source.stock.clear()
         free = self._source.concurrency - len(self._fed)
         for _ in range(min(self._source.stock.waiting, free)):
@@ -334,25 +341,25 @@ class Relay:
 
 
 async def examine(holdings: Holdings) -> bool:
-    """Look whether the tables are as they should be; False where the database is away.
+    """Check the tables; return False if the database is away.
 
     Raises:
-        OutboxSchemaError: The tables are missing, or of another version.
-        RuntimeError: An `AsyncEngine` on trio.
-        ValueError: The server is too old.
+        OutboxSchemaError: The tables are missing, or have another version.
+        RuntimeError: The engine is an `AsyncEngine`, and the event loop is trio.
+        ValueError: The version of the server is too old.
     """
     if holdings.database.is_in_memory:
         return True
     if holdings.database.awaits and on_trio():
         raise RuntimeError(
-            "an AsyncEngine is asyncio's driver: on trio use a blocking engine, Outbox(bus, "
+            "an AsyncEngine works on asyncio only: on trio use a blocking engine, Outbox(bus, "
             "create_engine(...))"
         )
     try:
         await holdings.check()
     except (OutboxSchemaError, ValueError):
         raise
-    except Exception as error:  # noqa: BLE001 - it may come back
+    except Exception as error:  # noqa: BLE001 - the database may come back
         holdings.complain(_AWAY, error)
         return False
     return True
@@ -365,22 +372,22 @@ async def run_until_cancelled(
     shutdown_timeout: float,
     left: Callable[[bool], object] = lambda stuck: None,
 ) -> None:
-    """Be a relay in a process that serves no requests. See `Outbox.run`.
+    """Run a relay in a process that serves no requests. See `Outbox.run`.
 
     Args:
-        holdings: What this process holds of the table.
-        state: Of the bus.
-        concurrency: How many rows run at once.
-        shutdown_timeout: Seconds that what runs may go on once it is cancelled.
-        left: Called when all is written down and given back. True says that handlers go on which
-            could not be ended, and that it does not return before they have ended.
+        holdings: The holdings of this process.
+        state: The state of the bus.
+        concurrency: The number of rows that run at once.
+        shutdown_timeout: Seconds that running handlers have after the cancellation.
+        left: Called after all outcomes are written and all rows are given back. Its argument is
+            True if some handlers could not be stopped. Then this function waits for their end.
     """
     holdings.become_relay()
-    await examine(holdings)  # here, where no task group wraps what it raises
+    await examine(holdings)  # here, because a task group would wrap its errors
     over = Event()
 
     async def relay_until_over() -> None:
-        """Be it in a shield: a cancellation would end at once what runs."""
+        """Run the relay in a shield, because a cancellation would end running handlers at once."""
         with CancelScope(shield=True):
             async with create_task_group() as tasks:
                 drainer = Drainer(state, tasks, concurrency=concurrency, max_pending=None)
@@ -410,14 +417,14 @@ async def run_until_cancelled(
 async def run_due(
     holdings: Holdings, state: BusState, concurrency: int, within: float
 ) -> DrainReport:
-    """Run what is due, here and now, until nothing is. See `Outbox.run_due`."""
+    """Run due rows in this task until none is due. See `Outbox.run_due`."""
     failures: list[Failure] = []
 
     def report(delivery: Delivery, error: Exception) -> None:
         failures.append(Failure(delivery, error))
         state.report(delivery, error)
 
-    if holdings.database.is_in_memory:  # nothing is kept in it
+    if holdings.database.is_in_memory:  # the outbox stores no rows there
         return DrainReport(0, ())
     await holdings.check()
     source = RowSource(holdings, state, concurrency, lambda: None)
@@ -433,19 +440,22 @@ async def run_due(
                 fed.end()
                 await holdings.settle()
             requeued += fed.unit.requeued
-            del fed  # or it would keep the last row
+            del fed  # else it keeps the last row alive
         await holdings.leave_if_idle()
         return DrainReport(handled, tuple(failures), requeued)
     finally:
-        source.stock.clear()  # a cancellation's traceback leads here, and would hold the leases
-        failures.clear()  # a traceback leads to `report`, which would close a reference cycle
+        source.stock.clear()  # else the traceback of a cancellation keeps the rows leased
+        failures.clear()  # else a reference cycle: failures, traceback, frame of `report`
 
 
 def _origin_here(state: BusState) -> object:
-    """The application that handlers get their dependencies from; None where there is none.
+    """Return the application from which handlers get their dependencies; None if there is none.
 
-    That of the unit of work or of the lifespan that the caller is in, or else the one that has its
-    lifespan on this event loop: a test client runs what it is given beside it.
+    The first one found:
+
+    - the application of the current unit of work or lifespan,
+    - the application with a lifespan on this event loop. A test client runs the lifespan in a task
+      beside the caller.
     """
     unit = current()
     if unit is not None:

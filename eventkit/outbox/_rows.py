@@ -1,7 +1,8 @@
-"""Owns what is known in memory of rows: from the publish of an event to the outcomes of its runs.
+"""Owns rows in memory: from the publish of an event to the outcomes of its runs.
 
-Knows no SQL and no event loop. In memory each row that this process leases is a `Row`, which its
-event holds, and which the outbox knows weakly. Whatever drops the event frees its rows.
+Knows no SQL and no event loop. A row that this process has leased is a `Row` object. The event in
+its envelope keeps the object, and the outbox has a weak reference to it. So the row is freed with
+the envelope.
 """
 
 from __future__ import annotations
@@ -27,42 +28,42 @@ from eventkit._core.queue import Envelope, Verdict
 from eventkit._core.subscriptions import Plan
 from eventkit.outbox._store import Claimed, NewEvent, NewRow
 
-# What log lines of one request have in common, where an application binds it to structlog.
+# The ids that all log lines of one request share, if the application binds them in structlog.
 _CORRELATION = ("correlation_id", "request_id")
-LONGEST_INDEXED = 1000  # bytes of a text; an index of PostgreSQL takes 2700 of all columns
+LONGEST_INDEXED = 1000  # bytes of a text; an index of PostgreSQL takes 2700 for all its columns
 _JITTER = 0.2
-_LONGEST_PAUSE = 10 * 365 * 86400.0  # seconds; a time further away may be none that can be shown
+_LONGEST_PAUSE = 10 * 365 * 86400.0  # seconds; `datetime` cannot show every later time
 
 
 class Holder(Protocol):
-    """Who holds the rows of this process."""
+    """The part of `Holdings` that rows need."""
 
     def term(self) -> object | None:
-        """The term of the lease, whose rows this process may run; None if it has no lease."""
+        """Return the current term of the lease; None if the lease is not valid."""
         ...
 
     def begin(self, row: Row) -> None:
-        """A run of a row has begun."""
+        """Note that a run of a row has begun."""
 
     def hear(self, outcome: Outcome) -> None:
-        """A run of a row has ended."""
+        """Note that a run of a row has ended."""
 
 
 class Row:
-    """A delivery that has a row, while this process may run it.
+    """A delivery with a row, while this process may run it.
 
     Attributes:
-        id: Of the delivery.
-        handler: Its name.
-        durable: How often it is tried, and when.
-        key: What orders it among others of the handler; None where nothing does.
-        attempt: Which one it is at.
-        leased: Whether it was leased by this process.
-        term: That of the lease in which it was. It runs in no other one: a process that has stood
-            still has lost what it held, though it has a lease again.
-        completed: Whether a commit of the handler's own has completed it.
-        lost: Whether another process was given it meanwhile.
-        ended: Whether an outcome of it is written down.
+        id: The id of the delivery.
+        handler: The name of the handler.
+        durable: The options of the handler: number and times of attempts.
+        key: Deliveries to one handler with an equal key run in order. None: no order.
+        attempt: The number of the current attempt.
+        leased: Whether this process has leased the row.
+        term: The term of the lease at that time. The row runs in this term only. After a break of
+            the lease, another process may have the row.
+        completed: Whether a commit has completed the delivery, by `complete_with`.
+        lost: Whether another process has taken over the row.
+        ended: Whether an outcome of the row is written.
     """
 
     __slots__ = (
@@ -95,15 +96,15 @@ class Row:
 
 
 class Outcome:
-    """What has become of one run, until it is written down.
+    """The result of one run, until it is written.
 
     Attributes:
-        row: Of which row.
-        error: What the handler raised; None where it ended well.
-        pause: Seconds until the next attempt; None where none follows.
+        row: The row.
+        error: A description of the handler's exception; None if the handler has succeeded.
+        pause: Seconds until the next attempt; None if there is none.
         unreadable: Whether the payload could not be decoded here.
-        unused: Whether it did not come to an end, so that the attempt does not count.
-        unsure: Whether it may be written already: who wrote it was cancelled meanwhile.
+        unused: Whether the run was cancelled, so that the attempt does not count.
+        unsure: Whether it may be written already: the task that wrote it was cancelled.
     """
 
     __slots__ = ("error", "pause", "row", "unreadable", "unsure", "unused")
@@ -126,22 +127,22 @@ class Outcome:
 
     @property
     def is_success(self) -> bool:
-        """Whether the handler ended well."""
+        """Whether the handler has succeeded."""
         return self.error is None and not self.unused
 
     @property
     def is_death(self) -> bool:
-        """Whether no further attempt follows a failure."""
+        """Whether the handler has failed, and no attempt follows."""
         return self.error is not None and self.pause is None and not self.unreadable
 
 
 class EventRows(Observer):
-    """The rows of one event, by the index of their delivery: what the core calls `Rows`.
+    """The rows of one event, by the index of their delivery. Implements the core's `Rows`.
 
     Attributes:
-        written: Whether they are in the table, or in a transaction that is being committed.
-        location: Where the event was published, as `file:line`; None for one that is delivered even
-            on failure, and for what comes from the table.
+        written: Whether the rows are in the table, or in a transaction that is being committed.
+        location: The place of the publish, as `file:line`. None for an event that is delivered even
+            on failure, and for an event from the table.
     """
 
     def __init__(
@@ -155,14 +156,14 @@ class EventRows(Observer):
 
     @property
     def observer(self) -> Observer:
-        """Who is told of each run: itself."""
+        """The observer of each run: this object itself."""
         return self
 
     def __contains__(self, index: object) -> bool:
         return self.written and index in self.rows
 
     def elsewhere(self) -> Sequence[int]:
-        """Those that are not to run here: a relay's, or all where the lease has run out since."""
+        """Return the rows that must not run here: not leased, or leased in a term that is over."""
         if not self.written:
             return ()
         term = self._holder.term()
@@ -173,23 +174,23 @@ class EventRows(Observer):
         ]
 
     def write(self, *, leased: bool, term: object | None) -> None:
-        """They are in the table from now on, or in a transaction that is being committed."""
+        """Note that the rows are in the table, or in a transaction that is being committed."""
         self.written = True
         for row in self.rows.values():
             row.leased = leased and row.key is None
             row.term = term
 
     def enter(self, term: object | None) -> None:
-        """They were leased in this term, which began in their transaction."""
+        """Set the term of rows whose own transaction has renewed the lease."""
         for row in self.rows.values():
             row.term = term
 
     def unwrite(self) -> None:
-        """They are not: the transaction was not committed."""
+        """Note that the rows are not in the table: the transaction was not committed."""
         self.written = False
 
     def delivery(self, delivery: Delivery) -> AbstractContextManager[object]:
-        """Hear how a run ends, if it is one of a row."""
+        """Observe a run, if its delivery has a row."""
         for row in self.rows.values():
             if row.handler == delivery.handler:
                 return _Run(row, self._holder)
@@ -197,7 +198,7 @@ class EventRows(Observer):
 
 
 class _Run:
-    """One run of a row's handler, whose end is told to the outbox."""
+    """One run of a row's handler. It reports its begin and its end to the holder."""
 
     __slots__ = ("_holder", "_row")
 
@@ -217,7 +218,7 @@ class _Run:
         row = self._row
         if exc is None:
             outcome = Outcome(row)
-        elif not isinstance(exc, Exception | SystemExit):  # `sys.exit()` is the handler's own doing
+        elif not isinstance(exc, Exception | SystemExit):  # `sys.exit()` in a handler is a failure
             outcome = Outcome(row, unused=True)
         else:
             if row.completed:
@@ -233,17 +234,17 @@ class _Run:
 
 
 def pause_after(row: Row, error: BaseException) -> float | None:
-    """Seconds until the next attempt; None where the delivery is given up."""
+    """Return the seconds until the next attempt; None if there is none."""
     if row.attempt >= row.durable.attempts:
         return None
     try:
         pause = row.durable.backoff(row.attempt, error)
         if pause is not None:
             pause = min(max(0.0, float(pause)), _LONGEST_PAUSE)
-    except Exception as broken:  # noqa: BLE001 - it is user code
+    except Exception as broken:  # noqa: BLE001 - `backoff` is user code
         log(
             logging.ERROR,
-            "backoff failed, so the default pause holds",
+            "backoff failed, so the default pause is used",
             error=broken,
             handler=row.handler,
         )
@@ -254,7 +255,7 @@ def pause_after(row: Row, error: BaseException) -> float | None:
 
 
 def describe(error: BaseException) -> str:
-    """The class of an error and the line that raised it; never its text, which may quote events."""
+    """Return the class of an error and the line that raised it. Its text may quote the event."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
@@ -273,22 +274,22 @@ def rows_of(
     headers: Headers,
     location: str | None,
 ) -> EventRows:
-    """The rows of an event that is being published.
+    """Make the rows of an event that is being published.
 
     Args:
         envelope: The event, with its plan.
-        holder: Whose rows they are.
-        name: What the table calls its type.
+        holder: The holder of the rows.
+        name: The stored name of the event's class.
         payload: The event as JSON.
-        headers: What goes along with it.
-        location: Where it was published, as `file:line`.
+        headers: The headers of the event.
+        location: The place of the publish, as `file:line`.
 
     Raises:
-        TypeError: `key` of a handler gave something else than a text or None.
-        ValueError: The text has a null character, or is too long.
+        TypeError: The function `key` of a handler has returned neither a `str` nor None.
+        ValueError: The key has a null character, or is too long.
     """
     plan, event, published_ns = envelope.plan, envelope.event, envelope.published_ns
-    # Not those whose subscription was cancelled.
+    # Without handlers whose subscription was cancelled.
     indexes = [index for index in plan.durable if index in plan.indexes]
     event_id, *ids = ids_of(published_ns, envelope.number, indexes)
     if envelope.incoming is not None:
@@ -314,7 +315,7 @@ def rows_of(
 
 
 def key_of(handler: str, durable: Durable, envelope: Envelope) -> str | None:
-    """What orders the delivery among others of its handler."""
+    """Return the key of the delivery to a handler; None if it has no order."""
     if durable.key is None:
         return None
     key: object = durable.key(envelope.event)
@@ -326,27 +327,27 @@ def key_of(handler: str, durable: Durable, envelope: Envelope) -> str | None:
     if isinstance(key, str) and len(key.encode()) > LONGEST_INDEXED:
         raise ValueError(
             f"the key of durable handler {handler} has more than {LONGEST_INDEXED} bytes, which "
-            "PostgreSQL does not index: a hash of it orders deliveries as well"
+            "PostgreSQL does not index: use a hash of the key"
         )
     if key is None or isinstance(key, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         return key
     raise TypeError(
-        f"the key of durable handler {handler} is a text or None, not {type(key).__name__}: "
+        f"the key of durable handler {handler} has to be a str or None, not {type(key).__name__}: "
         "key=lambda event: str(event.order_id)"
     )
 
 
 class Headers(NamedTuple):
-    """What goes along with an event, beside its payload.
+    """The headers of an event.
 
-    A row keeps these headers as a JSON object, with one object for each attribute that is not
-    empty, so that names of observers cannot collide with others. A row of an older version has one
-    flat object: the observed headers.
+    A row keeps them as a JSON object, with one inner object for each attribute that is not empty.
+    So a header of an observer cannot have the name of another header. A row of an older version has
+    one flat object: the observed headers.
 
     Attributes:
-        observed: Ids of structlog's, and what observers give.
-        carried: Headers that go along with everything that the event's handlers publish.
-        received: Headers of the message that the event was read from; None if it was published.
+        observed: Ids from structlog's context variables, and headers from observers.
+        carried: Headers that all events from the event's handlers get, too.
+        received: The headers of the received message; None if the event was published here.
     """
 
     observed: Mapping[str, str]
@@ -354,7 +355,7 @@ class Headers(NamedTuple):
     received: Mapping[str, str] | None = None
 
     def dump(self) -> str | None:
-        """The headers as a row keeps them; None if there are none."""
+        """Return the headers as a row keeps them; None if there are none."""
         kept = {
             name: dict(headers)
             for name, headers in self._asdict().items()
@@ -365,13 +366,13 @@ class Headers(NamedTuple):
     @classmethod
     def load(cls, text: str) -> Headers:
         """Read the headers of a row."""
-        kept: dict[str, Any] = json.loads(text)  # Any: an object, or a text
+        kept: dict[str, Any] = json.loads(text)  # Any: a dict, or a str in an older version
         if not all(isinstance(each, dict) for each in kept.values()):
             return cls(kept)
         return cls(kept.get("observed", {}), kept.get("carried", {}), kept.get("received"))
 
     def restore(self, observers: Sequence[Observer]) -> None:
-        """Put the headers back into the context variables of the caller."""
+        """Set the context variables of the caller from the headers, and call observers."""
         carried.set(self.carried)
         observed = self.observed
         bind_contextvars(**{name: observed[name] for name in _CORRELATION if name in observed})
@@ -381,7 +382,7 @@ class Headers(NamedTuple):
 
 
 def headers_of(envelope: Envelope, observers: Sequence[Observer]) -> Headers:
-    """The headers of an event, called in the context variables of its publisher."""
+    """Return the headers of an event. To be called with the context variables of the publish."""
     bound = get_contextvars()
     observed = {name: str(bound[name]) for name in _CORRELATION if name in bound}
     for observer in observers:
@@ -392,7 +393,7 @@ def headers_of(envelope: Envelope, observers: Sequence[Observer]) -> Headers:
 
 
 class StoredEnvelope(Envelope):
-    """One delivery from the table, which is run as that of an event that was published here."""
+    """An envelope with one delivery from the table."""
 
     __slots__ = ("claimed",)
 
@@ -412,11 +413,11 @@ class StoredEnvelope(Envelope):
             event, plan, variables, None, published_ns, number, Verdict.RELEASED, None, incoming
         )
         self.claimed = claimed
-        self.announced = True  # where it was published
-        self.rows: Any = rows  # Any: the core's `Rows`, which this is
+        self.announced = True  # it was announced at its publish
+        self.rows: Any = rows  # Any: the type in the core is its protocol `Rows`
 
     def delivery(self, index: int) -> Delivery:
-        """The delivery as it was at its publish, at its next attempt."""
+        """Make the delivery with the ids of its publish, and with the number of this attempt."""
         claimed, subscription = self.claimed, self.plan[index]
         return Delivery(
             event=self.event,

@@ -1,8 +1,11 @@
-"""Owns the rows that a process has claimed: how many it holds, and which one is run next.
+"""Owns the rows that a relay has claimed: how many rows wait, and which one runs next.
 
-Knows nothing of when to look into the table. Claimed rows wait in memory. A few units of work are
-*fed*: each takes the next row whenever it is free. So no row has a task of its own, and none waits
+Knows nothing of when to read the table. Claimed rows wait in memory. A few units of work are *fed*:
+each takes the next row whenever it is free. So no row needs a task of its own, and no row waits
 behind a slow one.
+
+A *suspect* is a row whose process died in its second attempt or later. The row may have caused
+this, so it runs while no other row runs here, if possible.
 """
 
 from __future__ import annotations
@@ -31,16 +34,16 @@ from eventkit.outbox._rows import EventRows, Headers, Outcome, Row, StoredEnvelo
 from eventkit.outbox._store import Claimed
 
 _MOST_HELD = 500
-_PATIENCE = 5.0  # seconds that a suspect waits to run alone
-_PACE = 2.0  # seconds: as many rows are held as have ended in so many
+_PATIENCE = 5.0  # seconds that a suspect waits for a moment without other rows
+_PACE = 2.0  # seconds; a relay holds as many rows as have ended within this time
 
-_UNKNOWN = Durable()  # of a handler that has gone since its row was claimed
+_UNKNOWN = Durable()  # for a handler that was removed after its row was claimed
 
 
 class Stock:
-    """Rows that are claimed and have not begun, and how many of each handler run.
+    """Claimed rows that have not begun, and the number of running rows of each handler.
 
-    While others wait, one handler has at most half of the places.
+    While rows of several handlers wait, one handler may use at most half of the concurrency.
     """
 
     def __init__(self, concurrency: int) -> None:
@@ -51,24 +54,24 @@ class Stock:
 
     @property
     def waiting(self) -> int:
-        """How many have not begun."""
+        """The number of rows that have not begun."""
         return sum(map(len, self._waiting.values()))
 
     def held(self) -> Counter[str]:
-        """How many rows each handler has here, waiting or running."""
+        """Return the number of waiting and running rows of each handler."""
         waiting = Counter({name: len(rows) for name, rows in self._waiting.items()})
         return waiting + self._running
 
     def add(self, envelope: StoredEnvelope) -> None:
-        """It waits from now on."""
+        """Add a row that waits."""
         rows = self._waiting.setdefault(envelope.claimed.handler, deque())
         rows.append((next(self._numbers), envelope))
 
     def take(self) -> StoredEnvelope | None:
-        """The next one to run: the one that came first, of a handler that has room."""
+        """Take the oldest row of a handler that may run more; None if there is no such row."""
         heads = [(rows[0][0], name) for name, rows in self._waiting.items()]
         allowed = [each for each in heads if self._running[each[1]] < self._most_of_one]
-        if len(heads) == 1:  # nobody else waits
+        if len(heads) == 1:  # no other handler waits
             allowed = heads
         if not allowed:
             return None
@@ -81,26 +84,26 @@ class Stock:
         return envelope
 
     def end(self, handler: str) -> None:
-        """A row that was taken has ended."""
+        """Note that a taken row has ended."""
         self._running[handler] -= 1
         if not self._running[handler]:
             del self._running[handler]
 
     def clear(self) -> None:
-        """Drop what waits: the lease gives it back."""
+        """Drop all waiting rows. The lease gives them back."""
         self._waiting.clear()
 
 
 class RowSource:
-    """Claims rows, makes events of them, and gives them one by one to those who run them.
+    """Claims rows, decodes their events, and adds them to its stock.
 
-    Belongs to the event loop on which it was made. Rows run in the context variables of that
-    moment.
+    A source belongs to one event loop. Rows run with a copy of the context variables from the
+    moment at which the source was made.
 
     Args:
-        holdings: What this process holds of the table.
-        state: Of the bus.
-        concurrency: How many run at once.
+        holdings: The holdings of this process.
+        state: The state of the bus.
+        concurrency: The number of rows that run at once.
         ended: Called when a row has ended.
     """
 
@@ -113,34 +116,37 @@ class RowSource:
         self._state = state
         self._tell_ended = ended
         self._variables = copy_context()
-        self._variables.run(carried.set, NOTHING_CARRIED)  # a relay runs rows of others
-        self._busy_since = current_time()  # when nothing was held the last time, or a suspect came
-        self._ended: deque[float] = deque()  # when rows have ended, within the pace
-        # The one that runs, until its outcome is written or nobody has it any more.
+        # A row gets the carried headers of its own publish, and none of the relay.
+        self._variables.run(carried.set, NOTHING_CARRIED)
+        # The last time without rows here, or at which a suspect was claimed.
+        self._busy_since = current_time()
+        self._ended: deque[float] = deque()  # the times at which rows ended, within `_PACE`
+        # The running suspect, until its outcome is written or its object is freed.
         self._suspect: weakref.ref[Row] | None = None
 
     def end(self, handler: str) -> None:
-        """A row has ended."""
+        """Note that a row has ended."""
         self.stock.end(handler)
         self._ended.append(current_time())
         self._tell_ended()
 
     def most_held(self) -> int:
-        """How many rows may be held: as many as ended lately, within limits."""
+        """Return the maximum of held rows: the number that has ended lately, within limits."""
         while self._ended and self._ended[0] < current_time() - _PACE:
             self._ended.popleft()
         return min(max(len(self._ended), self.concurrency), _MOST_HELD)
 
     async def claim(self, within: float = 0.0) -> int:
-        """Claim what is due, as far as there is room; returns how many rows.
+        """Claim due rows, as far as there is room; return the number of claimed rows.
 
-        A handler that holds half of the rows is given no more, and does not count: rows of others
-        find room beside it. A row whose process has died repeatedly is claimed once nothing else
-        is held, or after some seconds in which that was never so; the next one when its outcome
-        is written.
+        A *busy* handler has at least half of the rows that may be held. It gets no more rows while
+        others wait. Its rows do not count, so that there is room for rows of other handlers.
+
+        A suspect is claimed when no other row is held, or after some seconds without such a moment.
+        The next suspect is claimed after the outcome of this one is written.
 
         Args:
-            within: Also what is due in so many seconds.
+            within: Seconds. Also claim rows that are due within this time.
         """
         holdings, most, held = self._holdings, self.most_held(), self.stock.held()
         busy = [name for name, number in held.items() if number * 2 >= max(most, 2)]
@@ -148,12 +154,12 @@ class RowSource:
         if room <= 0:
             return 0
         await holdings.hold_lease()
-        term = holdings.lease.term  # before: the process may stand still after it has claimed
+        term = holdings.lease.term  # before the claim: the process may be stopped during it
         owner, known = holdings.lease.owner, holdings.catalog.known()
         claim = partial(holdings.store.claim, owner=owner, known=known, within=within)
         claimed = await self._claim(partial(claim, limit=room, busy=busy), term)
         rest = most - held.total() - claimed
-        if busy and rest > 0:  # nobody else waits
+        if busy and rest > 0:  # no other handler waits
             claimed += await self._claim(partial(claim, limit=rest), term)
         if not held:
             self._busy_since = current_time()
@@ -167,7 +173,7 @@ class RowSource:
         return claimed
 
     def suspect_is_done(self) -> bool:
-        """Whether there was a suspect whose outcome is written now, or which nobody has."""
+        """Return True once after a suspect: its outcome is written, or its object is freed."""
         if self._suspect is None or self._suspect_runs:
             return False
         self._suspect = None
@@ -181,10 +187,10 @@ class RowSource:
     async def _claim(
         self, claim: Callable[[Connection], Sequence[Claimed]], term: object | None
     ) -> int:
-        """Claim rows, and have them wait for their run; returns how many.
+        """Claim rows, and add them to the stock; return the number of rows.
 
-        They are known before the transaction is over: this event loop may be blocked for longer
-        than the lease waits before it gives back what nobody knows.
+        The rows are made known inside the transaction. Later is too late: the event loop may be
+        blocked, and the lease gives back rows that this process does not know for some time.
         """
 
         def claim_and_know(connection: Connection) -> list[tuple[Claimed, Row]]:
@@ -201,14 +207,14 @@ class RowSource:
         return row
 
     def _receive(self, rows: Sequence[tuple[Claimed, Row]]) -> None:
-        """Have them wait for their run, or write down at once why not."""
-        find = cache(self._holdings.catalog.find)  # most of them are of few handlers
+        """Add rows to the stock. Write the outcome of a row that cannot run here."""
+        find = cache(self._holdings.catalog.find)  # most rows belong to a few handlers
         for claimed, row in rows:
             if claimed.suspect:
                 self._suspect = weakref.ref(row)
             try:
                 self._admit(claimed, row, find)
-            except Exception as error:  # noqa: BLE001 - also of the user's functions in `formerly`
+            except Exception as error:  # noqa: BLE001 - functions in `formerly` are user code
                 self._complain(claimed, error)
                 self._holdings.hear(Outcome(row, describe(error), unreadable=True))
 
@@ -216,18 +222,18 @@ class RowSource:
         holdings = self._holdings
         found = find(claimed.handler, claimed.event_type)
         if found is None:
-            reason = "no handler of this name takes such events here"
+            reason = "this process has no handler with this name for these events"
             holdings.hear(Outcome(row, reason, unreadable=True))
             return
         row.durable = found.subscription.durable or _UNKNOWN
         if claimed.attempt > row.durable.attempts:
-            holdings.hear(Outcome(row, "its process ended, each time"))
+            holdings.hear(Outcome(row, "its process ended during the last attempt"))
             return
         event = found.codec.decode(claimed.payload, claimed.event_type)
         variables = self._variables.copy()
         headers = Headers.load(claimed.headers) if claimed.headers else Headers({})
         variables.run(headers.restore, self._state.observers.restored)
-        row.handler = found.subscription.name  # which may have been another one at the publish
+        row.handler = found.subscription.name  # the row may have a former name of the handler
         rows = EventRows(holdings, {0: row}, None, None)
         received, number = headers.received, next_number()
         self.stock.add(
@@ -264,7 +270,7 @@ class Fed(Ending):
         self._taken: StoredEnvelope | None = None
 
     def next_turn(self) -> Turn | None:
-        """End the event at hand, and give the next one, also of the next row."""
+        """End the current event, and return the next turn. If there is none, take the next row."""
         unit = self.unit
         while (turn := unit.next_turn()) is None:
             self._let_go()
@@ -272,19 +278,19 @@ class Fed(Ending):
             if self._taken is None:
                 return super().next_turn()
             (subscription,) = self._taken.plan
-            if not subscription.active:  # it was cancelled after the claim
+            if not subscription.active:  # the subscription was cancelled after the claim
                 self._taken.plan.valid = False
             unit.queue.feed(self._taken)
         return turn
 
     def end(self) -> None:
-        """End the event at hand, and close."""
+        """End the current event, and close the unit."""
         super().end()
         self._let_go()
         self._over(self)
 
     def _let_go(self) -> None:
-        """The row that was taken has ended, with all that it has caused."""
+        """End the taken row. All events that it has caused have ended, too."""
         taken, self._taken = self._taken, None
         if taken is not None:
             self._source.end(taken.claimed.handler)

@@ -1,14 +1,18 @@
-"""Owns how a statement is said to PostgreSQL and to SQLite: names, clock, lists, types.
+"""Owns how statements differ between PostgreSQL and SQLite: names, clock, lists, types.
 
-Knows nothing of what the statements are for.
+Knows nothing of the purpose of the statements.
 
-Statements are written once, for both: `{outbox}`, `{process}` and `{inbox}` are the tables,
-`{clock}` is the database's time as the statement runs, `{now}` the one that is compared with,
-`{skip}` leaves out rows that another transaction holds, and `in :names` takes a list. Their text
-does not depend on the length of a list, so that drivers prepare each statement once.
+A statement is written once, for both databases:
 
-Each is qualified with the schema, which is looked up once, so neither a later `search_path` nor a
-`schema_translate_map` leads it to other tables.
+- `{outbox}`, `{process}` and `{inbox}` are the tables.
+- `{clock}` is the database's time while the statement runs. It is written into rows.
+- `{now}` is the time to compare with. On PostgreSQL it is the start of the transaction.
+- `{skip}` leaves out rows that another transaction has locked.
+- `in :names` takes a list. The text does not depend on the length of the list, so drivers prepare
+  each statement once.
+
+Table names include the schema, which is looked up once. So a later `search_path` or
+`schema_translate_map` does not lead to other tables.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from eventkit.outbox._tables import INBOX, OUTBOX, PROCESS
 
 __all__ = ["Statements", "to_uuid"]
 
-# What a value may be: asyncpg wants to know the type of each.
+# The types of values: asyncpg needs the type of each parameter.
 _TYPES: dict[str, TypeEngine[Any]] = {
     "after": Uuid(),
     "attempt": Integer(),
@@ -67,7 +71,7 @@ _POSTGRESQL = {
     "skip": "for update of r skip locked",
 }
 _SQLITE_CLOCK = "((julianday('now') - 2440587.5) * 86400.0)"
-# Whoever writes to SQLite has locked all of it.
+# No `skip`: a writer of SQLite has locked the whole database.
 _SQLITE = {"clock": _SQLITE_CLOCK, "now": _SQLITE_CLOCK, "skip": ""}
 
 _OLDEST = {"postgresql": (12,), "sqlite": (3, 35)}
@@ -77,11 +81,11 @@ class Statements:
     """Runs statements on the connections of one database. Thread-safe.
 
     Args:
-        dialect: SQLAlchemy's, of PostgreSQL or SQLite.
-        schema: Where the tables are; None to look once where the first connection finds them.
+        dialect: SQLAlchemy's dialect, for PostgreSQL or SQLite.
+        schema: The schema of the tables. None: it is looked up once, on the first connection.
 
     Raises:
-        ValueError: It is another database.
+        ValueError: The dialect belongs to another database.
     """
 
     def __init__(self, dialect: Dialect, schema: str | None) -> None:
@@ -92,26 +96,26 @@ class Statements:
         self.dialect = dialect
         self.is_sqlite = dialect.name == "sqlite"
         self.schema = schema if schema is not None or not self.is_sqlite else "main"
-        # Only ever added to; two threads that prepare one text prepare the same.
+        # No lock: entries are only added, and two threads make equal values for one text.
         self._texts: dict[str, TextClause] = {}
 
     def run(
         self, connection: Connection, statement: str, /, **values: object
     ) -> list[tuple[Any, ...]]:
-        """Run a statement that gives rows."""
+        """Run a statement, and return its rows."""
         rows = connection.execute(*self._prepared(connection, statement, values)).all()
         return cast("list[tuple[Any, ...]]", rows)
 
     def count(self, connection: Connection, statement: str, /, **values: object) -> int:
-        """Run a statement that gives none; how many rows it has changed.
+        """Run a statement without result rows, and return the number of changed rows.
 
-        Not for one that begins with WITH: SQLite's driver does not count those.
+        Not for statements that begin with WITH: SQLite's driver does not count their rows.
         """
         return connection.execute(*self._prepared(connection, statement, values)).rowcount
 
     @property
     def words(self) -> dict[str, str]:
-        """What stands for the names in braces."""
+        """The values of the names in braces."""
         quote = self.dialect.identifier_preparer.quote
         prefix = "" if self.schema is None else f"{quote(self.schema)}."
         words = _SQLITE if self.is_sqlite else _POSTGRESQL
@@ -119,9 +123,9 @@ class Statements:
         return words | {word: prefix + table for word, table in tables.items()}
 
     def resolve(self, connection: Connection) -> None:
-        """Look where the tables are, unless that is known.
+        """Look up the schema of the tables, if it is not known.
 
-        Where they are not found it stays unknown, and the database says so at the next statement.
+        If the tables are not found, the schema stays unknown, and the next statement fails.
         """
         if self.schema is None:
             self.schema = connection.exec_driver_sql(
@@ -131,10 +135,10 @@ class Statements:
             ).scalar()
 
     def check_version(self) -> None:
-        """Refuse a server that is too old. It is known once there was a connection.
+        """Refuse a version that is too old. The version is known after the first connection.
 
         Raises:
-            ValueError: It is older than PostgreSQL 12, or SQLite 3.35.
+            ValueError: The version is older than PostgreSQL 12 or SQLite 3.35.
         """
         version = getattr(self.dialect, "server_version_info", None)
         oldest = _OLDEST[self.dialect.name]
@@ -169,7 +173,7 @@ class Statements:
         return Text() if self.is_sqlite and isinstance(kind, ARRAY) else kind
 
     def _value(self, value: object) -> object:
-        """A list is bound as JSON on SQLite, which has no arrays."""
+        """Return the value to bind. SQLite has no arrays, so it gets a list as JSON."""
         if isinstance(value, str) or not isinstance(value, Collection):
             return value
         items = list(cast(Collection[object], value))
@@ -179,7 +183,7 @@ class Statements:
 
 
 def to_uuid(value: object) -> UUID:
-    """An id as a statement gave it: SQLite's are hexadecimal digits."""
+    """Make a UUID of an id from a result row. SQLite returns hexadecimal digits."""
     return value if isinstance(value, UUID) else UUID(str(value))
 
 

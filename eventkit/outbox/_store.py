@@ -1,14 +1,19 @@
-"""Owns what processes do with rows: write, lease, claim, complete, give back, reap.
+"""Owns the operations of processes on rows: write, lease, claim, complete, give back, reap.
 
-Each is a function of a connection on which its caller has begun a transaction, on SQLite by
-`BEGIN IMMEDIATE`. None is begun or ended here. Knows no threads, no event loops, no bus.
+Knows no threads, no event loops, no bus. Each operation is a function of a connection. Its caller
+has begun a transaction on this connection, on SQLite with `BEGIN IMMEDIATE`, and ends it.
 
-A row is changed only by the process that has leased it, by one that claims it, or by one that
-reaps a process that is dead. Every change of a leased row is *fenced*: it names the owner, and
-where an attempt ends, the attempt. What another process has taken meanwhile is not changed.
+To *reap* is to make the rows of a dead process ready for others. A row is changed only by:
 
-No statement waits for rows that another transaction holds, but for those that its own process
-has leased. Nothing outlives a transaction: no SET, no session or advisory lock, no LISTEN.
+- the process that has leased it,
+- a process that claims it,
+- a process that reaps its owner.
+
+A change of a leased row is *fenced*: it names the owner, and at the end of an attempt also the
+attempt. So it does not change a row that another process has taken over.
+
+A statement waits for a row lock only if its own process has leased the row. Nothing lasts longer
+than a transaction: no SET, no session or advisory lock, no LISTEN.
 """
 
 from __future__ import annotations
@@ -51,10 +56,10 @@ __all__ = [
 
 _UNREADABLE_AGAIN = 600.0  # seconds
 
-# The states stand as they do in the index's condition, or SQLite would not use it.
+# The list of states has to be the one in the index's condition, or SQLite does not use the index.
 _KNOWN_AND_DUE = (
     "state in (0, 3, 4) and due_at <= {now} + :seconds"
-    " and (state <> 3 or due_at <= {now})"  # else `within` would find it again and again
+    " and (state <> 3 or due_at <= {now})"  # `within` would claim an unreadable row repeatedly
     " and handler in :handlers and event_type in :event_types"
 )
 _UNCOUNTED = "attempt = case when attempt > 0 then attempt - 1 else 0 end"
@@ -77,12 +82,13 @@ _LOOK = f"""
     union all
     select null where exists (select 1 from {{outbox}} where {_KNOWN_AND_DUE})
 """
-# A process that renews meanwhile holds its row, or has changed it once the lock is had: both times
-# it is left out.
+# A process that renews its lease at the same time is left out: either it holds the lock of its row,
+# or its row has the new time after the lock is taken.
 _LAPSED = """
     select owner from {process} as r where owner in :owners and alive_until < {now} {skip}
 """
-# One whose rows were held by another transaction stays: it is found again at the next look.
+# If another transaction holds some of the rows, the row of the process stays, and is found again at
+# the next look.
 _BURY = """
     delete from {process} as p where owner in :owners and not exists (
         select 1 from {outbox} as r where r.owner = p.owner and r.state = 1)
@@ -103,8 +109,11 @@ _REAP_ORPHANS = _reap("not exists (select 1 from {process} as p where p.owner = 
 
 
 def _claim(condition: str) -> str:
-    # A dead or unreadable row does not hold up those behind it, unless it is tried again just now.
-    # What runs does, wherever it stands: an unreadable row may find a later one running.
+    # Order by key. A row has to wait while:
+    # - a row of its key runs, also a later one: an unreadable row may find a later row running;
+    # - an earlier row of its key is ready or suspect;
+    # - an earlier row of its key is unreadable, is due again, and has an event type known here.
+    # A row does not wait for dead rows, or for unreadable rows that are due later.
     return f"""
         with chosen as (
             select id from {{outbox}} as r
@@ -126,7 +135,7 @@ def _claim(condition: str) -> str:
 _CLAIM_READY = _claim("state <> 4 and handler not in :busy")
 _CLAIM_SUSPECT = _claim("state = 4")
 
-# Two transactions that note the same message: the second one waits until the first one has ended.
+# If two transactions note the same message, the second one waits for the end of the first one.
 _NOTE = """
     insert into {inbox} (consumer, message_id, received_at)
     values (:consumer, :message_id, {clock}) on conflict do nothing returning message_id
@@ -140,7 +149,7 @@ _FORGET = """
 
 @dataclass(slots=True)
 class Claimed:
-    """A row that this process has leased, to run its handler."""
+    """A row that this process has claimed."""
 
     id: UUID
     event_id: UUID
@@ -156,11 +165,11 @@ class Claimed:
 
 
 class Look(NamedTuple):
-    """What a relay sees at one glance.
+    """The result of one look of a relay.
 
     Attributes:
-        lapsed: Other processes whose lease has ended.
-        due: Whether something is due that is known here. A row that waits for an earlier one of
+        lapsed: Other processes whose lease is over.
+        due: Whether a row is due that this process can run. A row that waits for an earlier row of
             its key counts, too.
     """
 
@@ -169,15 +178,15 @@ class Look(NamedTuple):
 
 
 class Store(Operations):
-    """The rows of one outbox. Thread-safe: it keeps nothing but the texts of its statements.
+    """The rows of one outbox. Thread-safe: its only state is a cache of statements.
 
     Args:
-        dialect: SQLAlchemy's, of PostgreSQL or SQLite.
-        schema: Where the tables are. With None, the first connection says it by its search_path:
-            call `problem` first, with a connection whose search_path no transaction has changed.
+        dialect: SQLAlchemy's dialect, for PostgreSQL or SQLite.
+        schema: The schema of the tables. None: it is looked up by the search_path of the first
+            connection. So call `problem` first, on a connection with an unchanged search_path.
 
     Raises:
-        ValueError: It is another database.
+        ValueError: The dialect belongs to another database.
     """
 
     def __init__(self, dialect: Dialect, schema: str | None) -> None:
@@ -187,29 +196,32 @@ class Store(Operations):
     def insert(self, connection: Connection, events: Sequence[NewEvent], owner: str | None) -> None:
         """Write the rows of events that the connection's transaction decides.
 
-        Rows without a key are leased by the owner, attempt 1. Those with a key, and all if there
-        is no owner, are ready. One statement, or one for each hundred rows.
+        With an owner, rows without a key are leased, with attempt 1. Rows with a key are ready.
+        Without an owner, all rows are ready. Each statement writes up to a hundred rows.
         """
         self._insert.run(connection, events, owner)
 
     def beat(self, connection: Connection, owner: str, lease_seconds: float) -> None:
-        """Say that a process is alive for so long from now on."""
+        """Write that a process is alive for `lease_seconds` from now on."""
         self._statements.count(connection, _BEAT, owner=owner, seconds=lease_seconds)
 
     def owned(self, connection: Connection, owner: str) -> set[UUID]:
-        """The rows that a process has leased."""
+        """Return the ids of the rows that a process has leased."""
         rows = self._statements.run(
             connection, f"select id from {{outbox}} where {_FENCED}", owner=owner
         )
         return {to_uuid(id_) for (id_,) in rows}
 
     def give_back(self, connection: Connection, owner: str, ids: Collection[UUID]) -> int:
-        """Have others run these rows, now, and do not count the attempt; how many were leased."""
+        """Make leased rows ready now, without counting the attempt; return their number."""
         statement = f"{_GIVE_BACK} where id in :ids and {_FENCED}"
         return self._statements.count(connection, statement, owner=owner, ids=ids)
 
     def farewell(self, connection: Connection, owner: str, but: Collection[UUID]) -> int:
-        """Give back all rows of a process but these; without these it counts as gone."""
+        """Give back all rows of a process except `but`; return their number.
+
+        If `but` is empty, the row of the process is deleted: its lease has ended.
+        """
         statement = f"{_GIVE_BACK} where id not in :ids and {_FENCED}"
         given = self._statements.count(connection, statement, owner=owner, ids=but)
         if not but:
@@ -221,10 +233,10 @@ class Store(Operations):
     def complete(
         self, connection: Connection, owner: str, done: Iterable[tuple[UUID, int]]
     ) -> set[UUID]:
-        """Delete the rows of deliveries that are done, given by id and attempt.
+        """Delete the rows of successful deliveries, given by id and attempt.
 
         Returns:
-            Those that were deleted. The others have been given to another process.
+            The ids of the deleted rows. Another process has taken over the others.
         """
         ids_of = defaultdict[int, list[UUID]](list)
         for id_, attempt in done:
@@ -246,7 +258,7 @@ class Store(Operations):
         error: str,
         in_seconds: float | None,
     ) -> bool:
-        """Have a row tried again in so many seconds, or never if None; False if it was lost."""
+        """Write a failure: retry after `in_seconds`, or dead if None. False if the row was lost."""
         later = {} if in_seconds is None else {"seconds": in_seconds}
         change = _DIE if in_seconds is None else _RETRY_LATER
         return self._end(connection, change, owner, id_, attempt, error, **later)
@@ -254,22 +266,22 @@ class Store(Operations):
     def unreadable(
         self, connection: Connection, owner: str, id_: UUID, attempt: int, error: str
     ) -> bool:
-        """Have a row tried again in ten minutes, by who can decode it; False if it was lost.
+        """Write that a row cannot be decoded here; False if the row was lost.
 
-        The attempt is not counted.
+        It is due again in ten minutes, for any process. The attempt is not counted.
         """
         return self._end(
             connection, _UNREADABLE, owner, id_, attempt, error, seconds=_UNREADABLE_AGAIN
         )
 
     def look(self, connection: Connection, owner: str, known: Known, within: float = 0.0) -> Look:
-        """See what there is to do, with one SELECT: who has lapsed, and whether something is due.
+        """Find processes whose lease is over, and whether a row is due, with one SELECT.
 
         Args:
-            connection: In a transaction.
-            owner: This process, which is never among the lapsed.
-            known: What it can run.
-            within: What is due in so many seconds is due, but for unreadable rows.
+            connection: A connection in a transaction.
+            owner: This process. It is never in the result.
+            known: The handlers and event types of this process.
+            within: Seconds. Rows that are due within this time count, except unreadable rows.
         """
         rows = self._statements.run(
             connection, _LOOK, owner=owner, seconds=within, **known._asdict()
@@ -278,13 +290,14 @@ class Store(Operations):
         return Look(lapsed, due=len(lapsed) < len(rows))
 
     def reap(self, connection: Connection, owner: str, lapsed: Collection[str]) -> int:
-        """Have the rows of dead processes run by others.
+        """Make the rows of dead processes ready for others.
 
-        Whether they are dead is looked at once more, under a lock that a renewal waits for. Rows
-        that another transaction holds are left for the next time.
+        The leases are checked again, under a lock for which a renewal has to wait. Rows that
+        another transaction holds are left for the next time.
 
         Returns:
-            How many rows. They are ready, or suspect if it was not the first attempt.
+            The number of rows. A row in its first attempt becomes ready, any other row becomes
+            suspect.
         """
         others = [each for each in lapsed if each != owner]
         rows = self._statements.run(connection, _LAPSED, owners=others)
@@ -296,7 +309,7 @@ class Store(Operations):
         return len(reaped)
 
     def reap_orphans(self, connection: Connection) -> int:
-        """Have rows run by others whose owner is not even among the processes; how many."""
+        """Do the same as `reap` for owners without a row in the process table."""
         return len(self._statements.run(connection, _REAP_ORPHANS))
 
     def claim(
@@ -309,25 +322,25 @@ class Store(Operations):
         within: float = 0.0,
         busy: Collection[str] = (),
     ) -> list[Claimed]:
-        """Lease rows that are due, the longest due first.
+        """Lease due rows, the longest due first.
 
-        Rows that others claim at the same time are left to them. At most one of each handler and
-        key, and only if none of that key runs and none before it waits.
+        Rows that another process claims at the same time are left out. For each handler and key, at
+        most one row is claimed: only if no row of this key runs, and no earlier one waits.
 
         Args:
-            connection: In a transaction.
-            owner: Who leases them.
-            known: What it can run. Other rows are not touched.
-            limit: How many at most.
-            within: What is due in so many seconds is due, but for unreadable rows.
-            busy: Handlers that get no row now.
+            connection: A connection in a transaction.
+            owner: The process that claims.
+            known: The handlers and event types of the process. Other rows are not claimed.
+            limit: The maximum number of rows.
+            within: Seconds. Rows that are due within this time count, except unreadable rows.
+            busy: The names of handlers that get no row now.
         """
         return self._claimed(
             connection, _CLAIM_READY, owner, known, limit=limit, seconds=within, busy=busy
         )
 
     def claim_suspect(self, connection: Connection, owner: str, known: Known) -> Claimed | None:
-        """Lease one row whose process has died repeatedly, to run it alone."""
+        """Lease one due suspect row, to run it without other rows. None if there is none."""
         claimed = self._claimed(connection, _CLAIM_SUSPECT, owner, known, limit=1, seconds=0.0)
         for row in claimed:
             row.suspect = True
@@ -335,7 +348,7 @@ class Store(Operations):
         return None
 
     def unreadable_due(self, connection: Connection, known: Known) -> int:
-        """Have unreadable rows tried again now: this process may be able to. How many."""
+        """Make unreadable rows due now, as this process may decode them; return their number."""
         return self._statements.count(
             connection,
             "update {outbox} set due_at = {clock} where state in (0, 3, 4) and state = 3"
@@ -346,10 +359,10 @@ class Store(Operations):
     def unknown(
         self, connection: Connection, known: Known, older_than: float = 60.0
     ) -> list[tuple[str, str, int]]:
-        """What has been due for so many seconds and cannot be run here.
+        """Count rows that have been due for `older_than` seconds, and cannot run in this process.
 
         Returns:
-            Handler, event type, and how many rows.
+            Tuples of handler, event type and number of rows.
         """
         rows = self._statements.run(
             connection,
@@ -368,10 +381,11 @@ class Store(Operations):
         return bool(noted)
 
     def forget_messages(self, connection: Connection, older_than: float, limit: int) -> int:
-        """Delete notes of messages that were received so many seconds ago, the oldest first.
+        """Delete ids of messages received at least `older_than` seconds ago, the oldest first.
 
         Returns:
-            How many. Fewer than `limit` only if no more are left, or others are deleting them.
+            Their number. It is below `limit` only if no more are left, or if other processes are
+            deleting them.
         """
         return self._statements.count(connection, _FORGET, seconds=older_than, limit=limit)
 
@@ -385,7 +399,7 @@ class Store(Operations):
         error: str,
         **values: float,
     ) -> bool:
-        """End an attempt that was not a success; False if the row was not leased for it."""
+        """End an attempt without success; False if the row is not leased for this attempt."""
         statement = (
             f"update {{outbox}} set {change}, owner = null, error = :error"
             f" where id = :id and attempt = :attempt and {_FENCED}"
@@ -397,7 +411,7 @@ class Store(Operations):
         self, connection: Connection, statement: str, owner: str, known: Known, **values: object
     ) -> list[Claimed]:
         rows = self._statements.run(connection, statement, owner=owner, **known._asdict(), **values)
-        # UPDATE gives rows in any order.
+        # UPDATE returns rows in any order.
         return [_claimed(row) for row in sorted(rows, key=itemgetter(0))]
 
 

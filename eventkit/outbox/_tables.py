@@ -1,4 +1,4 @@
-"""Owns the outbox's tables: their columns and indexes, their DDL, and whether a database has them.
+"""Owns the outbox's tables: columns and indexes, DDL, and the check that a database has them.
 
 Knows nothing of statements that read or write rows.
 """
@@ -32,8 +32,8 @@ OUTBOX = "eventkit_outbox"
 PROCESS = "eventkit_process"
 INBOX = "eventkit_inbox"
 
-# The same words in every statement: SQLite uses a partial index only if it finds its condition
-# in the statement, term by term.
+# Statements use the same terms: SQLite uses a partial index only if each term of its condition is
+# in the statement.
 _WAITING = text("state in (0, 3, 4)")
 _LEASED = text("state = 1")
 _KEYED = text("key is not null")
@@ -44,13 +44,13 @@ _REMEDY = "add_tables(Base.metadata), then run your migrations or create_all"
 class State(IntEnum):
     """The states of a row.
 
-    | state | means | leaves by |
+    | state | meaning | ended by |
     |---|---|---|
-    | READY | due at `due_at` | claim |
+    | READY | due at `due_at` | claim, drop |
     | LEASED | its `owner` runs it | completion (deleted), failure, give-back, reap |
-    | DEAD | attempts used up, or given up | retry, drop |
-    | UNREADABLE | cannot be decoded here, tried again when due | claim |
-    | SUSPECT | its process died more than once | claim, alone |
+    | DEAD | no attempts left, or `backoff` returned None | retry, drop |
+    | UNREADABLE | a process could not decode it; tried again when due | claim, retry, drop |
+    | SUSPECT | its process died in the second attempt or later | claim (runs alone), drop |
     """
 
     READY = 0
@@ -61,17 +61,17 @@ class State(IntEnum):
 
 
 def add_tables(metadata: MetaData, *, schema: str | None = None) -> None:
-    """Put the outbox's tables into your MetaData.
+    """Add the outbox's tables to a `MetaData`.
 
         add_tables(Base.metadata)  # beside your models
 
-    Alembic's autogenerate then creates them, and does not drop them later; `create_all` makes
-    them, too. To call it again for the same MetaData changes nothing. Not thread-safe: call it
-    where the models are defined.
+    Then `create_all` makes the tables. Alembic's autogenerate makes them, too, and does not drop
+    them later. A second call for the same MetaData changes nothing. Not thread-safe: call it where
+    the models are defined.
 
     Args:
-        metadata: What your migrations or `create_all` work with.
-        schema: Where the tables are to be. By default where the MetaData puts its own.
+        metadata: The MetaData of your migrations or of `create_all`.
+        schema: The schema of the tables. By default the schema of the MetaData.
     """
     schema = schema if schema is not None else metadata.schema
     for name, items in _items().items():
@@ -80,7 +80,7 @@ def add_tables(metadata: MetaData, *, schema: str | None = None) -> None:
 
 
 def ddl_of(dialect: Dialect, schema: str | None) -> str:
-    """The statements that create the tables, each ended by `;`."""
+    """Return the statements that create the tables. Each ends with `;`."""
     metadata = MetaData()
     add_tables(metadata, schema=schema)
     statements = list[str]()
@@ -91,11 +91,11 @@ def ddl_of(dialect: Dialect, schema: str | None) -> str:
 
 
 def problem_of(connection: Connection, schema: str | None) -> str | None:
-    """What is missing in the database, and what to do; None if all tables are as they should be."""
+    """Return what is missing in the database, and the remedy; None if nothing is missing."""
     database = inspect(connection)
     metadata = MetaData()
     add_tables(metadata)
-    for table in metadata.tables.values():  # the one that gives the outbox its name first
+    for table in metadata.tables.values():  # the outbox table first
         if not database.has_table(table.name, schema):
             return f"there is no table {table.name}{_place(connection, schema)}: {_REMEDY}"
         there = {column["name"] for column in database.get_columns(table.name, schema)}
@@ -109,7 +109,7 @@ def _place(connection: Connection, schema: str | None) -> str:
     if schema is not None:
         return f" in schema '{schema}'"
     path = connection.exec_driver_sql("select current_setting('search_path')").scalar_one()
-    return f" in the search_path ({path}), or Outbox(schema=...) has to name its schema"
+    return f" in the search_path ({path}), and Outbox() has no schema="
 
 
 def _sorted(table: Table) -> list[Index]:
@@ -117,7 +117,7 @@ def _sorted(table: Table) -> list[Index]:
 
 
 def _items() -> dict[str, list[SchemaItem]]:
-    """Columns and indexes of each table, made anew: they belong to one table each."""
+    """Make new columns and indexes for each table: SQLAlchemy binds each of them to one table."""
     return {
         OUTBOX: [
             Column("id", Uuid, primary_key=True),
@@ -125,14 +125,15 @@ def _items() -> dict[str, list[SchemaItem]]:
             Column("event_type", Text, nullable=False),
             Column("handler", Text, nullable=False),
             Column("key", Text),
-            # 0 without a key. An identity, because Alembic does not see sequences; SQLite has none.
+            # 0 without a key. On PostgreSQL an identity, because Alembic does not see sequences.
+            # SQLite has no identities.
             Column("position", BigInteger, Identity(), nullable=False),
-            # Text instead of JSON: an exact round trip, and one way for all drivers.
+            # Text instead of JSON: an exact round trip, and the same for all drivers.
             Column("payload", Text, nullable=False),
             Column("headers", Text),
             Column("depth", Integer, nullable=False),
-            # Times are seconds since 1970: one arithmetic on both databases. This is the
-            # publisher's clock, all others are the database's.
+            # Times are seconds since 1970, so both databases compute with them in the same way.
+            # `published_at` is by the publisher's clock, all others are by the database's clock.
             Column("published_at", Double, nullable=False),
             Column("state", SmallInteger, nullable=False),
             Column("attempt", Integer, nullable=False),
@@ -147,12 +148,12 @@ def _items() -> dict[str, list[SchemaItem]]:
             Column("owner", Text, primary_key=True),
             Column("alive_until", Double, nullable=False),
         ],
-        # Messages that were received from a broker.
+        # The ids of messages that were received from a broker.
         INBOX: [
             Column("consumer", Text, primary_key=True),
             Column("message_id", Text, primary_key=True),
             Column("received_at", Double, nullable=False),
-            # A week of messages is kept, and relays look for the oldest of them once per hour.
+            # Ids are kept for a week. Relays look for the oldest ones once per hour.
             Index(f"{INBOX}_received", "received_at"),
         ],
     }

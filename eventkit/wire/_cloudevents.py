@@ -134,7 +134,7 @@ def encode(
             `DomainEvent`, else now.
 
     Returns:
-        The body, and `headers(prefix)`: the prefix depends on the protocol.
+        The message. Its `headers(prefix)` take a prefix, which depends on the protocol.
 
     Raises:
         ValueError: `source`, `id` or `key` is empty, or no `str`.

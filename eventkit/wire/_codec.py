@@ -20,7 +20,7 @@ from eventkit.wire._probe import Probe, language_of
 E = TypeVar("E")
 
 _ATTRIBUTE = "__eventkit_codec__"
-_BUILTIN: dict[type, Codec[Any]] = {}  # for the few classes that take no attribute
+_BUILTIN: dict[type, Codec[Any]] = {}  # for classes that accept no new attribute, such as `int`
 
 
 class EventDecodingError(ValueError):
@@ -65,7 +65,7 @@ class Codec(Generic[E]):
             if loss is None:
                 return payload.decode()
             del payload
-        del event  # the traceback keeps the locals of this frame
+        del event  # else the traceback shows it: a traceback keeps the locals of its frames
         raise EventEncodingError(self.event_type.__qualname__, loss.path, loss.problem)
 
     def decode(self, payload: str, name: str) -> E:
@@ -82,7 +82,7 @@ class Codec(Generic[E]):
         event, problem = self._decoded(payload, name)
         if problem is None:
             return cast("E", event)
-        del payload  # the traceback keeps the locals of this frame
+        del payload  # else the traceback shows it: a traceback keeps the locals of its frames
         raise EventDecodingError(problem)
 
     def _loss_of_type(self, event: object) -> Loss | None:
@@ -91,8 +91,8 @@ class Codec(Generic[E]):
         kind = type(event).__qualname__
         return Loss(
             kind,
-            f"only {self.event_type.__qualname__} itself is stored here, not what is derived from "
-            f"it: subscribe to {kind}",
+            f"only events of {self.event_type.__qualname__} itself are stored here, not of its "
+            f"subclasses: subscribe to {kind}",
         )
 
     def _written(self, event: object) -> tuple[bytes, Loss | None]:
@@ -121,7 +121,7 @@ class Codec(Generic[E]):
         return Loss(path, f"{kind_of(part)} cannot be written as JSON ({error}). {REMEDY}")
 
     def _cannot_write(self, path: str, part: object) -> bool:
-        """Try to write a part alone: by its own type, and by its declared type."""
+        """Whether a part alone cannot be written: by its own type, or by its declared type."""
         declared = self._probe.declared.get(path, object)
         if isinstance(part, bytes | bytearray) and "bytes" in str(declared):
             return False  # the class around it decides how bytes are written
@@ -154,12 +154,12 @@ class Codec(Generic[E]):
             return None, self._format.explain(error)
 
     def _shown(self, steps: tuple[str | int, ...]) -> str:
-        """Show a place in an event without the keys of its dicts."""
+        """Show a place in an event without the keys of its dicts, because keys count as values."""
         fields = self._probe.fields
         return "".join(f".{each}" if each in fields else "[...]" for each in steps)
 
     def _converted(self, payload: str, steps: list[tuple[str, Upcast]]) -> tuple[str, str | None]:
-        """Call the functions of `formerly`, on values of JSON."""
+        """Call the functions of `formerly` on the stored JSON; return JSON, or a problem."""
         after = "the stored JSON"
         try:
             stored = json.loads(payload)
@@ -189,7 +189,7 @@ def codec_for(event_type: type[E]) -> Codec[E]:
     known = vars(event_type).get(_ATTRIBUTE) if _is_class(event_type) else None
     if isinstance(known, Codec):
         codec = cast("Codec[E]", known)
-        if codec.event_type is event_type:  # a new class by a decorator has a copy of it
+        if codec.event_type is event_type:  # a decorator that makes a new class copies the codec
             return codec
     return _BUILTIN.get(event_type) or _made(event_type)
 
@@ -216,14 +216,14 @@ def _is_class(event_type: object) -> bool:
 def _refuse_what_nobody_finds(event_type: type) -> None:
     if not _is_class(event_type) or event_type is object:
         raise InvalidEventTypeError(
-            f"{event_type!r} is not a class of events that can be stored: name a dataclass, a "
+            f"{event_type!r} is not a class of events that can be stored: use a dataclass, a "
             "pydantic model, a msgspec.Struct or an attrs class"
         )
     if "<locals>" in event_type.__qualname__ and not is_named(event_type):
         name = event_type.__name__
         raise InvalidEventTypeError(
             f"{name} is defined in a function, where no other process finds it: move it to the "
-            f'module, or `@named("shop.{name.lower()}")`'
+            f'module, or give it a name, `@named("shop.{name.lower()}")`'
         )
 
 
@@ -245,14 +245,14 @@ def _a_dict(stored: object) -> dict[str, Any]:
 
 
 def _place_of(error: BaseException) -> str:
-    """Say where an error was raised; its message may quote what was stored."""
+    """Return where an error was raised, without its message: that may quote the stored JSON."""
     *_, innermost = traceback.walk_tb(error.__traceback__)
     frame, line = innermost
     return f" at {frame.f_code.co_filename}:{line}"
 
 
 def _part_at(event: Any, steps: tuple[str | int, ...]) -> object | None:  # Any: any event
-    """Find what was at a place of the JSON, as far as the place can be followed in the event."""
+    """Find the part of an event at a place of its JSON; None if the place cannot be followed."""
     part = event
     for step in steps:
         try:

@@ -1,7 +1,7 @@
-"""Owns what is asked of pydantic and msgspec: a pair of functions for a type, and why one failed.
+"""Owns the use of pydantic and msgspec: a pair of functions for a type, and the reason of an error.
 
-Each is imported when the first type needs it. What they say of an error is passed on only where it
-cannot quote the value: error texts go into logs and tables.
+Each package is imported when the first type needs it. Error texts go into logs and tables, so they
+must not quote values. A text of these packages is used only if it cannot quote one.
 """
 
 from __future__ import annotations
@@ -11,22 +11,27 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-# What these errors of pydantic say is a fixed text, which may name the type of what was found.
+# Pydantic errors with a fixed text. The text may name the type of the value.
 _TELLING = re.compile(r"missing|extra_forbidden|finite_number|json_invalid|[a-z_]+_(type|parsing)")
-_QUOTING = {"uuid_parsing", "url_parsing"}  # says which character it has found
+_QUOTING = {"uuid_parsing", "url_parsing"}  # exceptions: these quote a character of the value
 _AT = re.compile(r"(?P<what>.*?)(?: - at `(?P<path>.*)`)?", re.DOTALL)
 _STEP = re.compile(r"\w+|\[[^]]*\]")
 
 
 class Pair(NamedTuple):
-    """How values of one type are written, and read back."""
+    """The functions that write and read values of one type."""
 
     dump: Callable[[object], bytes]
-    load: Callable[[str | bytes], Any]  # Any: what the type says
+    load: Callable[[str | bytes], Any]  # Any: a value of the type
 
 
 class Fault(NamedTuple):
-    """Why a value could not be read, and where: names of fields, indices, keys of dicts."""
+    """The place and the reason of a value that could not be read.
+
+    Attributes:
+        steps: The path to the value: names of fields, indices, keys of dicts.
+        reason: A sentence without the value.
+    """
 
     steps: tuple[str | int, ...]
     reason: str
@@ -38,20 +43,20 @@ class Format(Protocol):
     name: str
 
     def open(self, hint: Any) -> Pair:
-        """Make the functions for a type; raises what the package raises where it cannot."""
+        """Make the functions for a type. Raises the package's own error if it cannot."""
         ...
 
     def knows(self, hint: Any) -> bool:
-        """Say whether the package can read values of a class that eventkit does not know."""
+        """Whether the package can read values of a class that eventkit does not know."""
         ...
 
     def explain(self, error: Exception) -> Fault:
-        """Say where and why a value could not be read; the reason tells nothing of the value."""
+        """Return where and why a value could not be read. The reason does not quote the value."""
         ...
 
 
 class Pydantic:
-    """Dataclasses, pydantic's models, and what they consist of."""
+    """Pydantic, for dataclasses and pydantic's models, and for the types of their fields."""
 
     name = "pydantic"
 
@@ -65,20 +70,20 @@ class Pydantic:
     def open(self, hint: Any) -> Pair:
         """Make the functions for a type."""
         adapter = self._package.TypeAdapter[Any](hint)  # Any: of the type that is asked for
-        # What its warnings would find is found by comparing.
+        # No warnings: the codec compares the written value itself.
         dump = partial(adapter.serializer.to_json, by_alias=True, warnings=False)
         return Pair(dump, adapter.validator.validate_json)
 
     def knows(self, hint: Any) -> bool:
-        """Say whether pydantic can make anything of it."""
+        """Whether pydantic accepts the type."""
         try:
             self.open(hint)
-        except Exception:  # noqa: BLE001 - whatever the class or pydantic raises
+        except Exception:  # noqa: BLE001 - any error of the class or of pydantic
             return False
         return True
 
     def explain(self, error: Exception) -> Fault:
-        """Say where and why, from the first of pydantic's reasons."""
+        """Return where and why, from the first of pydantic's errors."""
         if not isinstance(error, self._package.ValidationError):
             return Fault((), type(error).__name__)
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
@@ -88,7 +93,7 @@ class Pydantic:
 
 
 class Msgspec:
-    """Structs and attrs classes, and what they consist of."""
+    """Msgspec, for its structs and attrs classes, and for the types of their fields."""
 
     name = "msgspec"
 
@@ -107,16 +112,16 @@ class Msgspec:
         return Pair(json.Encoder().encode, json.Decoder[Any](hint).decode)
 
     def knows(self, hint: Any) -> bool:
-        """Say whether it is a type of msgspec's own."""
+        """Whether msgspec has built-in support for the type."""
         inspect = self._package.inspect
         try:
             self.open(hint)
             return not isinstance(inspect.type_info(hint), inspect.CustomType)
-        except Exception:  # noqa: BLE001 - whatever the class or msgspec raises
+        except Exception:  # noqa: BLE001 - any error of the class or of msgspec
             return False
 
     def explain(self, error: Exception) -> Fault:
-        """Say where and why; msgspec quotes unknown keys and enum values, which are left out."""
+        """Return where and why. Texts that quote unknown keys or enum values are left out."""
         if not isinstance(error, self._package.ValidationError):
             return Fault((), type(error).__name__)
         found = _AT.fullmatch(str(error))

@@ -1,8 +1,8 @@
-"""Owns the comparison of a value with what came back of it: equal, and of the same types.
+"""Owns the comparison of a value with the value that was read back: equal, and of the same types.
 
-Knows nothing of JSON. Values are compared part by part, since `==` calls 1 and True equal, and a
-dataclass may leave fields out of it. What it says names fields and types, and never a value; the
-keys of a dict are values, too.
+Knows nothing of JSON. Values are compared part by part, because `==` is not enough: `1 == True`,
+and a dataclass may exclude fields from `==`. Texts name fields and types, and never values. The
+keys of a dict count as values.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from weakref import WeakKeyDictionary
 
 Part = tuple[str, object]
 
-REMEDY = "Declare the field as exactly what it holds, or convert the value before"
+REMEDY = "Declare the field with the exact type of its value, or convert the value before"
 
-_EASY = {str, int, bool, type(None), bytes, UUID, date}  # `==` tells any two of them apart
+_EASY = {str, int, bool, type(None), bytes, UUID, date}  # for two of the same type, `==` is enough
 _SETS = (set, frozenset)
 _SEQUENCES = (list, tuple, set, frozenset, deque)
 _ABSENT = object()  # stands for a field without a value
 
 
 class Loss(NamedTuple):
-    """Where a value does not come back as it was, and why."""
+    """The place of a difference, and its description."""
 
     path: str
     problem: str
 
 
 def loss_of(sent: object, back: object, path: str) -> Loss | None:
-    """Say what of `sent` is another value or of another type in `back`, if anything."""
+    """Return the first difference between two values, or between their types; None if equal."""
     if type(sent) is type(back) and type(sent) in _EASY:
         return None if sent == back else _other_value(sent, path)
     if type(sent) is not type(back) and not _is_accepted(sent, back):
@@ -58,14 +58,14 @@ def loss_of(sent: object, back: object, path: str) -> Loss | None:
 
 
 def kind_of(value: object) -> str:
-    """How the type of a value is called in a message."""
+    """Return the name of a value's type, for messages."""
     return "no value" if value is _ABSENT else type(value).__name__
 
 
 def first_leaf(
     value: object, path: str, fails: Callable[[str, object], bool]
 ) -> tuple[str, object]:
-    """Find the innermost part for which `fails` is true; the value itself, if only the whole is."""
+    """Find the innermost part for which `fails` is true, and its path. It may be `value` itself."""
     for step, part in parts_of(value) or ():
         if part is not _ABSENT and fails(path + step, part):
             return first_leaf(part, path + step, fails)
@@ -73,7 +73,7 @@ def first_leaf(
 
 
 def parts_of(value: object) -> list[Part] | None:
-    """List what a value consists of, each with how to get there; None for what has no parts."""
+    """List the parts of a value, each with its step in the path; None if it has no parts."""
     kind: Any = type(value)  # Any: a class of an optional package
     if issubclass(kind, dict):
         return [*_parts_of_dict(cast("dict[object, object]", value))]
@@ -118,10 +118,11 @@ def _fields_of(kind: Any) -> tuple[str, ...] | None:  # Any: a class of an optio
 
 
 def _is_accepted(sent: object, back: object) -> bool:
-    """Say whether another type is meant.
+    """Whether a difference in type is accepted.
 
-    An int may stand where a float is declared (PEP 484), and comes back as an equal float. A test
-    that freezes the time makes its own subclass of datetime, of which every datetime is one.
+    - An int in a field of type float (PEP 484) comes back as an equal float.
+    - A package that freezes the time in tests has its own subclass of datetime. It counts every
+      datetime as an instance of this subclass.
     """
     if type(sent) is int:
         return type(back) is float and sent == back
@@ -129,9 +130,9 @@ def _is_accepted(sent: object, back: object) -> bool:
     return isinstance(sent, date) and isinstance(sent, kind) and isinstance(back, type(sent))
 
 
-def _same(sent: Any, back: Any) -> bool:  # Any: two leaves of one type, or accepted as such
+def _same(sent: Any, back: Any) -> bool:  # Any: two values without parts, of an accepted type
     if isinstance(sent, (float, complex)):
-        return repr(sent) == repr(cast("object", back))  # tells -0.0 and 0.0 apart
+        return repr(sent) == repr(cast("object", back))  # -0.0 is not 0.0
     if isinstance(sent, Decimal):
         return sent.as_tuple() == cast("Decimal", back).as_tuple()
     if isinstance(sent, (datetime, time)):
@@ -145,10 +146,10 @@ def _same(sent: Any, back: Any) -> bool:  # Any: two leaves of one type, or acce
 
 
 def _same_time(sent: Any, back: Any) -> bool:
-    """Compare what the clock shows and the offset.
+    """Compare the local time and the offset.
 
-    The name of a time zone is not kept. `==` would be false for the hour that a time zone has
-    twice (PEP 495).
+    The name of a time zone is not kept. `==` cannot be used: it is false in the hour that a time
+    zone has twice (PEP 495).
     """
     if (sent.tzinfo is None) != (back.tzinfo is None) or sent.utcoffset() != back.utcoffset():
         return False

@@ -1,4 +1,4 @@
-"""Owns the names of event classes, and the functions that convert what a former name had stored.
+"""Owns the names of event classes, and the functions that convert JSON stored under a former name.
 
 The class keeps its name as an attribute. A registry would lose it: a decorator such as
 `@dataclass(slots=True)` makes a new class, and copies the attributes.
@@ -86,14 +86,14 @@ def named(name: str, *, formerly: Mapping[str, Upcast | None] = {}) -> Callable[
         if (before := _own(event_type)) is not None:
             raise ValueError(
                 f"{event_type.__qualname__} is named {before.current!r} already: name it once, "
-                "and list the names it had in formerly="
+                "and list its former names in formerly="
             )
         try:
             setattr(event_type, _ATTRIBUTE, names)
         except TypeError:
             raise TypeError(
-                f"{event_type.__qualname__} cannot be named, as its class is not yours: publish "
-                "an event class of your own"
+                f"{event_type.__qualname__} cannot be named, because it is not a class of the "
+                "application: publish an event class of your own"
             ) from None
         return event_type
 
@@ -110,18 +110,18 @@ def wire_name(event_type: type) -> str:
 
 
 def names_of(event_type: type) -> tuple[str, ...]:
-    """List all the names of an event class: the current one, then the former ones."""
+    """Return all names of an event class: the current one, then the former ones, oldest first."""
     names = names_on(event_type)
     return (names.current, *(former for former, _ in names.formerly))
 
 
 def names_on(event_type: type) -> Names:
-    """Return the names of a class, and none of its bases."""
+    """Return the names of a class, without names of its bases."""
     return _own(event_type) or Names(f"{event_type.__module__}:{event_type.__qualname__}")
 
 
 def is_named(event_type: type) -> bool:
-    """Say whether `named` decorates this very class."""
+    """Return whether `named` decorates this class itself. A subclass does not count."""
     return _own(event_type) is not None
 
 

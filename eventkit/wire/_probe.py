@@ -1,8 +1,10 @@
-"""Owns what an event class may consist of: it is looked at once, before the first event.
+"""Owns the check of an event class and its fields. It runs once, before the first event.
 
-What JSON never holds without loss is refused here, with the name of the field. For the rest comes
-out a function that says whether a value is one of those which are known to come back as they were:
-plain values of exactly the declared types. Any other value is compared with what comes back of it.
+- A type that JSON cannot hold without loss is refused. The error names the field.
+- For every other type, the check makes a function of a value. The function returns True if the
+  value is known to be read back equal: a plain value of exactly the declared type.
+
+If the function returns False, the codec reads the written JSON back and compares.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from eventkit.exceptions import InvalidEventTypeError
 from eventkit.wire._formats import Format
 from eventkit.wire._loss import loss_of
 
-# Any: values and annotations are whatever the application has.
+# Any: values and annotations of the application.
 Fits = Callable[[Any], bool]
 Hint = Any
 Config = Mapping[str, Any]
@@ -53,7 +55,7 @@ def _of(kind: type) -> Fits:
     return lambda value: type(value) is kind
 
 
-# Scalars, and which of their values both packages are known to give back.
+# Scalars. For each: whether both packages are known to read a value back equal.
 _SCALARS: dict[type, Fits] = {
     type(None): lambda value: value is None,
     str: _of(str),
@@ -68,17 +70,20 @@ _SCALARS: dict[type, Fits] = {
         and (value.tzinfo is UTC or (value.tzinfo is None and not value.fold))
     ),
     time: lambda value: type(value) is time and value.tzinfo is None and not value.fold,
-    timedelta: _never,  # the largest ones are read with a limit that depends on the version
+    timedelta: _never,  # the limit for large values depends on the version of the package
 }
 
 
 class Probe:
-    """One look at an event class and all that it consists of.
+    """The check of an event class and of all types in it.
+
+    Methods `_judge...` refuse a type, or return its function of a value.
 
     Attributes:
-        fields: The names of all fields that were met. No other name of a place in an event is told.
-        declared: Their types, by the class and the name of the field.
-        fits: Whether an event is known to come back as it was, without a look at what comes back.
+        fields: The names of all fields that were found. Only these names are shown in the path of
+            an error.
+        declared: The types of the fields, by class and name, such as "Order.total".
+        fits: Whether an event is known to be read back equal. If not, it has to be compared.
     """
 
     def __init__(self, event_type: type, language: Format) -> None:
@@ -90,12 +95,12 @@ class Probe:
         self.fits: Fits = self._judge(event_type, event_type.__qualname__, {})
 
     def blame(self) -> list[str]:
-        """List the fields that the package refuses, innermost first."""
+        """Return the fields that the package refuses, innermost first."""
         inner_first = reversed(self.declared.items())
         return [place for place, hint in inner_first if not self._language.knows(hint)]
 
     def _judge(self, hint: Hint, place: str, config: Config) -> Fits:
-        """Refuse the type, or say which of its values are known to come back as they were."""
+        """Refuse the type, or return its function of a value."""
         if hint is None:
             return _SCALARS[type(None)]
         if hint in (Any, object) or isinstance(hint, TypeVar):
@@ -107,11 +112,11 @@ class Probe:
         return self._judge_form(hint, place, config)
 
     def _judge_alias(self, hint: Hint, inner: Hint, place: str, config: Config) -> Fits:
-        """Go on with what a NewType, an alias, `Annotated` and the like stand for."""
+        """Judge the type inside a NewType, an alias, `Annotated` or similar."""
         if hasattr(hint, "__supertype__"):
             return self._judge(inner, place, config)
         if hasattr(hint, "__value__"):
-            if hint in self._met:  # an alias may be recursive
+            if hint in self._met:  # a recursive alias
                 return _never
             self._met[hint] = _never
         metadata = getattr(hint, "__metadata__", ())
@@ -120,14 +125,14 @@ class Probe:
         return _never
 
     def _judge_form(self, hint: Hint, place: str, config: Config) -> Fits:
-        """Go on with a type that has arguments."""
+        """Judge a type with arguments."""
         origin, arguments = _origin_of(hint), typing.get_args(hint)
         if origin is Literal:
             return self._judge_members(hint, arguments, place)
         if origin in (Union, types.UnionType):
             return self._judge_union(arguments, place, config)
         if origin in _ONE_SHOT:
-            _refuse(place, f"{hint!r} is no data: publish what it gives, as a list or a value")
+            _refuse(place, f"{hint!r} is no data: publish its result, as a list or a value")
         if not isinstance(origin, type):
             return self._judge_unknown(hint, place)
         if _is_any(origin, collections.abc.Mapping):
@@ -136,7 +141,7 @@ class Probe:
         if (make := _CONTAINERS.get(origin)) is not None and fits:
             return make(hint, fits)
         if _kind_of(origin) is not None:
-            self._judge(origin, place, config)  # a generic class; its fields' types are open
+            self._judge(origin, place, config)  # a generic class: its fields have type variables
             return _never
         return self._judge_unknown(hint, place)
 
@@ -146,12 +151,12 @@ class Probe:
             each for each, hint in zip(fits, arguments, strict=True) if hint is not type(None)
         ]
         if len(others) > 1 or len(others) == len(fits):
-            return _never  # one member may be read as another one
+            return _never  # a value may be read back as another member of the union
         (only,) = others
         return lambda value: value is None or only(value)
 
     def _judge_class(self, kind: Any, place: str, config: Config) -> Fits:
-        """Go on with a class."""
+        """Judge a class without arguments."""
         if kind in _SCALARS:
             return _SCALARS[kind]
         if _is_any(kind, *_BYTES):
@@ -171,13 +176,13 @@ class Probe:
             other = " or ".join(found.languages)
             _refuse(
                 place,
-                f"{kind.__qualname__} is {found.called}, which {other} writes, and "
-                f"{self._language.name} the class around it: make both the same kind of class",
+                f"{kind.__qualname__} is {found.called}, which {other} writes, in a class that "
+                f"{self._language.name} writes: make both the same kind of class",
             )
         return self._judge_record(kind, found, place, config)
 
     def _judge_record(self, kind: Any, found: _Kind, place: str, config: Config) -> Fits:
-        """Go on with the fields of a class."""
+        """Judge the fields of a class."""
         own = getattr(kind, "model_config", None) or getattr(kind, "__pydantic_config__", None)
         config = config if own is None else own
         key = kind, _keeps_bytes(config)
@@ -197,7 +202,7 @@ class Probe:
         return self._met[key]
 
     def _later(self, key: object) -> Fits:
-        """Ask what is known of a class only when a value is there: a class may contain itself."""
+        """Return a function that looks up the result later, as a class may contain itself."""
 
         def fits(value: Any) -> bool:
             return self._met[key](value)
@@ -215,13 +220,13 @@ class Probe:
         return _never
 
     def _judge_members(self, hint: Hint, members: tuple[object, ...], place: str) -> Fits:
-        """Try each member of an enum or a Literal: there are only so many."""
+        """Write and read each member of an enum or a Literal. Refuse one that is changed by it."""
         for each in members:
             if not self._comes_back(hint, each):
                 _refuse(
                     place, f"{each!r} of {_shown(hint)} would not come back as it is: {_MEMBERS}"
                 )
-        kinds = {type(each) for each in members}  # asked first, as another value may have no hash
+        kinds = {type(each) for each in members}  # checked first: another value may have no hash
         same = {(type(each), each) for each in members}
         return lambda value: type(value) in kinds and (type(value), value) in same
 
@@ -229,11 +234,11 @@ class Probe:
         try:
             pair = self._language.open(hint)
             return loss_of(value, pair.load(pair.dump(value)), "") is None
-        except Exception:  # noqa: BLE001 - whatever the package or the value's class raises
+        except Exception:  # noqa: BLE001 - any error of the package or of the value's class
             return False
 
     def _judge_unknown(self, hint: Hint, place: str) -> Fits:
-        """Leave it to the package; what it can write is compared each time."""
+        """Refuse a type that the package does not know. Else each value has to be compared."""
         if hasattr(hint, "get_secret_value"):
             _refuse(
                 place,
@@ -244,7 +249,7 @@ class Probe:
         return _never
 
     def _refuse_keys(self, hint: Hint, place: str) -> None:
-        """Refuse what is no key of a JSON object, which is a string, and not read back from one."""
+        """Refuse a type of dict keys that is not read back from a str: keys in JSON are strings."""
         while (inner := _unwrapped(hint)) is not None:
             hint = inner
         if hint in (Any, object) or isinstance(hint, TypeVar) or _origin_of(hint) is Literal:
@@ -264,7 +269,7 @@ _REMEDY = (
     "make it a dataclass, a pydantic model, a msgspec.Struct or an attrs class of such values, or "
     "publish an id and load the rest"
 )
-_MEMBERS = "give its members values that are str or int, all different as text"
+_MEMBERS = "use str or int values for its members, all different as text"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -285,7 +290,7 @@ _TYPED_DICT = _Kind("a TypedDict", ("pydantic", "msgspec"))
 
 
 def language_of(event_type: Any) -> str:
-    """Say which package writes a class: msgspec its own and those of attrs, pydantic all others."""
+    """Return the package for a class: "msgspec" for structs and attrs classes, else "pydantic"."""
     return "msgspec" if _kind_of(event_type) in (_STRUCT, _ATTRS) else "pydantic"
 
 
@@ -304,24 +309,23 @@ def _kind_of(kind: Any) -> _Kind | None:
 
 
 def _reason_against(kind: Any) -> str | None:
-    """Say why no value of the class is stored, whatever its fields are."""
+    """Return why the class is refused, independent of its fields; None if it is not."""
     if hasattr(kind, "__mapper__") or hasattr(kind, "_sa_class_manager"):
         return (
-            f"{kind.__qualname__} is mapped by SQLAlchemy, and a row is not what has happened: "
+            f"{kind.__qualname__} is mapped by SQLAlchemy, and a mapped object cannot be stored: "
             "publish its id and the values that handlers need"
         )
     if _is_any(kind, BaseException):
         return f"{kind.__qualname__} is an exception, which is not stored: {_REMEDY}"
     if inspect.isabstract(kind) and _kind_of(kind) is not None:
         return (
-            f"{kind.__qualname__} is abstract, so nothing can be read as one: name the "
-            "classes that are made"
+            f"{kind.__qualname__} is abstract, so it has no instances: use its concrete subclasses"
         )
     return None
 
 
 def _fields_of(kind: Any, found: _Kind, place: str) -> Iterable[tuple[str, Hint]]:
-    """List the fields of a class with their types."""
+    """Return the fields of a class with their types."""
     if found is _MODEL:
         return _fields_of_model(kind)
     try:
@@ -329,8 +333,8 @@ def _fields_of(kind: Any, found: _Kind, place: str) -> Iterable[tuple[str, Hint]
     except Exception as error:  # noqa: BLE001 - annotations are the application's code
         _refuse(
             place,
-            f"the annotations of {kind.__qualname__} cannot be read ({error}): what they "
-            "name has to be there when the module runs, not only while types are checked",
+            f"the annotations of {kind.__qualname__} cannot be read ({error}): their names have "
+            "to be defined at run time, not only for the type checker",
         )
     if found is _DATACLASS:
         return _fields_of_dataclass(kind, hints)
@@ -351,7 +355,7 @@ def _fields_of_model(kind: Any) -> Iterator[tuple[str, Hint]]:
         if each.exclude:
             _refuse(
                 f"{kind.__qualname__}.{name}",
-                "exclude=True leaves it out of what is stored: take it out of the class",
+                "exclude=True leaves it out of the stored JSON: remove the field from the class",
             )
         hint = each.annotation
         yield name, Annotated[hint, *each.metadata] if each.metadata else hint
@@ -369,7 +373,7 @@ def _fields_of_dataclass(kind: Any, hints: Mapping[str, Hint]) -> Iterator[tuple
         if _is_made_anew(kind, each):
             _refuse(
                 f"{kind.__qualname__}.{each.name}",
-                "with init=False its factory would make another value when the event is read: use "
+                "with init=False, its factory makes another value when the event is read: use "
                 "kw_only=True instead",
             )
         yield each.name, hints.get(each.name, Any)
@@ -381,7 +385,7 @@ def _is_made_anew(kind: type, field: dataclasses.Field[Any]) -> bool:
 
 
 def _is_plain(kind: Any) -> bool:
-    """Say whether nothing but its annotations decides how a dataclass is written and read."""
+    """Whether only the annotations of a dataclass decide how it is written and read."""
     if _kind_of(kind) is not _DATACLASS or any(hasattr(kind, each) for each in _HOOKS):
         return False
     return all(
@@ -394,7 +398,7 @@ _HOOKS = (
     "__post_init__",
     "__pydantic_decorators__",
     "__get_pydantic_core_schema__",
-    "__parameters__",  # generic: its fields' types are open
+    "__parameters__",  # a generic class: its fields have type variables
 )
 
 
@@ -452,14 +456,14 @@ _CONTAINERS: dict[type, Callable[[Hint, list[Fits]], Fits]] = {
 
 
 def _unwrapped(hint: Hint) -> Hint | None:
-    """Give what a NewType, an alias, `Annotated` and the like stand for; None for other types."""
+    """Return the type inside a NewType, an alias, `Annotated` or similar; None for other types."""
     if hasattr(hint, "__supertype__"):
         return hint.__supertype__
     if _origin_of(hint) is Annotated:
         return hint.__origin__
     if str(_origin_of(hint)).rpartition(".")[2] in _TRANSPARENT:
         return typing.get_args(hint)[0]
-    # An alias, or one with arguments, which passes on what it is asked.
+    # `type X = ...`. With arguments, it is a generic alias that passes on `__value__`.
     return None if isinstance(hint, type) else getattr(hint, "__value__", None)
 
 

@@ -112,7 +112,7 @@ def test_an_event_that_kills_each_process_is_a_dead_letter_at_last(place: Place)
     survivor = place.consumer("--max-deliveries", "3")
     (letter,) = place.dead_letters(1)
     assert letter.headers["eventkit-reason"] == "crashed"
-    assert letter.headers["eventkit-error"] == "delivered 4 times without an end"
+    assert letter.headers["eventkit-error"] == "delivered 4 times without an answer"
     publisher.tell("publish", number=2)
     survivor.hear("ends", number=2)
     ended_by_sigterm(survivor)

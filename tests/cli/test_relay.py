@@ -260,7 +260,7 @@ def test_an_engine_of_asyncios_is_refused_on_trio(small_shop: Shop, place: Path)
 
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
-        "Error: an AsyncEngine is asyncio's driver: leave out --loop trio, or give the outbox a "
+        "Error: an AsyncEngine works on asyncio only: leave out --loop trio, or give the outbox a "
         "blocking engine"
     )
 

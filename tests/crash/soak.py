@@ -24,7 +24,7 @@ from tests.crash.tables import Count, count, engine_for, prepare
 
 HANDLERS = ["plain", "exact", "keyed"]
 PROCESSES = 3
-REAPED = "a process has ended without a farewell, and its deliveries are run by others"
+REAPED = "a process has stopped without ending its lease, and others run its deliveries"
 LOOPS = {"pysqlite": "trio", "aiosqlite": "asyncio", "psycopg": "trio", "asyncpg": "asyncio"}
 
 

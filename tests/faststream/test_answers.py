@@ -468,7 +468,7 @@ async def test_a_message_that_was_given_out_too_often_is_dead(
 
     assert handler.attempts == 1
     assert [told(sent) for sent in service.dead] == [
-        ("crashed", "delivered 11 times without an end")
+        ("crashed", "delivered 11 times without an answer")
     ]
     assert service.answers == ["ACKED", "ACKED"]
 
@@ -480,7 +480,7 @@ async def test_how_often_it_may_be_is_an_option() -> None:
         await service.send(OrderPlaced(7), headers={"x-delivery-count": 1})
 
     ((sent),) = service.dead
-    assert told(sent) == ("crashed", "delivered 2 times without an end")
+    assert told(sent) == ("crashed", "delivered 2 times without an answer")
     assert "x-delivery-count" not in sent.headers
 
 
@@ -592,7 +592,7 @@ async def test_a_dead_letter_that_is_not_accepted_stays_where_it_is(
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
     assert record.getMessage().startswith(
-        "a dead letter was not accepted: the message stays where it is: reason=unknown "
+        "a dead letter was not accepted, so the message is handed back: reason=unknown "
     )
     assert "ConnectionError: away" in caplog.text
 
@@ -613,7 +613,7 @@ async def test_so_it_is_where_nobody_answers(
         await service.send(BillPaid(7))
 
     assert service.answers == ["NACKED"]
-    assert "a dead letter was not accepted: the message stays where it is" in caplog.text
+    assert "a dead letter was not accepted, so the message is handed back" in caplog.text
 
 
 async def test_so_it_is_where_the_broker_does_not_confirm(
@@ -626,7 +626,7 @@ async def test_so_it_is_where_the_broker_does_not_confirm(
         await service.send(BillPaid(7))
 
     assert service.answers == ["NACKED"]
-    assert "the broker has not taken the message: there is no " in caplog.text
+    assert "the broker has not accepted the message: there is no " in caplog.text
 
 
 async def test_a_replayed_dead_letter_is_counted_and_one_that_goes_round_is_stopped(
@@ -644,7 +644,7 @@ async def test_a_replayed_dead_letter_is_counted_and_one_that_goes_round_is_stop
     ]
     assert service.answers == ["ACKED"] * 10 + ["NACKED"]
     assert clock.pauses == [2.0]
-    assert "it has been a dead letter 10 times: they come back to this consumer" in caplog.text
+    assert "the message was a dead letter 10 times: dead letters come back here" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -762,7 +762,7 @@ async def test_an_outage_of_the_inbox_is_waited_for_in_place(
     assert len(inbox.kept) == 1
     assert service.answers == ["ACKED"]
     assert clock.pauses == [1.0] * 3
-    assert caplog.text.count("messages cannot be taken in, and wait with their broker") == 1
+    assert caplog.text.count("messages cannot be stored in the inbox, and wait") == 1
 
 
 async def test_a_long_outage_hands_the_message_back_and_is_no_dead_letter(
@@ -781,7 +781,7 @@ async def test_a_long_outage_hands_the_message_back_and_is_no_dead_letter(
     # The half of NATS' 30 s, and 25 s for all that wait longer; then the pause that hands back.
     in_place = 15 if kind == "nats" else 25
     assert clock.pauses == [1.0] * (in_place + 1) * 5
-    complaints = caplog.text.count("messages cannot be taken in, and wait with their broker")
+    complaints = caplog.text.count("messages cannot be stored in the inbox, and wait")
     assert complaints == 1 + (clock.now - 1) // 60
 
 

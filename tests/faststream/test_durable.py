@@ -280,7 +280,7 @@ async def test_a_message_that_comes_all_the_same_is_handed_back_and_the_log_says
 
     assert service.answers == ["NACKED"]
     assert service.dead == []
-    assert "messages cannot be taken in, and wait with their broker" in caplog.text
+    assert "messages cannot be stored in the inbox, and wait at the broker" in caplog.text
     assert (
         "BridgeError: consume(..., durable=True) needs an outbox: Outbox(bus, engine), where the "
         "application is wired"

@@ -239,7 +239,9 @@ async def test_a_subclass_is_not_forwarded_by_the_name_of_its_base(service: Serv
         (failure,) = await failures_of(service.bus, Rush(7))
 
     assert isinstance(failure, BridgeError)
-    assert str(failure).endswith(".Rush is a subclass of OrderPlaced: forward it by its own name")
+    assert str(failure).endswith(
+        ".Rush is a subclass of OrderPlaced: forward the subclass under its own name"
+    )
     assert [sent.place for sent in service.watch.sent] == ["rush"]
 
 
@@ -278,7 +280,7 @@ async def test_what_the_broker_does_not_confirm_has_failed(
         (failure,) = await failures_of(service.bus, BillSent(7))
 
     assert isinstance(failure, BridgeError)
-    assert str(failure) == f"the broker has not taken the message: {reasons[kind]}"
+    assert str(failure) == f"the broker has not accepted the message: {reasons[kind]}"
 
 
 async def test_what_it_confirms_is_handled(
@@ -313,8 +315,8 @@ def test_on_trio_it_says_that_faststream_is_asyncio_only() -> None:
     (failure,) = failed
     assert isinstance(failure, BridgeError)
     assert str(failure) == (
-        "FastStream is asyncio only: on trio, send what eventkit.wire.encode() gives with a client "
-        "of your own"
+        "FastStream works on asyncio only: on trio, send the result of eventkit.wire.encode() with "
+        "a client of your own"
     )
 
 

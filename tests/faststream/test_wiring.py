@@ -88,7 +88,7 @@ def test_a_bridge_takes_a_bus_and_the_name_of_a_service() -> None:
     with pytest.raises(TypeError, match=r"^Bridge\(\) takes an EventBus first, not 'bus'$"):
         Bridge("bus", source="/")  # type: ignore[arg-type]
     for source in ("", None, 7):
-        with pytest.raises(ValueError, match=r'^source is what this service is called, "/orders"'):
+        with pytest.raises(ValueError, match=r'^source is the name of this service, as "/orders"'):
             Bridge(EventBus(), source=source)  # type: ignore[arg-type]
 
 
@@ -167,7 +167,7 @@ def test_there_is_at_least_one_class_and_one_subscriber() -> None:
         match=r"^consume\(\) takes at least one class of events, after the subscriber$",
     ):
         bridge_on().consume(subscribers_of(NatsBroker(), "orders"), dead_letter=dead)
-    assert consuming([]) == "consume() takes a subscriber, and an empty list has none"
+    assert consuming([]) == "consume() needs a subscriber, and the list is empty"
 
 
 @pytest.mark.parametrize("consumed_first", [False, True])
@@ -194,8 +194,8 @@ def test_what_is_consumed_is_not_forwarded_on_one_bus(
         second()
 
     assert str(caught.value) == (
-        f"{consumed.__qualname__} is consumed and forwarded on one bus, and would go round in a "
-        "circle: give what is sent on a type of its own"
+        f"{consumed.__qualname__} is consumed and forwarded on one bus, so its messages would go "
+        "in a circle: forward an event of another class"
     )
 
 
@@ -265,8 +265,8 @@ def test_a_subscriber_has_no_other_handler(kind: Kind) -> None:
     service.consume(OrderPlaced)
 
     assert consuming(service.subscribers) == (
-        "this subscriber has a handler already: give consume() one of its own, and all of its "
-        "event types at once"
+        "this subscriber has a handler already: pass another one to consume(), with all of its "
+        "event types in one call"
     )
 
 
@@ -280,15 +280,15 @@ def test_a_policy_that_loses_messages_is_refused(kind: Kind, policy: AckPolicy) 
 
     told = "MANUAL" if kind == "nats" else policy.name  # what FastStream makes of it
     assert consuming(subscribers) == (
-        f"the subscriber's ack_policy is {told}, which loses what a handler fails on: give "
-        "it ack_policy=AckPolicy.NACK_ON_ERROR"
+        f"the subscriber's ack_policy is {told}, which loses a message if a handler fails: use "
+        "ack_policy=AckPolicy.NACK_ON_ERROR"
     )
 
 
 @NEEDS_AIOKAFKA
 def test_that_of_kafka_is_one_by_default() -> None:
     assert consuming(broker_of("kafka").subscriber("orders", group_id="billing")) == (
-        "the subscriber's ack_policy is ACK_FIRST, which loses what a handler fails on: give it "
+        "the subscriber's ack_policy is ACK_FIRST, which loses a message if a handler fails: use "
         "ack_policy=AckPolicy.NACK_ON_ERROR"
     )
 
@@ -306,8 +306,8 @@ def test_a_codec_is_refused(kind: Kind) -> None:
     """A sender's would write JSON as something else; with a reader's no broker starts."""
     broker = broker_of(kind, codec=Codec())
     text = (
-        "this broker or subscriber has a codec=, which would write and read what is JSON already: "
-        "give events a broker without one"
+        "this broker or subscriber has a codec=, but events are JSON already: use a broker without "
+        "codec= for events"
     )
 
     assert forwarding(publisher_of(broker, "orders")) == text
@@ -317,7 +317,7 @@ def test_a_codec_is_refused(kind: Kind) -> None:
 
 def test_core_nats_is_refused() -> None:
     broker = NatsBroker()
-    publisher = "this publisher is core NATS, which keeps and confirms nothing: give it a stream="
+    publisher = "this publisher uses core NATS, which stores and confirms no message: add stream="
 
     assert forwarding(broker.publisher("orders")) == publisher
     assert (
@@ -326,13 +326,13 @@ def test_core_nats_is_refused() -> None:
     )
     for subscriber in (broker.subscriber("orders"), broker.subscriber("orders", kv_watch="orders")):
         assert consuming(subscriber) == (
-            "this subscriber is core NATS, which keeps nothing for it and cannot be acknowledged: "
-            "give it a stream="
+            "this subscriber uses core NATS, which stores no message and knows no "
+            "acknowledgement: add stream="
         )
 
 
 def test_batches_are_refused() -> None:
-    text = "batches are not for events: an event is one message. Leave batch= out"
+    text = "batch= cannot be used, because each message is one event: remove batch="
     stream = StreamSub("orders", group="b", consumer="1", batch=True)
 
     assert consuming(subscribers_of(NatsBroker(), "o", pull_sub=PullSub(batch=True))) == text
@@ -342,7 +342,7 @@ def test_batches_are_refused() -> None:
 @NEEDS_AIOKAFKA
 def test_batches_of_kafka_are_refused_too() -> None:
     broker = broker_of("kafka")
-    text = "batches are not for events: an event is one message. Leave batch= out"
+    text = "batch= cannot be used, because each message is one event: remove batch="
 
     assert consuming(subscribers_of(broker, "orders", batch=True)) == text
     assert forwarding(broker.publisher("orders", batch=True)) == text
@@ -353,7 +353,7 @@ def test_a_subscriber_of_kafka_is_in_a_group() -> None:
     broker = broker_of("kafka")
 
     assert consuming(subscribers_of(broker, "orders", group_id=None)) == (
-        "this subscriber has no group, so nothing is acknowledged: give it group_id= and "
+        "this subscriber has no group, so no record is acknowledged: add group_id= and "
         'auto_offset_reset="earliest"'
     )
 
@@ -369,8 +369,8 @@ def test_nats_is_not_to_drop_what_was_handed_out_often() -> None:
     assert consuming(
         subscribers_of(NatsBroker(), "orders", config=ConsumerConfig(max_deliver=5))
     ) == (
-        "ConsumerConfig(max_deliver=5) has NATS drop a message that was handed out so often: leave "
-        "it out, and give consume() max_deliveries="
+        "with ConsumerConfig(max_deliver=5) NATS drops a message after 5 deliveries: remove it, "
+        "and pass max_deliveries= to consume()"
     )
 
 
@@ -388,8 +388,8 @@ def test_nats_is_to_wait_for_each_acknowledgement(options: dict[str, Any]) -> No
     )
 
     assert consuming(subscriber) == (
-        "this consumer acknowledges nothing, or more than what was handled: leave "
-        "ordered_consumer= and ConsumerConfig(ack_policy=) out"
+        "this consumer does not acknowledge each message by itself: remove ordered_consumer= and "
+        "ConsumerConfig(ack_policy=)"
     )
 
 
@@ -398,8 +398,8 @@ def test_nats_is_not_to_forget_a_consumer(*, pull: bool) -> None:
     subscriber = NatsBroker().subscriber("orders", stream=stream_of("orders"), pull_sub=pull)
 
     assert consuming(subscriber) == (
-        "this consumer is forgotten when its process ends, so what was sent is lost or comes once "
-        "more: give it durable="
+        "NATS forgets this consumer when its process ends, so messages are lost or come twice: add "
+        "durable="
     )
 
 
@@ -409,7 +409,7 @@ def test_it_forgets_one_that_pulls_by_a_queue() -> None:
             "orders", stream=stream_of("orders"), queue="b", pull_sub=True
         )
 
-    assert consuming(subscriber).startswith("this consumer is forgotten when its process ends")
+    assert consuming(subscriber).startswith("NATS forgets this consumer when its process ends")
 
 
 @pytest.mark.parametrize("option", [{"durable": False}, {"exclusive": True}, {"auto_delete": True}])
@@ -418,8 +418,8 @@ def test_a_queue_of_rabbitmq_outlives_its_consumer_and_the_broker(option: dict[s
     elsewhere = RabbitQueue("orders", declare=False, **option)
 
     assert consuming(broker.subscriber(RabbitQueue("orders", **option))) == (
-        "RabbitQueue('orders') ends with its consumer or with the broker, and with it what it "
-        "holds: give it durable=True, and no exclusive= or auto_delete="
+        "RabbitQueue('orders') is deleted with its messages when its consumer or the broker stops: "
+        "use durable=True, without exclusive= and auto_delete="
     )
     bridge_on().consume(
         broker.subscriber(elsewhere), OrderPlaced, dead_letter=publisher_of(broker, "dead")
@@ -430,15 +430,15 @@ def test_nor_is_it_a_stream() -> None:
     queue = RabbitQueue("orders", queue_type=QueueType.STREAM, durable=True)
 
     assert consuming(RabbitBroker().subscriber(queue)) == (
-        "RabbitQueue('orders') is a stream, which takes nothing back, and does not know how far it "
-        "was read: give it another queue_type="
+        "RabbitQueue('orders') is a stream, which takes no message back, and does not know which "
+        "messages were read: use another queue_type="
     )
 
 
 def test_lists_and_channels_of_redis_are_refused() -> None:
     broker = RedisBroker()
     publisher = (
-        "this publisher is Redis pub/sub or a list, which cannot be acknowledged: give it a stream="
+        "this publisher uses Redis pub/sub or a list, which have no acknowledgements: use stream="
     )
 
     assert forwarding(broker.publisher("orders")) == publisher
@@ -453,7 +453,7 @@ def redis(**options: Any) -> Any:
 
 
 def test_a_stream_of_redis_is_read_by_a_group_that_acknowledges() -> None:
-    text = "StreamSub('orders') acknowledges nothing: give it group= and consumer=, and no no_ack="
+    text = "StreamSub('orders') acknowledges no entry: add group= and consumer=, and remove no_ack="
 
     assert consuming(redis(group=None, consumer=None)) == text
     assert consuming(redis(no_ack=True)) == text
@@ -461,22 +461,22 @@ def test_a_stream_of_redis_is_read_by_a_group_that_acknowledges() -> None:
 
 def test_a_stream_of_redis_is_read_from_what_is_new() -> None:
     assert consuming(redis(last_id="0")) == (
-        "StreamSub('orders', last_id='0') reads no new entry once its group exists: leave "
-        "last_id= out, and create the group at the id that it is to begin with"
+        "StreamSub('orders', last_id='0') reads no new entry once its group exists: remove "
+        "last_id=, and create the group with the id at which it has to start"
     )
 
 
 def test_a_stream_of_redis_is_not_read_as_a_whole() -> None:
     assert consuming(redis(max_records=None)) == (
-        "StreamSub('orders') reads the whole backlog into one consumer, where it waits for "
-        "min_idle_time if that one stops: give it max_records=10"
+        "StreamSub('orders') reads the whole backlog into one consumer. If this consumer stops, "
+        "the entries wait for min_idle_time: add max_records=10"
     )
 
 
 def test_somebody_takes_over_what_a_killed_consumer_of_redis_had_read() -> None:
     nobody = (
-        "nobody would take over what a killed consumer of the Redis stream 'orders' had read: pass "
-        "[subscriber, another one with StreamSub(min_idle_time=60_000)]"
+        "no subscriber takes over entries that a killed consumer of the Redis stream 'orders' has "
+        "read: pass [subscriber, another one with StreamSub(min_idle_time=60_000)]"
     )
 
     assert consuming(redis()) == nobody
@@ -493,8 +493,9 @@ def test_somebody_takes_over_what_a_killed_consumer_of_redis_had_read() -> None:
 
 def test_and_somebody_reads_what_is_new() -> None:
     assert consuming(redis(min_idle_time=60_000)) == (
-        "nobody reads what is new in the Redis stream 'orders', as StreamSub(min_idle_time=) takes "
-        "over alone: pass [subscriber, another one without it]"
+        "no subscriber reads new entries of the Redis stream 'orders', as "
+        "StreamSub(min_idle_time=) only takes over old ones: pass [subscriber, another one "
+        "without it]"
     )
 
 
@@ -532,7 +533,7 @@ def test_that_of_kafka_is_five_minutes() -> None:
 
 @pytest.mark.parametrize("within", [0, -1, float("nan")])
 def test_a_limit_is_above_0(within: float) -> None:
-    with pytest.raises(ValueError, match=f"^within takes seconds above 0, not {within!r}$"):
+    with pytest.raises(ValueError, match=f"^within has to be above 0 seconds, not {within!r}$"):
         Service("rabbit").consume(OrderPlaced, within=within)
 
 
@@ -553,8 +554,8 @@ async def deliver(_: object) -> None:
 def test_retries_are_the_outboxs_where_the_consumer_is_durable() -> None:
     subscribers = subscribers_of(RabbitBroker(), "orders")
     rest = (
-        " and durable=True exclude each other: retries and dead letters are the outbox's then, by "
-        "Durable(...) of each handler"
+        " and durable=True exclude each other: with durable=True the outbox retries, as "
+        "Durable(...) of each handler says"
     )
 
     assert consuming(subscribers, durable=True, within=5) == f"within{rest}"
@@ -572,7 +573,8 @@ def test_retries_are_the_inboxs_where_the_consumer_has_one() -> None:
     subscribers = subscribers_of(RabbitBroker(), "orders")
 
     assert consuming(subscribers, deliver=deliver, retry=AsyncRetryingCaller()) == (
-        "retry and deliver= exclude each other: what deliver= raises is tried again, however often"
+        "retry and deliver= exclude each other: if deliver= raises, the message comes again, any "
+        "number of times"
     )
 
 
@@ -583,7 +585,7 @@ def goes_round(subscribers: Any, dead_letter: Any) -> bool:
     try:
         bridge_on().consume(subscribers, OrderPlaced, dead_letter=dead_letter)
     except BridgeError as error:
-        return "would come back to it, and go round for ever: give them a place" in str(error)
+        return "would come back to the same consumer, in an endless circle" in str(error)
     return False
 
 
@@ -595,8 +597,8 @@ def test_dead_letters_do_not_go_where_they_are_consumed(kind: Kind) -> None:
     assert consuming(
         subscribers_of(broker, "orders"), dead_letter=publisher_of(broker, "orders")
     ) == (
-        f"dead letters of {name!r} would come back to it, and go round for ever: give them a place "
-        "of their own"
+        f"dead letters of {name!r} would come back to the same consumer, in an endless circle: "
+        "publish them to another place"
     )
     other = broker_of("rabbit" if kind == "nats" else "nats")
     assert not goes_round(subscribers_of(broker, "orders"), publisher_of(other, "orders"))
@@ -741,5 +743,5 @@ def test_a_push_subscriber_of_nats_that_hoards_messages_is_warned_of(
         )
 
     (line,) = caplog.messages
-    assert "slow handlers run twice. Give it pull_sub=True" in line
+    assert "so slow handlers run twice: use pull_sub=True" in line
     assert line.endswith("consumer=orders/orders.many")

@@ -172,7 +172,7 @@ async def test_a_backoff_that_fails_is_told_and_replaced(
     scene.table.insert(event("mail"))
     await outbox.run_due()
     assert scene.kept() == {"mail": (State.READY, 1)}
-    assert warned(caplog, "backoff failed, so the default pause holds") == 1
+    assert warned(caplog, "backoff failed, so the default pause is used") == 1
 
 
 async def test_run_due_reports_and_leaves_the_rest_when_it_is_cancelled(

@@ -138,7 +138,7 @@ async def test_an_engine_that_is_awaited_is_refused_on_trio(
     pytest.importorskip("aiosqlite")
     database = opened(create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'x.db'}"))
 
-    with pytest.raises(RuntimeError, match="asyncio's driver; on trio use a blocking engine"):
+    with pytest.raises(RuntimeError, match="works on asyncio only: on trio use a blocking"):
         await database.run(lambda connection: None)
 
 
@@ -686,7 +686,7 @@ def test_transactions_that_do_not_end_are_cancelled_as_it_is_closed(
     (thread,) = outbox_threads()
     database.close()
     for each in waiting:
-        with pytest.raises(RuntimeError, match="closed meanwhile"):
+        with pytest.raises(RuntimeError, match="were closed during this call"):
             each.result(SECONDS)
 
     thread.join(SECONDS)  # `close` may have waited in vain

@@ -422,7 +422,7 @@ def test_what_is_no_engine_or_no_number_is_refused(bus: EventBus, tmp_path: Path
     with pytest.raises(ValueError, match="a str leads to none") as caught:
         Outbox(bus, "postgresql://ada:secret@host/shop")
     assert "secret" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"lease takes seconds of at least 1\.5"):
+    with pytest.raises(ValueError, match=r"lease has to be at least 1\.5 seconds"):
         Outbox(bus, engine, lease=1.4)
     with pytest.raises(ValueError, match="concurrency is at least 1"):
         Outbox(bus, engine, concurrency=0)

@@ -65,7 +65,7 @@ def test_lists_are_filtered_ordered_and_bounded(database: Database) -> None:
     listed = database.do(database.store.deliveries, "dead", "mail", limit=3)
 
     assert [row.id for row in listed] == ids[:1:-1]
-    with pytest.raises(ValueError, match="no state 'gone': it is one of ready, leased, dead, unre"):
+    with pytest.raises(ValueError, match="no state 'gone': use one of ready, leased, dead, unre"):
         database.do(database.store.deliveries, "gone")
 
 

@@ -525,9 +525,9 @@ async def test_nor_is_anything_with_sqlite_in_memory(bus: EventBus, ran: list[st
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"consumer": ""}, r"an empty consumer: give it the name of the service"),
+        ({"consumer": ""}, r"the consumer of receive\(\) is empty: pass the name of"),
         ({"consumer": "a\0b"}, r"the consumer 'a\\x00b' has a null character"),
-        ({"message_id": ""}, r"an empty message_id: give it an id of the message"),
+        ({"message_id": ""}, r"the message_id of receive\(\) is empty: pass an id that"),
         ({"message_id": "\0"}, r"the message_id '\\x00' has a null character"),
         ({"consumer": "é" * 501}, r"the consumer has more than 1000 bytes"),
         ({"message_id": "é" * 501}, r"the message_id has more than 1000 bytes"),
@@ -573,7 +573,7 @@ def long_key(event: object) -> str:
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        (key_of_nobody, "the key of a durable handler cannot be told: KeyError"),
+        (key_of_nobody, "the key function of a durable handler failed: KeyError"),
         (long_key, "the key of durable handler keyed has more than 1000 bytes"),
     ],
 )

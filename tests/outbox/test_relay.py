@@ -325,7 +325,7 @@ async def test_a_process_that_left_nothing_is_no_warning(
         await clock.go_on(16)
         await look(relay)
         await look(relay)
-    said = [each for each in caplog.records if "without a farewell" in each.getMessage()]
+    said = [each for each in caplog.records if "without ending its lease" in each.getMessage()]
     assert [each.levelname for each in said] == ["INFO"]
 
 
@@ -350,7 +350,7 @@ async def test_a_process_that_holds_its_row_is_told_of_once(
         await clock.go_on(16)
         for _ in range(3):
             await look(relay)
-    said = [each for each in caplog.records if "without a farewell" in each.getMessage()]
+    said = [each for each in caplog.records if "without ending its lease" in each.getMessage()]
     assert [each.levelname for each in said] == ["INFO"]
 
 
@@ -506,7 +506,7 @@ async def test_what_its_attempts_were_used_up_for_by_deaths_is_dead_without_a_ru
         await until(lambda: scene.kept() == {"mail": (State.DEAD, 4)})
         await until(lambda: warned(caplog, "a delivery is dead"))
     (dead,) = await outbox.deliveries()
-    assert dead.error == "its process ended, each time"
+    assert dead.error == "its process ended during the last attempt"
     assert not seen
 
 

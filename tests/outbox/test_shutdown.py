@@ -415,7 +415,7 @@ async def test_a_farewell_that_fails_is_told(
     monkeypatch.setattr(store, "farewell", fail)
     async with lifespan_of(app_of(bus)):
         await until(lambda: outbox.healthy)
-    assert warned(caplog, "deliveries could not be given back, and lapse") == 1
+    assert warned(caplog, "deliveries could not be given back, and wait until") == 1
 
 
 async def test_leaving_twice_is_leaving_once(

@@ -188,7 +188,7 @@ def test_a_missing_table_is_named_with_where_it_was_looked_for(
         problem = Store(engine.dialect, None).problem(connection)
     engine.dispose()
     assert problem is not None
-    assert "in the search_path (nowhere), or Outbox(schema=...) has to name its schema" in problem
+    assert "in the search_path (nowhere), and Outbox() has no schema=" in problem
 
 
 def test_tables_that_are_made_later_are_found_later(postgres: Database) -> None:

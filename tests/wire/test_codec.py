@@ -386,7 +386,7 @@ REFUSED: list[tuple[Any, str]] = [
     (list[Arbitrary | None], "Arbitrary cannot be stored as JSON: make it a dataclass"),
     (Email, "Email cannot be stored as JSON: make it a dataclass"),
     (Shape, "Shape cannot be stored as JSON: make it a dataclass"),
-    (Square, "Square is abstract, so nothing can be read as one"),
+    (Square, "Square is abstract, so it has no instances"),
     (Failed, "Failed is an exception, which is not stored"),
     (Row, "Row is mapped by SQLAlchemy"),
     (MappedRow, "MappedRow is mapped by SQLAlchemy"),
@@ -425,7 +425,7 @@ def test_what_json_cannot_hold_is_refused_at_once_with_the_field(hint: Any, why:
         (Shape, "make it a dataclass"),
         (Square, "is abstract"),
         (Failed, "is an exception"),
-        (Row, "is mapped by SQLAlchemy, and a row is not what has happened"),
+        (Row, "is mapped by SQLAlchemy, and a mapped object cannot be stored"),
         (object, "is not a class of events that can be stored"),
         (list[int], "is not a class of events that can be stored"),
         ("Order", "is not a class of events that can be stored"),
@@ -443,7 +443,7 @@ def test_a_class_of_a_function_needs_a_name() -> None:
 
     assert refused_class(Order) == (
         "Order is defined in a function, where no other process finds it: move it to the module, "
-        'or `@named("shop.order")`'
+        'or give it a name, `@named("shop.order")`'
     )
     assert_exact(named("shop.order")(Order)(1))
 
@@ -487,7 +487,7 @@ def test_a_name_that_only_the_type_checker_knows_is_refused() -> None:
     class Hidden:
         value: "Missing"  # type: ignore[name-defined]  # noqa: F821
 
-    assert "Hidden cannot be read (name 'Missing' is not defined): what they name has to be" in (
+    assert "Hidden cannot be read (name 'Missing' is not defined): their names have to be" in (
         refused_class(Hidden)
     )
 
@@ -766,7 +766,7 @@ def test_a_model_that_was_changed_without_validation_is_refused() -> None:
 
 def test_a_field_that_would_be_left_out_is_refused_at_once() -> None:
     assert "Excluding.name: exclude=True leaves it out" in refused_class(Excluding)
-    assert "MadeAnew.id: with init=False its factory" in refused_class(MadeAnew)
+    assert "MadeAnew.id: with init=False, its factory" in refused_class(MadeAnew)
     assert "WithInitVar.source: an InitVar is not kept" in refused_class(WithInitVar)
 
 
@@ -779,7 +779,7 @@ def test_a_subclass_is_not_taken_for_its_base() -> None:
     rush = Rush(1, Decimal(2), 3)
 
     assert_exact(rush)
-    with pytest.raises(EventEncodingError, match="only Placed itself is stored here") as caught:
+    with pytest.raises(EventEncodingError, match="only events of Placed itself are") as caught:
         codec_for(Placed).encode(rush)
     assert str(caught.value).startswith("Rush: ")
     assert "Holding.value: stored as JSON, Rush would come back as Placed" in refused(

@@ -222,7 +222,7 @@ def test_what_would_change_is_refused_with_the_field(
         (list[Cash | Card | None], "msgspec cannot store it"),
         (Arbitrary, "Arbitrary cannot be stored as JSON: make it a dataclass"),
         (Row, "is mapped by SQLAlchemy"),
-        (Address, "Address is a pydantic model, which pydantic writes, and msgspec the class"),
+        (Address, "Address is a pydantic model, which pydantic writes, in a class that msgspec"),
         (Size, "would not come back as it is"),
         (dict[tuple[int, int], int], "cannot be the key of a JSON object"),
         (complex, "complex cannot be stored"),
@@ -277,7 +277,7 @@ def test_a_field_that_msgspec_leaves_out_is_refused_at_once() -> None:
 
 
 def test_one_package_writes_a_whole_event() -> None:
-    assert "HoldsStruct.inner: Paid is a msgspec.Struct, which msgspec writes, and pydantic" in (
+    assert "HoldsStruct.inner: Paid is a msgspec.Struct, which msgspec writes, in a class" in (
         refused_class(HoldsStruct)
     )
     assert "HoldsAttrsInDataclass.inner: Ordered is an attrs class" in refused_class(

@@ -278,7 +278,7 @@ def test_only_a_class_of_ones_own_is_named_and_once() -> None:
 
     with pytest.raises(TypeError, match="is no class"):
         named("x")(function)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match="int cannot be named, as its class is not yours"):
+    with pytest.raises(TypeError, match="int cannot be named, because it is not a class"):
         named("x")(int)
     with pytest.raises(ValueError, match=r"Above is named 'shop.order.placed' already"):
         named("x")(Above)
