@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import MetaData
 from starlette.testclient import TestClient
 
 from tests.project.messages import unsaid
@@ -17,10 +18,12 @@ TITLE = "# heroes.py\n"
 
 
 @pytest.fixture
-def heroes(project: Path) -> Iterator[Any]:
+def heroes(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The program, with a database of its own. Any: a module that no type checker knows."""
     pytest.importorskip("greenlet")
-    pytest.importorskip("sqlmodel", reason="pip install sqlmodel, for its tests")
+    sqlmodel = pytest.importorskip("sqlmodel", reason="pip install sqlmodel, for its tests")
+    # An example has a table of this name, too.
+    monkeypatch.setattr(sqlmodel.SQLModel, "metadata", MetaData())
     blocks = [each[1] for each in FENCED.finditer(PAGE.read_text())]
     (block,) = [each for each in blocks if each.startswith(TITLE)]
     (project / "heroes.py").write_text(block)

@@ -112,7 +112,7 @@ def test_a_commit_outside_is_too_late_for_events_that_transactions_decide(
         assert TestClient(app).post("/rows").status_code == 200
 
     assert seen == ["handled row", "discarded row"]
-    assert "a middleware that commits goes inside of EventContextMiddleware" in caplog.text
+    assert "A middleware that commits goes inside of EventContextMiddleware" in caplog.text
     with engine.connect() as connection:
         assert connection.execute(text("select count(*) from orders")).scalar_one() == 2
     engine.dispose()

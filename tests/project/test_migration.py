@@ -436,7 +436,7 @@ def test_a_websocket_delivers_there_when_it_is_closed_and_here_per_message(
             if library.is_theirs:
                 library.say()
             else:
-                with pytest.raises(NoEventContextError, match="Open one per message"):
+                with pytest.raises(NoEventContextError, match="Open one for each message"):
                     library.say()
                 async with library.bus.context():
                     library.say()
