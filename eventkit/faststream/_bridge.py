@@ -184,8 +184,8 @@ class Bridge:
                 from dead processes.
             event_types: All classes of events that may come, each with a name from `named`.
             dead_letter: A publisher for messages that cannot be handled. A dead letter is the
-                unchanged message with three more headers: `eventkit-reason`, `eventkit-error` and
-                `eventkit-consumer`.
+                unchanged message with four more headers: `eventkit-reason`, `eventkit-error`,
+                `eventkit-consumer` and `eventkit-round`.
             others: For messages of other types. "dead" makes them dead letters. "ignore"
                 acknowledges and forgets them.
             within: Seconds for all attempts together, 25 by default. It has to be less than the
