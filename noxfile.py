@@ -258,7 +258,12 @@ def docs(session: nox.Session) -> None:
     extras = ".[cli,fastapi,faststream,outbox]"  # as the tutorial installs them
     session.install("-e", extras, *group("docs"), *group("tutorial"))
     session.run("zensical", "build", "--clean", "--strict")
-    session.run("pytest", *(session.posargs or ["tests/site", "tests/tutorial"]))
+    if session.posargs:
+        session.run("pytest", *session.posargs)
+    else:
+        # Apart: an event loop of Playwright's runs in the thread of the first ones.
+        session.run("pytest", "tests/site")
+        session.run("pytest", "tests/tutorial")
 
 
 def wheel_problems(path: Path) -> list[str]:
