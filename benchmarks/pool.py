@@ -107,8 +107,8 @@ def ignore(_: Delivery, error: Exception) -> None:
 async def measure(options: argparse.Namespace) -> None:
     """Print the table."""
     print(
-        "| concurrency | handlers without a connection | requests without | requests' p50 ms "
-        "| p99 ms | the burst took s |"
+        "| concurrency | handlers without a connection | requests without a connection "
+        "| p50 of the requests, ms | p99, ms | time until all handlers have ended, s |"
     )
     print("| ---: | ---: | ---: | ---: | ---: | ---: |")
     for concurrency in options.concurrency:

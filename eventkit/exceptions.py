@@ -356,7 +356,7 @@ class HandlerTimeoutError(EventKitError):
 
     def __init__(self, handler: str, timeout: float) -> None:
         super().__init__(
-            f"{handler} was cancelled after {timeout:g} s. Make it faster, or allow it more "
+            f"{handler} was cancelled after {timeout:g} s. Make it faster, or give it more time "
             "with timeout= when subscribing or EventBus(handler_timeout=...)"
         )
         self.handler = handler

@@ -46,7 +46,7 @@ _WEBSOCKET = (
     "the websocket must not wait for the handlers"
 )
 _LIFESPAN = (
-    "start-up and shutdown code belongs to no request. Open a unit of work: "
+    "code at start-up and shutdown belongs to no request. Open a unit of work: "
     "`async with bus.context():`"
 )
 
@@ -469,7 +469,7 @@ class _Overload:
             )
         elif not self._said_half and self._max_pending <= waiting * 2 < self._max_pending * 2:
             self._said_half = True
-            self._warn("half as many deliveries wait as may", waiting)
+            self._warn("half of max_pending deliveries wait", waiting)
 
     def _warn(self, what: str, waiting: int) -> None:
         log(

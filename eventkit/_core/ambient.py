@@ -191,10 +191,10 @@ def why_none() -> str:
         return (
             "no request or job surrounds the caller. In a web application add the middleware: "
             "app.add_middleware(EventContextMiddleware, bus=bus). If it is there, this code runs "
-            "outside of it: add it last, because the last middleware added is the outermost. In "
-            "other code, and in an exception_handler(Exception), which runs outside of all "
-            "middlewares, open a unit of work: `async with bus.context():`, or in a thread "
-            "`with bus.context():`"
+            "outside of it: add it after the middleware that publishes, because a later one is "
+            "further outside. In other code, and in an exception_handler(Exception), which runs "
+            "outside of all middlewares, open a unit of work: `async with bus.context():`, or in "
+            "a thread `with bus.context():`"
         )
     thread = threading.current_thread()
     if thread is not threading.main_thread():

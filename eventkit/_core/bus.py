@@ -273,7 +273,7 @@ class EventBus(Subscribing, Aliased):
             self._made_in_units[place] = None
             log(
                 logging.WARNING,
-                "a place subscribes in each unit of work, and nobody cancels",
+                "one place subscribes in each unit of work, and never cancels",
                 subscribed_at=place,
                 handler=subscription.name,
                 event_type=type_name(subscription.event_type),

@@ -88,7 +88,7 @@ class Incoming:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Delivery:
-    """One event on its way to one handler, as observers and `current_delivery()` see it.
+    """One event for one handler, as observers and `current_delivery()` see it.
 
         @bus.on(OrderPaid)
         async def charge(event: OrderPaid) -> None:

@@ -91,7 +91,7 @@ def _near_misses(event_type: type, subscribed: Sequence[Subscription]) -> Iterat
         ("another class of the same name", namesakes),
     ):
         if missed:
-            yield f"Not reached, being subscribed to {kind}:"
+            yield f"Not called, because subscribed to {kind}:"
             yield from (
                 f"- {s.name}, at {s.location}, for {type_name(s.event_type)}" for s in missed
             )

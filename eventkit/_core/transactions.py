@@ -524,5 +524,5 @@ def _why(envelope: Envelope) -> tuple[str | None, str | None]:
 _OUTLIVED = (
     "a transaction that has written was still open when its unit of work ended: its events are "
     "lost, even if it is committed later. End it inside the unit of work. A middleware that "
-    "commits goes inside of EventContextMiddleware: add EventContextMiddleware last"
+    "commits goes inside of EventContextMiddleware: add EventContextMiddleware after it"
 )

@@ -127,9 +127,9 @@ def test_explain_names_what_might_have_been_meant_where_nothing_is_reached() -> 
 
     assert bus.explain(OrderPaid) == (
         f"{__name__}.OrderPaid reaches no handler of bus 'default'.\n"
-        "Not reached, being subscribed to a subclass of it:\n"
+        "Not called, because subscribed to a subclass of it:\n"
         f"- {__name__}:write_line, at {place(write_line)}, for {__name__}.OrderPaidTwice\n"
-        "Not reached, being subscribed to another class of the same name:\n"
+        "Not called, because subscribed to another class of the same name:\n"
         f"- {__name__}:count, at {place(count)}, for old.shop.OrderPaid"
     )
 
@@ -140,10 +140,10 @@ def test_explain_names_namesakes_also_where_something_else_is_reached() -> None:
     bus.subscribe(ELSEWHERE, write_line)
 
     assert bus.explain(OrderPaid).splitlines()[4:] == [
-        "Not reached, being subscribed to another class of the same name:",
+        "Not called, because subscribed to another class of the same name:",
         f"- {__name__}:write_line, at {place(write_line)}, for old.shop.OrderPaid",
     ]
-    assert "Not reached" not in bus.explain(object)
+    assert "Not called, because" not in bus.explain(object)
 
 
 def test_explain_says_what_to_look_at_where_nothing_comes_close() -> None:
@@ -463,7 +463,7 @@ async def test_a_bus_that_is_gone_is_named_no_more(caplog: pytest.LogCaptureFixt
 # Subscribing again and again
 
 
-AGAIN = "a place subscribes in each unit of work, and nobody cancels"
+AGAIN = "one place subscribes in each unit of work, and never cancels"
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:

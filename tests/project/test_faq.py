@@ -192,7 +192,7 @@ def test_each_place_without_a_unit_of_work_is_named_in_the_message(bus: EventBus
     away = "was started without its creator's context variables."
     assert away in told["executor"]
     assert away in told["thread"]
-    assert "start-up and shutdown code belongs to no request." in told["lifespan"]
+    assert "code at start-up and shutdown belongs to no request." in told["lifespan"]
     assert "this is start-up code, a script or a synchronous test." in told["script"]
     assert "this is a unit of work of another bus" in told["other"]
 
@@ -253,8 +253,8 @@ def test_explain_says_why_nobody_is_reached(bus: EventBus) -> None:
     namesake = type("Narrow", (), {})
     assert "reaches no handler of bus" in bus.explain(Wide)
     bus.subscribe(Narrow, handler)
-    assert "Not reached, being subscribed to a subclass of it:" in bus.explain(Wide)
-    of_the_same_name = "Not reached, being subscribed to another class of the same name:"
+    assert "Not called, because subscribed to a subclass of it:" in bus.explain(Wide)
+    of_the_same_name = "Not called, because subscribed to another class of the same name:"
     assert of_the_same_name in bus.explain(namesake)
 
 

@@ -41,8 +41,8 @@ IN_DOUBT = (
 LEFT_OPEN = (
     "a transaction that has written was still open when its unit of work ended: its events are "
     "lost, even if it is committed later. End it inside the unit of work. A middleware that "
-    "commits goes inside of EventContextMiddleware: add EventContextMiddleware last: bus=default "
-    "deliveries=1 event_types=builtins.str x1"
+    "commits goes inside of EventContextMiddleware: add EventContextMiddleware after it: "
+    "bus=default deliveries=1 event_types=builtins.str x1"
 )
 DISPATCHED = (
     "dispatch of builtins.str inside a transaction that has written: the handlers do not see its "

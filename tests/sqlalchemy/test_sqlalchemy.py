@@ -540,7 +540,7 @@ async def test_a_session_from_before_the_unit_that_has_something_to_write_takes_
     assert warning.getMessage() == (
         "a transaction that has written was still open when its unit of work ended: its events are "
         "lost, even if it is committed later. End it inside the unit of work. A middleware that "
-        "commits goes inside of EventContextMiddleware: add EventContextMiddleware last: "
+        "commits goes inside of EventContextMiddleware: add EventContextMiddleware after it: "
         "bus=default deliveries=1 event_types=builtins.str x1"
     )
 

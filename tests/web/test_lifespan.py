@@ -1163,7 +1163,7 @@ class Turnstile:
 def warnings_of_overload(caplog: pytest.LogCaptureFixture, slowest: str) -> list[str]:
     """What was said since the last look: "half" of what may wait does, or requests are "held"."""
     texts = {
-        "half as many deliveries wait as may": "half",
+        "half of max_pending deliveries wait": "half",
         "too many deliveries wait, so new requests are held and then answered 503": "held",
     }
     said: list[str] = []

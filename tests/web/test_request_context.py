@@ -199,8 +199,8 @@ async def test_a_base_http_middleware_inside_sees_the_context_and_one_outside_do
 
 
 OUTSIDE = (
-    "add the middleware: .* If it is there, this code runs outside of it: add it last, because the "
-    "last middleware added is the outermost"
+    "add the middleware: .* If it is there, this code runs outside of it: add it after the "
+    "middleware that publishes, because a later one is further outside"
 )
 
 
@@ -552,8 +552,8 @@ def test_start_up_and_shutdown_have_no_context_and_can_open_one(
 
     assert trace[1::2] == ["handled started", "handled ordered", "handled stopped"]
     refusal = (
-        "no event context of bus 'default' is active here: start-up and shutdown code belongs to "
-        "no request. Open a unit of work: `async with bus.context():`"
+        "no event context of bus 'default' is active here: code at start-up and shutdown belongs "
+        "to no request. Open a unit of work: `async with bus.context():`"
     )
     assert refusals == [refusal, refusal]
 
