@@ -247,13 +247,23 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation into `site/` and test it; `nox -s docs -- --serve` serves it."""
-    session.install("-e", ".", *group("docs"))
+    """Build the documentation into `site/`, test it, and follow the tutorial as its readers do.
+
+    `nox -s docs -- --serve` serves it. Other arguments go to pytest.
+    """
     if "--serve" in session.posargs:
+        session.install("-e", ".", *group("docs"))
         session.run("zensical", "serve", *(each for each in session.posargs if each != "--serve"))
         return
+    extras = ".[cli,fastapi,faststream,outbox]"  # as the tutorial installs them
+    session.install("-e", extras, *group("docs"), *group("tutorial"))
     session.run("zensical", "build", "--clean", "--strict")
-    session.run("pytest", *(session.posargs or ["tests/site"]))
+    if session.posargs:
+        session.run("pytest", *session.posargs)
+    else:
+        # Apart: an event loop of Playwright's runs in the thread of the first ones.
+        session.run("pytest", "tests/site")
+        session.run("pytest", "tests/tutorial")
 
 
 def wheel_problems(path: Path) -> list[str]:

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -68,6 +69,21 @@ class Server:
             return self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the server did not end:\n{self.output}") from None
+
+
+def on_uvicorn(app: str, folder: Path = ROOT) -> Callable[[int], list[str]]:
+    """The command that serves an application on uvicorn, for `serving`.
+
+    Args:
+        app: Where it is, as `module:name`.
+        folder: Where its module is.
+    """
+
+    def command(port: int) -> list[str]:
+        where = ["--app-dir", str(folder), "--host", HOST, "--port", str(port)]
+        return [sys.executable, "-m", "uvicorn", app, *where]
+
+    return command
 
 
 @contextmanager

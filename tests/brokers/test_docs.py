@@ -20,7 +20,7 @@ from tests.brokers.kinds import untyped
 from tests.project.test_docs import ROOT
 from tests.project.test_services import Page, blocks, page, put
 from tests.project.test_services import program as service
-from tests.serving import HOST, PATIENCE, Server, serving
+from tests.serving import PATIENCE, Server, on_uvicorn, serving
 
 __all__ = ["page"]
 
@@ -54,10 +54,7 @@ class Services:
         (self.folder / name).write_text(text)
 
     def serve(self, name: str) -> Server:
-        def command(port: int) -> list[str]:
-            where = ["--app-dir", str(self.folder), "--host", HOST, "--port", str(port)]
-            return [sys.executable, "-m", "uvicorn", f"{name}:app", *where]
-
+        command = on_uvicorn(f"{name}:app", self.folder)
         return self._stack.enter_context(serving(command, env=self._env))
 
     def run(self, name: str) -> str:

@@ -38,7 +38,7 @@ from eventkit.outbox import Outbox, StoredDelivery
 from eventkit.streams import end_at_shutdown
 from eventkit.wire import codec_for
 from tests.filters import filter_options
-from tests.serving import HOST, PATIENCE, ask, serving
+from tests.serving import PATIENCE, ask, on_uvicorn, serving
 from tests.witness import entered, unit_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -167,7 +167,8 @@ def run_project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, pass
     plugin = [] if installed else ["-p", "eventkit_pytest"]
     filters = filter_options(*(path.stem for path in pytester.path.glob("*.py")))
 
-    result = pytester.runpytest_subprocess("-q", "-p", "no:asyncio", *filters, *plugin)
+    unused = ["-p", "no:asyncio", "-p", "no:hypothesispytest"]  # the latter takes long to import
+    result = pytester.runpytest_subprocess("-q", *unused, *filters, *plugin)
     result.assert_outcomes(passed=passed)
 
 
@@ -336,10 +337,7 @@ def test_a_killed_server_of_the_quick_start_is_followed_by_one_that_sends_the_re
         )
         (tmp_path / "shop.py").write_text(program)
 
-    def command(port: int) -> list[str]:
-        where = ["--app-dir", str(tmp_path), "--host", HOST, "--port", str(port)]
-        return [sys.executable, "-m", "uvicorn", "shop:app", *where]
-
+    command = on_uvicorn("shop:app", tmp_path)
     write(seconds=600)
     with serving(command, env=env) as server:
         with closing(server.connect()) as connection:

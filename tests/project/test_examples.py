@@ -3,8 +3,7 @@
 import logging
 import os
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
@@ -14,14 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from examples import starlette_only
-from tests.serving import HOST, serving
-
-
-def on_uvicorn(app: str) -> Callable[[int], Sequence[str]]:
-    def command(port: int) -> Sequence[str]:
-        return [sys.executable, "-m", "uvicorn", app, "--host", HOST, "--port", str(port)]
-
-    return command
+from tests.serving import on_uvicorn, serving
 
 
 def post(connection: HTTPConnection, path: str, body: str) -> int:

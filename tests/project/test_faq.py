@@ -1,6 +1,5 @@
 """What the page of questions says: its messages exist, and each cause has the named symptom."""
 
-import ast
 import asyncio
 import re
 import threading
@@ -20,23 +19,13 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eventkit import EventBus, EventContextClosedError, NoEventContextError
-from eventkit._core.stats import Outcome
 from eventkit.starlette import EventContextMiddleware
+from tests.project.messages import texts, unsaid
 from tests.project.test_docs import ROOT
 
 PAGE = ROOT / "docs" / "faq.md"
 ELSEWHERE = {"is bound to a different event loop", "database is locked"}
 WORD = re.compile(r"([A-Za-z'-]+[:,.]?|\.\.\.)")
-
-
-def said() -> list[str]:
-    """All texts in the package's source, the parts of f-strings each for itself."""
-    return [
-        node.value
-        for file in (ROOT / "eventkit").rglob("*.py")
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    ] + [f"deliveries {outcome.value}" for outcome in Outcome]
 
 
 def quoted(path: Path) -> Iterator[str]:
@@ -56,18 +45,15 @@ def quoted(path: Path) -> Iterator[str]:
     [("faq", 25), ("from-background-tasks", 3), ("from-fastapi-events", 1), ("from-signals", 0)],
 )
 def test_the_quoted_messages_are_those_of_the_source(page: str, at_least: int) -> None:
-    texts = said()
     messages = [each for each in quoted(ROOT / "docs" / f"{page}.md") if each not in ELSEWHERE]
     assert len(messages) >= at_least
-    for message in messages:
-        for part in filter(None, (each.strip() for each in message.split("..."))):
-            assert any(part in text for text in texts), f"{part!r} is no message of eventkit's"
+    assert unsaid(messages) == []
 
 
 def test_the_body_of_a_503_is_quoted() -> None:
     body = "Too many events wait to be delivered. Try again later."
     assert body in PAGE.read_text()
-    assert body in said()
+    assert body in texts()
 
 
 @dataclass(frozen=True, slots=True)

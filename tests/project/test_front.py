@@ -1,4 +1,4 @@
-"""What a newcomer sees first: the README, the first page of the site, the links, the version."""
+"""What a newcomer sees first: the README, the first page of the site, the version."""
 
 import re
 import tomllib
@@ -11,53 +11,6 @@ from starlette.testclient import TestClient
 
 import eventkit
 from tests.project.test_docs import FENCED, ROOT
-
-SITE = "https://fastapi-eventkit.readthedocs.io/"
-REPOSITORY = "https://github.com/fastapi-eventkit/fastapi-eventkit"
-RAW = "https://raw.githubusercontent.com/fastapi-eventkit/fastapi-eventkit/main/"
-# Pages that the host of the repository makes.
-MADE_BY_THE_HOST = {"", "/issues", "/security/advisories/new", "/discussions"}
-LINKING = [
-    str(path.relative_to(ROOT))
-    for pattern in ("*.md", "*.toml", "docs/**/*.md", ".github/**/*.*")
-    for path in sorted(ROOT.glob(pattern))
-]
-
-
-def file_of(url: str) -> tuple[Path, str] | None:
-    """The file and the anchor that a link of ours leads to; None where the host makes the page."""
-    url, _, anchor = url.partition("#")
-    if url.startswith(SITE):
-        name = url.removeprefix(SITE).strip("/") or "index"
-        page = ROOT / "docs" / f"{name}.md"
-        return (page if page.exists() else ROOT / "docs" / name / "index.md"), anchor
-    if url.startswith(RAW):
-        return ROOT / url.removeprefix(RAW), anchor
-    path = url.removeprefix(REPOSITORY).removesuffix(".git")
-    if path.rstrip("/") in MADE_BY_THE_HOST:
-        return None
-    kind, _, name = path.removeprefix("/").partition("/main/")
-    assert kind in ("blob", "tree", "edit"), url
-    assert (kind == "tree") == (ROOT / name).is_dir(), f"{url} has the wrong kind"
-    return ROOT / name, anchor
-
-
-def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return {
-        re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", each).strip().lower()) for each in headings
-    }
-
-
-@pytest.mark.parametrize("name", LINKING)
-def test_every_absolute_link_to_ourselves_leads_to_a_file(name: str) -> None:
-    for url in re.findall(rf"(?:{SITE}|{REPOSITORY}|{RAW})[^\s\"')>`]*", (ROOT / name).read_text()):
-        if found := file_of(url):
-            file, anchor = found
-            assert file.exists(), f"{name} links to {url}"
-            assert not anchor or anchor in anchors(file), f"{name} links to {url}"
 
 
 def test_the_readme_has_absolute_links_alone() -> None:

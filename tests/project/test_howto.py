@@ -3,10 +3,8 @@
 import asyncio
 import importlib
 import json
-import sys
 import threading
 from collections.abc import Callable, Generator, MutableMapping
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -34,29 +32,18 @@ from eventkit.sqlalchemy import deliver_on_commit
 from eventkit.starlette import EventContextMiddleware
 from tests.asgi import Exchange, lifespan_of
 from tests.project.test_docs import A_FILE, FENCED, ROOT, run_page
-from tests.serving import HOST, PATIENCE, serving
+from tests.serving import HOST, PATIENCE, on_uvicorn, serving
 from tests.witness import witnessed
 
 Import = Callable[[str], ModuleType]
 Layer = tuple[Any, dict[str, Any]]  # a middleware and its options
 
 
-@contextmanager
-def files_of(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Import]:
-    """Write the files of a page into a folder; gives what imports one of them afresh."""
-    names = set[str]()
+def write_files(page: str, folder: Path) -> None:
+    """Write the files of a page into a folder."""
     for block in FENCED.finditer((ROOT / "docs" / page).read_text()):
         if (name := A_FILE.match(block[1])) and f"# {name[1]}\n" == name[0]:
             (folder / name[1]).write_text(block[1])
-            names.add(name[1].removesuffix(".py"))
-    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
-    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    try:
-        yield importlib.import_module
-    finally:
-        for module in names:
-            sys.modules.pop(module, None)
-        sys.modules.update(before)
 
 
 # Requests: the order of middlewares.
@@ -284,7 +271,7 @@ TWO_ORDERS = {"query": "mutation { a: placeOrder(number: 1) b: placeOrder(number
 
 
 def test_a_failed_mutation_is_a_200_and_the_page_tells_how_to_discard_its_events(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path,
 ) -> None:
     strawberry = pytest.importorskip("strawberry", reason="pip install strawberry-graphql")
     integration = pytest.importorskip("strawberry.fastapi")
@@ -293,32 +280,32 @@ def test_a_failed_mutation_is_a_200_and_the_page_tells_how_to_discard_its_events
         for block in FENCED.finditer((ROOT / "docs" / "requests.md").read_text())
         if block[1].startswith("# graphql_app.py, ")
     ]
-    with files_of("requests.md", tmp_path, monkeypatch) as import_module:
-        page = import_module("graphql_app")
-        exec(other, vars(page))
-        seen = witnessed(page.bus)
-        page.bus.subscribe(page.OrderPlaced, ignore, thread=False)
+    write_files("requests.md", project)
+    page = importlib.import_module("graphql_app")
+    exec(other, vars(page))
+    seen = witnessed(page.bus)
+    page.bus.subscribe(page.OrderPlaced, ignore, thread=False)
 
-        def outcome(*extensions: object) -> list[str]:
-            schema = strawberry.Schema(page.Query, page.Mutation, extensions=extensions)
-            app = FastAPI()
-            app.add_middleware(EventContextMiddleware, bus=page.bus)
-            app.include_router(integration.GraphQLRouter(schema), prefix="/graphql")
-            return ask(app)
+    def outcome(*extensions: object) -> list[str]:
+        schema = strawberry.Schema(page.Query, page.Mutation, extensions=extensions)
+        app = FastAPI()
+        app.add_middleware(EventContextMiddleware, bus=page.bus)
+        app.include_router(integration.GraphQLRouter(schema), prefix="/graphql")
+        return ask(app)
 
-        def ask(app: FastAPI) -> list[str]:
-            seen.clear()
-            answer = TestClient(app).post("/graphql", json=TWO_ORDERS)
-            assert answer.status_code == 200
-            assert answer.json()["errors"][0]["message"] == "orders begin with 1"
-            return sorted(line.replace("OrderPlaced(number=", "").rstrip(")") for line in seen)
+    def ask(app: FastAPI) -> list[str]:
+        seen.clear()
+        answer = TestClient(app).post("/graphql", json=TWO_ORDERS)
+        assert answer.status_code == 200
+        assert answer.json()["errors"][0]["message"] == "orders begin with 1"
+        return sorted(line.replace("OrderPlaced(number=", "").rstrip(")") for line in seen)
 
-        assert outcome() == ["handled 0", "handled 1"]
-        assert ask(page.app) == ["discarded 0", "handled 1"]
-        assert outcome(page.AllOrNothing) == ["discarded 0", "discarded 1"]
-        assert TestClient(page.app).post("/graphql", json={"query": "{ version }"}).json() == {
-            "data": {"version": 1}
-        }
+    assert outcome() == ["handled 0", "handled 1"]
+    assert ask(page.app) == ["discarded 0", "handled 1"]
+    assert outcome(page.AllOrNothing) == ["discarded 0", "discarded 1"]
+    assert TestClient(page.app).post("/graphql", json={"query": "{ version }"}).json() == {
+        "data": {"version": 1}
+    }
 
 
 INVOCATION: dict[str, Any] = {
@@ -352,18 +339,18 @@ def loop_of_the_thread() -> Generator[None]:
 
 @pytest.mark.usefixtures("loop_of_the_thread")
 def test_on_aws_lambda_handlers_have_ended_when_the_response_is_returned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path,
 ) -> None:
     pytest.importorskip("mangum", reason="pip install mangum")
-    with files_of("requests.md", tmp_path, monkeypatch) as import_module:
-        page = import_module("lambda_app")
-        seen = witnessed(page.bus)
-        page.bus.subscribe(page.OrderPlaced, waits_for_a_moment)
-        try:
-            assert page.handler(INVOCATION, {})["statusCode"] == 200
-            assert seen == ["handled OrderPlaced(number=7)"]
-        finally:
-            page.lifespan.__exit__(None, None, None)
+    write_files("requests.md", project)
+    page = importlib.import_module("lambda_app")
+    seen = witnessed(page.bus)
+    page.bus.subscribe(page.OrderPlaced, waits_for_a_moment)
+    try:
+        assert page.handler(INVOCATION, {})["statusCode"] == 200
+        assert seen == ["handled OrderPlaced(number=7)"]
+    finally:
+        page.lifespan.__exit__(None, None, None)
 
 
 async def waits_for_a_moment(event: object) -> None:
@@ -394,9 +381,9 @@ def test_on_aws_lambda_only_a_lifespan_run_by_hand_leaves_handlers_behind(bus: E
 
 
 @pytest.fixture
-def import_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Import]:
-    with files_of("jobs.md", tmp_path, monkeypatch) as import_module:
-        yield import_module
+def import_job(project: Path) -> Import:
+    write_files("jobs.md", project)
+    return importlib.import_module
 
 
 @pytest.fixture
@@ -731,10 +718,7 @@ def test_uvicorn_closes_a_websocket_at_shutdown_and_its_last_events_are_delivere
     client = pytest.importorskip("websockets.sync.client", reason="pip install websockets")
     (tmp_path / "socket_app.py").write_text(SOCKET_APP)
 
-    def command(port: int) -> list[str]:
-        where = ["--app-dir", str(tmp_path), "--host", HOST, "--port", str(port)]
-        return [sys.executable, "-m", "uvicorn", "socket_app:app", *where]
-
+    command = on_uvicorn("socket_app:app", tmp_path)
     with serving(command) as server, client.connect(f"ws://{HOST}:{server.port}/") as socket:
         socket.send("hello")
         assert socket.recv(timeout=PATIENCE) == "hello"

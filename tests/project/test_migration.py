@@ -7,7 +7,7 @@ import re
 import smtplib
 import sqlite3
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import Context, ContextVar
 from dataclasses import dataclass
 from email.message import EmailMessage
@@ -51,18 +51,6 @@ def joined(parts: dict[str, str], name: str) -> str:
     """A file of a project, of all its parts but those that are said to be for durable handlers."""
     of_it = re.compile(rf"{re.escape(name)}(?!.*, durable$)(, .*)?$")
     return "\n\n".join(part for title, part in parts.items() if of_it.match(title))
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder for the files of a page, whose modules are forgotten afterwards."""
-    before = {*sys.modules}
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)  # pyright: ignore[reportUnknownMemberType]
-    yield tmp_path
-    for name in {*sys.modules} - before:
-        if (tmp_path / f"{name}.py").exists():
-            del sys.modules[name]
 
 
 def load(project: Path, name: str, source: str) -> ModuleType:

@@ -16,6 +16,9 @@ CONFIG: dict[str, Any] = tomllib.loads((ROOT / "zensical.toml").read_text(encodi
 ]
 SITE_URL: str = CONFIG["site_url"]
 REPO_URL: str = CONFIG["repo_url"]
+RAW_URL = f"{REPO_URL.replace('github.com', 'raw.githubusercontent.com')}/"
+# Pages that the host of the repository makes.
+MADE_BY_THE_HOST = {"discussions", "issues", "security/advisories/new"}
 
 # What a `<link>` only says, and no browser loads.
 SAID = {"alternate", "canonical", "next", "prev"}
@@ -117,6 +120,8 @@ def problem_of(url: str, known: dict[Path, Page]) -> str | None:
             return "no such anchor"
     elif address.startswith(f"{REPO_URL}/"):
         return problem_in_repository(address.removeprefix(f"{REPO_URL}/"))
+    elif address.startswith(RAW_URL):
+        return problem_in_repository(f"raw/{address.removeprefix(RAW_URL)}")
     elif not address.startswith(("https://", "http://", "mailto:")):
         return "neither on the site nor on another"
     return None
@@ -127,7 +132,7 @@ def problem_in_repository(rest: str) -> str | None:
     kind, _, path = rest.partition("/")
     branch, _, path = path.partition("/")
     if kind not in {"blob", "edit", "raw", "tree"}:
-        return None  # issues, releases: pages of the host
+        return None if rest in MADE_BY_THE_HOST else "no page of the host"
     if branch != "main":
         return "not the branch main"
     target = ROOT / unquote(path)

@@ -8,6 +8,7 @@ from urllib.parse import urljoin
 import pytest
 
 from tests.site.built import (
+    RAW_URL,
     REPO_URL,
     ROOT,
     SITE,
@@ -83,7 +84,8 @@ def test_what_files_of_the_project_name_on_the_site_and_in_the_repository_exists
 ) -> None:
     command = ["git", "ls-files", "*.md", "*.py", "*.toml", "*.yaml", "*.yml"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
-    addresses = re.compile(rf"(?:{re.escape(SITE_URL)}|{re.escape(REPO_URL)}/)[^\s)\"'`>\]{{}}]*")
+    ours = "|".join(map(re.escape, (SITE_URL, f"{REPO_URL}/", RAW_URL)))
+    addresses = re.compile(rf"(?:{ours})[^\s)\"'`>\]{{}}]*")
     broken = [
         f"{name}: {url}: {problem}"
         for name in listed.splitlines()
@@ -106,11 +108,14 @@ def test_what_files_of_the_project_name_on_the_site_and_in_the_repository_exists
         (f'<a href="{REPO_URL}/blob/main/nowhere.py">', "no such file"),
         (f'<a href="{REPO_URL}/tree/main/nowhere">', "no such folder"),
         (f'<a href="{REPO_URL}/blob/old/README.md">', "not the branch main"),
+        (f'<a href="{REPO_URL}/isues">', "no page of the host"),
+        (f'<a href="{RAW_URL}main/nowhere.svg">', "no such file"),
         ('<a href="ftp://example.org">', "neither on the site nor on another"),
         ('<a href="../changelog/#here" id="here">', "no such anchor"),
         ('<a href="#here" id="here">', None),
         ('<a href="../changelog/">', None),
         (f'<a href="{REPO_URL}/issues">', None),
+        (f'<a href="{RAW_URL}main/docs/timeline.svg">', None),
     ],
 )
 def test_the_check_finds_a_link_that_leads_nowhere(

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points, version
+from importlib.metadata import entry_points
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
@@ -24,14 +25,12 @@ import anyio
 import pytest
 import structlog
 from fastapi import FastAPI
+from faststream.nats import TestNatsBroker
 from starlette.testclient import TestClient
-
-pytest.importorskip("uvicorn")
 
 from eventkit import EventBus
 from eventkit.wire import encode
-from tests.project.test_docs import ROOT
-from tests.serving import HOST, PATIENCE, Server, serving
+from tests.serving import PATIENCE, ROOT, Server, on_uvicorn, serving
 
 TUTORIAL = ROOT / "docs" / "tutorial"
 STEPS = sorted(TUTORIAL.glob("[1-9]-*.md"))
@@ -80,6 +79,12 @@ def pattern_of(shown: str) -> str:
     return re.escape(masked(shown)).replace(re.escape("..."), ".*")
 
 
+def save(path: Path, text: str) -> None:
+    """Write a module, and forget its bytecode: a second version may come within a second."""
+    path.write_text(text)
+    Path(cache_from_source(str(path))).unlink(missing_ok=True)
+
+
 @dataclass
 class Reader:
     """Follows the pages in a folder.
@@ -104,7 +109,7 @@ class Reader:
             return
         path = self.folder / name[1]
         path.parent.mkdir(exist_ok=True)
-        path.write_text(self._edited(block.text))
+        save(path, self._edited(block.text))
 
     def write_all(self, pages: list[Path]) -> None:
         """Catch up: have the files that these pages end with."""
@@ -191,12 +196,8 @@ class Reader:
         if app in self._servers:
             self._stop(app)
 
-        def command(port: int) -> list[str]:
-            where = ["--app-dir", str(self.folder), "--host", HOST, "--port", str(port)]
-            return [sys.executable, "-m", "uvicorn", app, *where]
-
         stack = ExitStack()
-        run = serving(command, env=self._env(variables), cwd=self.folder)
+        run = serving(on_uvicorn(app, self.folder), env=self._env(variables), cwd=self.folder)
         self._servers[app] = stack, stack.enter_context(run)
         self._seen[app] = 0
 
@@ -234,11 +235,11 @@ class Reader:
         path = self.folder / "shop" / "app.py"
         text = path.read_text()
         assert text.count(f"    {line}\n") == 1
-        path.write_text(text.replace(line, f"# {line}"))
+        save(path, text.replace(line, f"# {line}"))
         try:
             self._run_all(commands)
         finally:
-            path.write_text(text)
+            save(path, text)
 
     def _compare(self, block: Block) -> None:
         terminal = re.match(r"the terminal of (\w+)", block.title)
@@ -273,7 +274,7 @@ class Reader:
             assert time.monotonic() < deadline
 
     def _env(self, variables: Mapping[str, str]) -> dict[str, str]:
-        return {**os.environ, **variables, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+        return {**os.environ, **variables, "PYTHONPATH": str(ROOT)}
 
 
 # What takes less time in a test: a killed process is taken for dead sooner, and the mail server is
@@ -281,19 +282,6 @@ class Reader:
 QUICK = {"Outbox(bus, engine)": "Outbox(bus, engine, lease=1.5)", "sleep(2)": "sleep(0.2)"}
 MAIL_SECONDS = {"4": "5", "6": "1"}
 SECOND_SERVICE = "## A second service\n"
-# Steps 3 to 6 commit before the response.
-KNOWS_SCOPES = tuple(map(int, version("fastapi").split(".")[:2])) >= (0, 121)
-
-
-def needs(step: int) -> None:
-    """Skip a step whose packages are not installed."""
-    if step >= 3:
-        pytest.importorskip("greenlet")
-        pytest.importorskip("aiosqlite")
-        if not KNOWS_SCOPES:
-            pytest.skip("needs FastAPI 0.121 or later")
-    if step >= 6:
-        pytest.importorskip("faststream.nats")
 
 
 @pytest.fixture
@@ -306,7 +294,6 @@ def reader(tmp_path: Path) -> Iterator[Reader]:
 @pytest.mark.parametrize("step", STEPS, ids=[page.stem for page in STEPS])
 def test_the_step_does_as_it_shows(reader: Reader, step: Path) -> None:
     number = step.stem[0]
-    needs(int(number))
     reader.edits = {**QUICK, "sleep(2)": f"sleep({MAIL_SECONDS.get(number, '0.2')})"}
     reader.write_all([page for page in STEPS if page < step])
     text, _, _ = step.read_text().partition(SECOND_SERVICE)
@@ -314,14 +301,12 @@ def test_the_step_does_as_it_shows(reader: Reader, step: Path) -> None:
 
 
 def test_the_tests_of_the_whole_tutorial_need_no_broker(reader: Reader) -> None:
-    needs(6)
     reader.write_all(STEPS)
     reader.run("pytest -q")
     assert "6 passed" in reader.printed
 
 
 def test_the_engine_of_the_tutorial_may_be_made_in_the_lifespan(reader: Reader) -> None:
-    needs(3)
     reader.write_all(STEPS[:3])
     page = STEPS[2].read_text()
     (instead,) = [
@@ -352,8 +337,6 @@ def test_the_whole_tutorial_has_the_files_of_its_tree(reader: Reader) -> None:
 
 
 def test_type_checkers_find_nothing_in_the_tutorial(reader: Reader) -> None:
-    pytest.importorskip("mypy")
-    needs(6)
     for steps in (STEPS[:2], STEPS[2:4], STEPS[4:]):
         reader.write_all(steps)
         done = subprocess.run(
@@ -397,7 +380,6 @@ def shop_of_step_4(
     reader: Reader, load: Load, inside: str | None, edits: Mapping[str, str]
 ) -> FastAPI:
     """The application of step 4, with one middleware in the wrong place."""
-    needs(4)
     reader.write_all(STEPS[:4])
     path = reader.folder / "shop" / "app.py"
     text = path.read_text()
@@ -458,10 +440,7 @@ async def test_the_second_service_reads_what_the_shop_forwards(
     reader: Reader, load: Load, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without a broker: FastStream's test broker stands for it."""
-    needs(6)
     reader.write_all(STEPS)
-    from faststream.nats import TestNatsBroker
-
     bus = EventBus()
     broker = load("shop.broker").connect(bus, "nats://localhost:4222")
     event: object = load("shop.events").OrderPlaced(8, "ada@example.org")
@@ -482,7 +461,6 @@ async def test_the_second_service_reads_what_the_shop_forwards(
 def test_the_second_service_writes_an_invoice(
     reader: Reader, service_url: Callable[[str], str]
 ) -> None:
-    needs(6)
     url = service_url("nats")
     places = {f'"{place}': f'"{place}-{uuid4().hex[:8]}' for place in ("orders", "dead")}
     reader.edits = {**QUICK, **places, "nats://localhost:4222": url}
