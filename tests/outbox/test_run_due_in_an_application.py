@@ -1,5 +1,6 @@
 """Which application `run_due` takes the dependencies of handlers from."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -90,3 +91,15 @@ def test_an_endpoint_runs_it_with_what_its_application_has(app: FastAPI, notes: 
         assert client.post("/due/now").json() == 1
 
     assert notes == ["handled 1"]
+
+
+def test_without_an_application_a_dependency_with_a_request_fails(
+    app: FastAPI, notes: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with TestClient(app) as client:
+        client.post("/1")
+    caplog.clear()
+    asyncio.run(app.state.outbox.run_due(HOUR))
+
+    assert notes == []
+    assert "NoRequestError" in caplog.text
