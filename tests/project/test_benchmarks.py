@@ -375,11 +375,12 @@ def test_the_tables_and_the_plots_show_what_was_measured(name: str) -> None:
         assert (KEPT / file).read_text() == drawn
 
 
-def test_the_page_leads_to_every_table_and_every_plot() -> None:
+def test_the_page_is_short_and_leads_to_every_table_and_every_plot() -> None:
     shown = KEPT.with_suffix(".md").read_text()
 
     for file in (*KEPT.glob("*.md"), *KEPT.glob("*.svg")):
         assert f"(benchmarks/{file.name})" in shown, file.name
+    assert len(shown.splitlines()) <= 150
 
 
 def test_the_page_that_says_why_says_what_was_measured() -> None:
