@@ -150,7 +150,8 @@ def list_(target: str, state: str, handler: str | None, limit: int, json: bool) 
     elif found:
         _show.show_list(found)
     else:
-        click.echo("there are no such deliveries", err=True)
+        every = "" if chosen is None else "; --state all lists the others"
+        click.echo(f"there are no {chosen or 'such'} deliveries{every}", err=True)
     if len(found) == limit:
         click.echo(f"there may be more than {limit}: give a higher --limit", err=True)
 

@@ -101,7 +101,9 @@ def test_a_list_is_narrowed_by_state_handler_and_limit(shop: Shop) -> None:
         "there may be more than 1: give a higher --limit"
     )
     none = shop("list", "--state", "unreadable")
-    assert none.stderr.splitlines()[-1] == "there are no such deliveries"
+    assert none.stderr.splitlines()[-1] == (
+        "there are no unreadable deliveries; --state all lists the others"
+    )
 
 
 def test_on_a_terminal_of_80_columns_a_list_stacks_what_is_long(small_shop: Shop) -> None:
