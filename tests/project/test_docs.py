@@ -580,9 +580,23 @@ def test_the_tests_of_the_durable_page_test_the_pages_program(
 ) -> None:
     program, files = durable_blocks({"sleep(3)": "sleep(0)"})
     (pytester.path / "shop.py").write_text(program)
-    (pytester.path / "test_shop.py").write_text(files["test_shop.py"])
+    tests = files["test_shop.py"] + LEAVES_A_ROW
+    (pytester.path / "test_shop.py").write_text(tests)
 
-    run_project(pytester, monkeypatch, passed=files["test_shop.py"].count("def test_"))
+    run_project(pytester, monkeypatch, passed=tests.count("def test_"))
+
+
+LEAVES_A_ROW = """
+
+def test_a_receipt_fails(capevents: EventCapture) -> None:
+    capevents.fail(receipt, ConnectionError("the mail server is down"))
+    TestClient(app).post("/orders/11")
+    assert len(anyio.run(outbox.deliveries, "ready")) == 1
+
+
+def test_the_next_test_finds_no_row() -> None:
+    assert anyio.run(outbox.deliveries, None) == []
+"""
 
 
 def test_alembic_makes_the_tables_as_the_durable_page_has_it_and_keeps_them(
