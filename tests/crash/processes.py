@@ -14,7 +14,7 @@ from tests.crash.nursery import PATIENCE, ROOT, Nursery
 
 LEASE = 1.5  # seconds, the least there is
 # Where nobody is to be taken for dead: on a busy machine a heartbeat may be a second late.
-LONG = 5.0
+LONG = 8.0
 LOST = "the lease of a delivery was lost before its outcome was written"  # as far as a colon
 
 Line = Mapping[str, Any]
