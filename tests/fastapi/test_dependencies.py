@@ -526,7 +526,8 @@ def test_a_lazy_annotation_that_fails_is_refused(
     message = refusal(bus, partial(handler) if bound else handler)
 
     assert re.fullmatch(
-        r"postponed:handler \(postponed\.py:7\): an annotation cannot be evaluated: \w+Error\(.*\)",
+        r"postponed:handler \(postponed\.py:7\): an annotation cannot be evaluated: "
+        r"\w+Error\(.*\)\. Correct the annotation",
         message,
     )
 
