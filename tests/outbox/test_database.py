@@ -730,11 +730,12 @@ def test_connections_that_cannot_be_closed_do_not_keep_the_thread(
 
 
 AT_EXIT = """
-import asyncio, warnings
+import logging
 from sqlalchemy import create_engine
 from sqlalchemy.ext.asyncio import create_async_engine
 from eventkit.outbox._database import Database
 
+logging.getLogger("asyncio").setLevel(logging.ERROR)  # a busy machine is told of slow steps
 engine = {make}({url!r})
 database = Database(engine)
 print(database.call(lambda connection: connection.exec_driver_sql("SELECT 1").scalar_one()))
