@@ -469,8 +469,8 @@ def _chosen(operation: str, ids: Iterable[UUID] | None, **others: object) -> dic
     given: object = ids  # by users, who may have no type checker
     if isinstance(given, UUID):
         raise TypeError(f"{operation}() takes a list of ids, not a single one: {operation}([id])")
-    found: list[object] = [] if isinstance(given, str) else [*ids]
-    if isinstance(given, str) or not all(isinstance(each, UUID) for each in found):
+    found: list[object] = [given] if isinstance(given, str) else [*ids]
+    if not all(isinstance(each, UUID) for each in found):
         raise TypeError(
             f"{operation}() takes a list of UUIDs, not text: {operation}([UUID(text)]). The `id` "
             "of a delivery is a UUID already"
