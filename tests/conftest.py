@@ -1,6 +1,7 @@
 """The event loops that every async test runs on, and the services that a few tests need."""
 
 import asyncio
+import gc
 import importlib
 import os
 import socket
@@ -76,6 +77,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """Load the project's own plugin where the project is not installed."""
     if not config.pluginmanager.has_plugin("eventkit"):
         config.pluginmanager.register(importlib.import_module("eventkit_pytest"), "eventkit")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Keep what has been imported and collected out of every collection of garbage to come.
+
+    Many tests collect garbage, or look at every object. Of those, most belong to the suite itself.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> str:
