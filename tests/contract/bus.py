@@ -63,7 +63,8 @@ class BusContract:
 
     def teardown_method(self) -> None:
         """Have every bus at rest, with each accepted delivery ended in one way."""
-        for bus in self._buses:
+        buses, self._buses = self._buses, []  # pytest keeps each test's object to the end
+        for bus in buses:
             assert_settled(bus)
 
     def tearDown(self) -> None:

@@ -533,15 +533,14 @@ def running() -> Generator[Callable[[Awaitable[None]], None]]:
     quiet = logging.getLogger("eventkit")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
-    gc.collect()
-    gc.freeze()  # what is there already, so that a forgotten session is soon found
+    gc.collect()  # what is there already, so that a forgotten session is soon found
+    gc.freeze()
     with asyncio.Runner() as runner:
 
         def run(example: Any) -> None:
             runner.run(example, context=copy_context())
 
         yield run
-    gc.unfreeze()
     quiet.setLevel(level)
 
 
