@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 from eventkit import EventBus
 from eventkit.exceptions import NoOutboxError, OutboxSchemaError
 from eventkit.outbox import Outbox
+from eventkit.outbox import _holdings as holdings_module
 from eventkit.outbox import _relay as relay_module
 from eventkit.outbox._store import State
 from eventkit.starlette import EventContextMiddleware
@@ -391,6 +392,7 @@ async def test_a_database_that_is_away_at_the_end_does_not_hold_up_a_shutdown(
         raise OperationalError("select 1", None, ConnectionRefusedError("nobody there"))
 
     monkeypatch.setattr(relay_module, "_SECONDS_TO_LEAVE", 0.2)
+    monkeypatch.setattr(holdings_module, "_SECONDS_TO_WRITE", 0.2)
     scene.table.insert(event("mail"))
     database: Any = holdings_of(outbox).database
     async with lifespan_of(app_of(bus)) as said:
