@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast
 
-from eventkit.exceptions import EventEncodingError, InvalidEventTypeError
+from eventkit.exceptions import EventEncodingError, EventKitError, InvalidEventTypeError
 from eventkit.wire._formats import Fault, Format, Msgspec, Pair, Pydantic
 from eventkit.wire._loss import REMEDY, Loss, first_leaf, kind_of, loss_of
 from eventkit.wire._names import Upcast, is_named, names_on
@@ -23,7 +23,7 @@ _ATTRIBUTE = "__eventkit_codec__"
 _BUILTIN: dict[type, Codec[Any]] = {}  # for classes that accept no new attribute, such as `int`
 
 
-class EventDecodingError(ValueError):
+class EventDecodingError(EventKitError, ValueError):
     """The stored JSON is no event of this class. The text has nothing of the JSON."""
 
 

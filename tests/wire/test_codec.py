@@ -38,7 +38,7 @@ from sqlalchemy import orm
 from typing_extensions import TypeAliasType, TypedDict
 
 from eventkit import DomainEvent
-from eventkit.exceptions import EventEncodingError, InvalidEventTypeError
+from eventkit.exceptions import EventEncodingError, EventKitError, InvalidEventTypeError
 from eventkit.wire import Codec, EventDecodingError, codec_for, named
 from eventkit.wire._loss import loss_of
 from tests.wire.ids import shown
@@ -889,6 +889,7 @@ def test_an_error_of_decoding_says_where_and_why() -> None:
         codec.decode('{"value": [{"sku": "a"}]}', "holding")
 
     assert str(caught.value) == "this is no holding: value[...].price: Field required"
+    assert isinstance(caught.value, EventKitError)
 
 
 # The codec itself
