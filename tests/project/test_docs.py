@@ -5,13 +5,11 @@ import inspect
 import io
 import math
 import os
-import pkgutil
 import re
 import shlex
 import signal
 import sys
 import time
-import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from datetime import datetime, timedelta
@@ -31,8 +29,7 @@ from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 from starlette.types import Message, Scope
 
-import eventkit
-from eventkit import Durable, InvalidEventTypeError, _core
+from eventkit import Durable, InvalidEventTypeError
 from eventkit._core.endings import abandon
 from eventkit.outbox import Outbox, StoredDelivery
 from eventkit.streams import end_at_shutdown
@@ -170,35 +167,6 @@ def run_project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, pass
     unused = ["-p", "no:asyncio", "-p", "no:hypothesispytest"]  # the latter takes long to import
     result = pytester.runpytest_subprocess("-q", *unused, *filters, *plugin)
     result.assert_outcomes(passed=passed)
-
-
-def test_contributing_names_every_module_and_every_session() -> None:
-    contributing = (ROOT / "CONTRIBUTING.md").read_text()
-    paths = [*eventkit.__path__, *_core.__path__]
-    modules = {each.name for each in pkgutil.iter_modules(paths)}
-    sessions = re.findall(r"^@nox\.session.*\ndef (\w+)\(", (ROOT / "noxfile.py").read_text(), re.M)
-
-    assert {"bus", "testing"} <= modules
-    assert {"tests", "plugin"} <= {*sessions}
-    for name in (*modules, *sessions):
-        assert f"`{name}`" in contributing, f"CONTRIBUTING.md does not name {name}"
-
-
-def test_the_same_pythons_are_named_everywhere() -> None:
-    noxfile = (ROOT / "noxfile.py").read_text()
-    pythons: list[str] = ast.literal_eval(re.search(r"^PYTHONS = (.*)$", noxfile, re.M)[1])  # type: ignore[index]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    classifiers = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
-    first, last = pythons[0], pythons[-1]
-    youngest = re.search(r"^PYTHONS=\((.*)\)$", (ROOT / ".ci/debian-pythons").read_text(), re.M)
-
-    assert classifiers == pythons
-    assert project["requires-python"] == f">={first}"
-    assert youngest
-    assert youngest[1].split() == pythons[-2:]
-    for page in ("README.md", "CONTRIBUTING.md"):
-        named = re.findall(r"Python (3\.\d+ to 3\.\d+)", (ROOT / page).read_text())
-        assert {*named} == {f"{first} to {last}"}, page
 
 
 def test_every_test_that_the_page_names_as_proof_exists(page: Path) -> None:
