@@ -1,35 +1,18 @@
-"""The examples that are one file each: as a client in the process, and on a real server."""
+"""The examples that are one file each: as a client in the process sees them."""
 
 import logging
-import os
 import re
-from collections.abc import Mapping
-from contextlib import closing
-from http.client import HTTPConnection
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from examples import starlette_only
-from tests.serving import on_uvicorn, serving
-
-
-def post(connection: HTTPConnection, path: str, body: str) -> int:
-    connection.request("POST", path, body, {"content-type": "application/json"})
-    response = connection.getresponse()
-    response.read()
-    return response.status
-
-
-def get(connection: HTTPConnection, path: str) -> str:
-    connection.request("GET", path)
-    return connection.getresponse().read().decode()
 
 
 def test_the_starlette_shop_confirms_what_was_placed(caplog: pytest.LogCaptureFixture) -> None:
-    with TestClient(starlette_only.create_app()) as client:
+    with TestClient(starlette_only.app) as client:  # the one that a server is given
         assert client.post("/orders", json={"number": 7}).status_code == 201
         assert client.get("/mails").json() == ["Order 7 is placed"]
 
@@ -60,36 +43,25 @@ def test_the_starlette_shop_answers_other_origins() -> None:
     assert answer.headers["access-control-allow-origin"] == "*"
 
 
-def test_the_starlette_shop_runs_on_a_server() -> None:
-    pytest.importorskip("uvicorn")
-    with (
-        serving(on_uvicorn("examples.starlette_only:app")) as server,
-        closing(server.connect()) as connection,
-    ):
-        assert post(connection, "/orders", '{"number": 7}') == 201
-        while "Order 7 is placed" not in get(connection, "/mails"):
-            assert server.process.poll() is None
-
-
 def test_fastapi_is_not_needed_for_the_starlette_shop() -> None:
     source = Path(starlette_only.__file__).read_text()
     assert not re.search(r"^\s*(from|import) (fastapi|eventkit\.fastapi)", source, re.MULTILINE)
 
 
 @pytest.fixture
-def sqlmodel_app(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def heroes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
     pytest.importorskip("sqlmodel", reason="pip install sqlmodel, for its example")
-    monkeypatch.setenv("DATABASE_URL", "sqlite://")  # a module-level app is not served here
-    from examples import sqlmodel_app
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'heroes.db'}")
+    from examples.sqlmodel_app import app
 
-    return sqlmodel_app
+    return app
 
 
 def test_heroes_of_sqlmodel_are_written_about_once_they_are_committed(
-    sqlmodel_app: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    heroes: FastAPI, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    with TestClient(sqlmodel_app.create_app(f"sqlite:///{tmp_path / 'heroes.db'}")) as client:
+    with TestClient(heroes) as client:
         created = client.post("/heroes", json={"name": "Ada"})
         assert (created.status_code, created.json()) == (201, {"name": "Ada", "id": 1})
         assert client.get("/diary").json() == ["Ada has joined"]
@@ -100,18 +72,3 @@ def test_heroes_of_sqlmodel_are_written_about_once_they_are_committed(
         assert client.get("/heroes").json() == [{"name": "Ada", "id": 1}]
 
     assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
-
-
-def test_the_heroes_run_on_a_server(sqlmodel_app: ModuleType, tmp_path: Path) -> None:
-    pytest.importorskip("uvicorn")
-    env: Mapping[str, str] = {
-        **os.environ,
-        "DATABASE_URL": f"sqlite:///{tmp_path / 'heroes.db'}",
-    }
-    with (
-        serving(on_uvicorn("examples.sqlmodel_app:app"), env=env) as server,
-        closing(server.connect()) as connection,
-    ):
-        assert post(connection, "/heroes", '{"name": "Ada"}') == 201
-        while "Ada has joined" not in get(connection, "/diary"):
-            assert server.process.poll() is None
