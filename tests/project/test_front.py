@@ -3,7 +3,6 @@
 import re
 import tomllib
 from importlib.metadata import version
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -21,20 +20,12 @@ def test_the_readme_has_absolute_links_alone() -> None:
     assert [target for target in targets if not target.startswith("https://")] == []
 
 
-def first_program(page: Path) -> ModuleType:
-    """Run the first block of a page alone, as the module that a reader saves."""
-    block = FENCED.search(page.read_text())
-    assert block
-    module = ModuleType("first")
-    exec(compile(block[1], "first.py", "exec"), vars(module))
-    return module
+def test_the_first_program_answers_and_greets(capsys: pytest.CaptureFixture[str]) -> None:
+    first, *_ = FENCED.findall((ROOT / "README.md").read_text())
+    module = ModuleType("first")  # as the reader saves it
+    exec(compile(first, "first.py", "exec"), vars(module))
 
-
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
-def test_the_first_program_answers_and_greets(
-    page: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with TestClient(first_program(ROOT / page).app) as client:
+    with TestClient(module.app) as client:
         assert client.post("/users/Ada").status_code == 201
 
     assert capsys.readouterr().out == "Welcome, Ada!\n"
@@ -62,9 +53,3 @@ def test_the_version_is_said_in_one_place() -> None:
     assert project["project"]["dynamic"] == ["version"]
     assert project["tool"]["hatch"]["version"] == {"path": "eventkit/__init__.py"}
     assert eventkit.__version__ == version("fastapi-eventkit")
-
-
-def test_the_package_says_where_to_find_things() -> None:
-    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
-
-    assert {*urls} == {"Documentation", "Source", "Changelog", "Issues", "Security"}
