@@ -1,8 +1,10 @@
 """The texts in the source of the package, which pages quote: lines of the log and of errors."""
 
 import ast
+import re
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 
 from eventkit._core.stats import Outcome
 from tests.serving import ROOT
@@ -10,12 +12,14 @@ from tests.serving import ROOT
 
 @cache
 def texts() -> list[str]:
-    """All texts of the source; the parts of an f-string are texts of their own."""
+    """All texts of the source except docstrings; each part of an f-string is a text of its own."""
+    trees = [ast.parse(file.read_text()) for file in (ROOT / "eventkit").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
     return [
         node.value
-        for file in (ROOT / "eventkit").rglob("*.py")
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings
     ] + [f"deliveries {outcome.value}" for outcome in Outcome]  # as the log composes them
 
 
@@ -23,3 +27,12 @@ def unsaid(messages: Iterable[str]) -> list[str]:
     """The parts of messages that no text of the source has; `...` stands between parts."""
     parts = [part.strip() for message in messages for part in message.split("...")]
     return [part for part in parts if part and not any(part in text for text in texts())]
+
+
+def lines_of_log(page: Path) -> list[str]:
+    """The lines that a page has in its tables of the log, without the `: ...` at their end."""
+    rows = re.findall(
+        r"^\| (?:INFO|WARNING|ERROR)[^|]* \| (.*?) \|", page.read_text(), re.MULTILINE
+    )
+    lines = [line for cell in rows for line in cell.split("`")[1::2]]
+    return [line.removesuffix("...").rstrip(" :") for line in lines]

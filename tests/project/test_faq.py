@@ -26,6 +26,7 @@ ELSEWHERE = {
     "from eventkit import named",
     "is bound to a different event loop",
     "database is locked",
+    "python -X dev",
 }
 WORD = re.compile(r"([A-Za-z'-]+[:,.]?|\.\.\.)")
 

@@ -4,7 +4,7 @@ import importlib
 import re
 from pathlib import Path
 
-from tests.project.messages import unsaid
+from tests.project.messages import lines_of_log, unsaid
 from tests.project.test_docs import FENCED, ROOT
 
 PAGE = ROOT / "docs" / "wiring.md"
@@ -24,9 +24,7 @@ def test_explain_answers_as_the_page_has_it(project: Path) -> None:
 
 
 def test_the_lines_that_the_page_has_of_the_log_are_written() -> None:
-    rows = re.findall(r"^\| (?:INFO|WARNING|ERROR).*? \| (.*?) \|", PAGE.read_text(), re.M)
-    quoted = [line for cell in rows for line in cell.split("`")[1::2]]
-    lines = [line.removesuffix("...").rstrip(" :") for line in quoted]
+    lines = lines_of_log(PAGE)
 
     assert len(lines) > 18
     assert unsaid(lines) == []
