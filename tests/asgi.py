@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Any, Literal, cast
 
 import anyio
@@ -13,6 +14,10 @@ from eventkit import Delivery, EventBus, Observer
 
 # What the fixture `anyio_backend` gives.
 Backend = tuple[str, dict[str, Any]]
+
+FASTAPI = tuple(map(int, version("fastapi").split(".")[:2]))
+# FastAPI 0.118 moved the exit of dependencies, and so a commit in one, behind the response.
+DEPENDENCIES_END_BEHIND_THE_RESPONSE = FASTAPI >= (0, 118)
 
 
 class Exchange:

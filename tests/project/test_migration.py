@@ -14,7 +14,6 @@ from email.message import EmailMessage
 from enum import Enum, StrEnum
 from functools import partial
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -31,9 +30,9 @@ from starlette.types import Scope
 
 from eventkit import EventBus, EventKitError, InvalidEventTypeError, NoEventContextError
 from eventkit.starlette import EventContextMiddleware
+from tests.asgi import DEPENDENCIES_END_BEHIND_THE_RESPONSE
 from tests.project.test_docs import A_FILE, FENCED, ROOT, run_project
 
-FASTAPI = tuple(map(int, version("fastapi").split(".")[:2]))
 TASKS = ROOT / "docs" / "from-background-tasks.md"
 EVENTS = ROOT / "docs" / "from-fastapi-events.md"
 
@@ -148,7 +147,7 @@ def test_a_mail_server_that_is_away_costs_the_tasks_the_invoice_and_the_handlers
     assert invoiced(invoices, world, **{"x-user": "ada"}) == 200
 
     there = 1 if invoices.__name__ == "after" else 0
-    written = there if FASTAPI >= (0, 118) else 1  # dependencies ended before the response
+    written = there if DEPENDENCIES_END_BEHIND_THE_RESPONSE else 1
     assert [len(world.rows(table)) for table in ("invoices", "audit")] == [written, there]
     assert len(world.hooks) == there
 

@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,8 +13,9 @@ from examples.demo.cases import Shot
 from examples.demo.neighbours import Mail, MailServer
 from examples.demo.picture import picture
 from examples.demo.trace import Run, Story
+from tests.asgi import DEPENDENCIES_END_BEHIND_THE_RESPONSE
+from tests.serving import ROOT
 
-ROOT = Path(__file__).parents[2]
 SVG = "{http://www.w3.org/2000/svg}"
 MS = 1_000_000
 MAIL, AUDIT = "users.send_welcome_mail", "audit.write_row"
@@ -133,7 +133,7 @@ def test_the_picture_of_the_readme_shows_handlers_after_the_response_and_the_com
 
 
 @pytest.mark.skipif(
-    [*map(int, version("fastapi").split(".")[:2])] < [0, 118],
+    not DEPENDENCIES_END_BEHIND_THE_RESPONSE,
     reason="FastAPI 0.118 moved the exit of dependencies, and the commit, behind the response",
 )
 def test_the_demo_draws_the_picture_of_a_real_run(tmp_path: Path) -> None:

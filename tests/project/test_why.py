@@ -1,7 +1,6 @@
 """What the page about the choice says of BackgroundTasks and of eventkit, side by side."""
 
 import re
-from importlib.metadata import version
 from types import ModuleType
 
 import pytest
@@ -9,13 +8,13 @@ from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException
 from fastapi.responses import JSONResponse
 from starlette.testclient import TestClient
 
+from tests.asgi import DEPENDENCIES_END_BEHIND_THE_RESPONSE
 from tests.project.test_docs import ROOT, run_page
 
 WHY = ROOT / "docs/why.md"
 
-# Before, a dependency ended before the response was sent.
 pytestmark = pytest.mark.skipif(
-    [*map(int, version("fastapi").split(".")[:2])] < [0, 118],
+    not DEPENDENCIES_END_BEHIND_THE_RESPONSE,
     reason="FastAPI 0.118 moved the exit of dependencies behind the response",
 )
 

@@ -5,7 +5,6 @@
 
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import suppress
-from importlib.metadata import version
 from inspect import isawaitable
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,10 @@ from starlette.background import BackgroundTask
 from eventkit import EventBus
 from eventkit.sqlalchemy import deliver_on_commit
 from eventkit.starlette import EventContextMiddleware
-from tests.asgi import Exchange
+from tests.asgi import DEPENDENCIES_END_BEHIND_THE_RESPONSE, FASTAPI, Exchange
 from tests.databases import Row, postgres, sqlite, to_await
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "commits.md"
-FASTAPI = tuple(map(int, version("fastapi").split(".")[:2]))
 
 IN_ENDPOINT = "in the endpoint"
 FUNCTION = "in a function-scoped dependency"
@@ -237,7 +235,7 @@ async def test_what_is_delivered_is_what_was_committed(
     with Session(engine) as session:
         committed = set(session.scalars(select(Row.name))) - {"taken"}
     assert delivered == committed
-    if FASTAPI >= (0, 118) or place == IN_ENDPOINT:  # dependencies ended before the response
+    if DEPENDENCIES_END_BEHIND_THE_RESPONSE or place == IN_ENDPOINT:
         assert delivered == expected(place)
 
 
