@@ -17,10 +17,9 @@ from faststream.exceptions import NackMessage, RejectMessage
 from eventkit.wire import decode, encode
 from tests.brokers.conftest import OwnServers
 from tests.brokers.kinds import untyped
-from tests.project.test_docs import ROOT
-from tests.project.test_services import Page, blocks, page, put
+from tests.project.test_services import PARTS, Page, page, put
 from tests.project.test_services import program as service
-from tests.serving import PATIENCE, Server, on_uvicorn, serving
+from tests.serving import PATIENCE, ROOT, Server, on_uvicorn, serving
 
 __all__ = ["page"]
 
@@ -43,7 +42,7 @@ class Services:
         self._url = url
         self._suffix = f"-{uuid4().hex[:8]}"
         self._stack = ExitStack()
-        (self.folder / "shop_events.py").write_text(blocks()["shop_events.py"])
+        (self.folder / "shop_events.py").write_text(PARTS["shop_events.py"])
         self.write("orders.py", service("orders.py", kind, durable=durable))
         self.write("billing.py", service("billing.py", kind, durable=durable))
 
@@ -59,7 +58,7 @@ class Services:
 
     def run(self, name: str) -> str:
         """Run a program of the page to its end, and give what it prints."""
-        self.write(name, blocks()[name])
+        self.write(name, PARTS[name])
         done = run(
             [sys.executable, name],
             env=self._env,
@@ -204,7 +203,7 @@ async def test_the_inbox_of_the_page_in_redis_runs_again_what_has_not_ended(
 ) -> None:
     url = service_url("redis")
     page.write()
-    inbox = blocks()["billing.py, an inbox in Redis"].replace("Redis()", f"Redis.from_url({url!r})")
+    inbox = PARTS["billing.py, an inbox in Redis"].replace("Redis()", f"Redis.from_url({url!r})")
     path = page.folder / "billing.py"
     path.write_text(put(path.read_text(), r"^bridge\.consume\([^\n]*\)$", inbox))
     billing: Any = page.load("billing")

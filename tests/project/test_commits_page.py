@@ -11,10 +11,9 @@ from sqlalchemy import MetaData
 from starlette.testclient import TestClient
 
 from tests.project.messages import unsaid
-from tests.project.test_docs import FENCED, ROOT
+from tests.project.pages import DOCS, blocks
 
-PAGE = ROOT / "docs" / "commits.md"
-TITLE = "# heroes.py\n"
+PAGE = DOCS / "commits.md"
 
 
 @pytest.fixture
@@ -24,9 +23,7 @@ def heroes(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     sqlmodel = pytest.importorskip("sqlmodel", reason="pip install sqlmodel, for its tests")
     # An example has a table of this name, too.
     monkeypatch.setattr(sqlmodel.SQLModel, "metadata", MetaData())
-    blocks = [each[1] for each in FENCED.finditer(PAGE.read_text())]
-    (block,) = [each for each in blocks if each.startswith(TITLE)]
-    (project / "heroes.py").write_text(block)
+    (project / "heroes.py").write_text(blocks(PAGE)["heroes.py"])
     module = importlib.import_module("heroes")
     yield module
     module.engine.dispose()

@@ -1,7 +1,5 @@
 """What the README and the docs say is run: their programs, and the tests they name as proof."""
 
-import ast
-import inspect
 import io
 import math
 import os
@@ -10,10 +8,9 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
 from datetime import datetime, timedelta
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,7 +19,7 @@ from uuid import UUID
 import anyio
 import pytest
 from anyio import create_memory_object_stream, create_task_group
-from sqlalchemy import Engine, text
+from sqlalchemy import text
 from sqlalchemy.event import listen
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
@@ -31,99 +28,31 @@ from starlette.types import Message, Scope
 
 from eventkit import Durable, InvalidEventTypeError
 from eventkit._core.endings import abandon
-from eventkit.outbox import Outbox, StoredDelivery
+from eventkit.outbox import StoredDelivery
 from eventkit.streams import end_at_shutdown
 from eventkit.wire import codec_for
-from tests.filters import filter_options
 from tests.project.messages import lines_of_log, unsaid
-from tests.serving import PATIENCE, ask, on_uvicorn, serving
+from tests.project.pages import (
+    DOCS,
+    FENCED,
+    PAGES,
+    README,
+    RunPage,
+    blocks,
+    first_block,
+    replaced,
+    run_project,
+)
+from tests.serving import PATIENCE, ROOT, ask, on_uvicorn, serving
 from tests.witness import entered, unit_of
 
-ROOT = Path(__file__).parent.parent.parent
-# The reference is apart: its pages run nothing, and `fastapi.md` is no module of that name.
-REFERENCE = ROOT / "docs" / "reference"
-PAGES = [
-    ROOT / "README.md",
-    *(page for page in sorted((ROOT / "docs").glob("**/*.md")) if REFERENCE not in page.parents),
-]
-FENCED = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# How a block begins that is a file of its own, or a part of one.
-A_FILE = re.compile(r"# ([\w/]+\.py)(?:, .*)?\n")
+COMMITS = DOCS / "commits.md"
+DURABLE, OPERATIONS = DOCS / "durable.md", DOCS / "durable-operations.md"
 # A page is a module of its own; the compiler calls it by its file.
 OURS = "|".join(re.escape(page.stem) for page in PAGES)
 PROOF = re.compile(r"`((?:tests|eventkit)/\S+\.py)::(\w+)`")
 
 pytestmark = pytest.mark.filterwarnings(rf"error:::(.*/)?({OURS})(\.md)?$")
-
-
-# What pages import, and is compiled: a new Python may be without it.
-COMPILED = {"greenlet": "sqlalchemy.ext.asyncio", "msgspec": "msgspec"}
-
-
-def run_page(page: Path, instead: Mapping[str, str] = {}) -> ModuleType:
-    """Run all Python blocks of a page one after the other, as one module.
-
-    Args:
-        page: Its file.
-        instead: What to run instead of some of its texts.
-    """
-    for package, imported in COMPILED.items():
-        if re.search(rf"^(import|from) {re.escape(imported)}\b", page.read_text(), re.MULTILINE):
-            pytest.importorskip(package)
-    module = ModuleType(page.stem)
-    sys.modules[page.stem] = module
-    text = replaced(page.read_text(), instead)
-    for block in FENCED.finditer(text):
-        if A_FILE.match(block[1]):  # of a project, whose tests are run below
-            continue
-        line = text.count("\n", 0, block.start(1))
-        code = compile(
-            "\n" * line + block[1], str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-        )
-        if code.co_flags & inspect.CO_COROUTINE:
-            namespace = vars(module)
-
-            async def body(code: object = code, namespace: dict[str, object] = namespace) -> None:
-                await eval(code, namespace)  # type: ignore[arg-type]
-
-            anyio.run(body)
-        else:
-            exec(code, vars(module))
-    return module
-
-
-def replaced(text: str, instead: Mapping[str, str]) -> str:
-    for old, new in instead.items():
-        assert old in text
-        text = text.replace(old, new)
-    return text
-
-
-@pytest.fixture(autouse=True)
-def modules_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Run pages in a folder of their own, and leave nothing of them.
-
-    Their names are given back: `benchmarks` is a package's, too.
-    """
-    before = {page.stem: sys.modules.get(page.stem) for page in PAGES}
-    monkeypatch.chdir(tmp_path)
-    yield
-    for name, module in before.items():
-        page = sys.modules.pop(name, None)
-        if page is not module:
-            close(vars(page))
-        if module is not None:
-            sys.modules[name] = module
-
-
-def close(opened: dict[str, Any]) -> None:  # Any: whatever a page has
-    """Close what a page has opened, but for engines that are awaited: these have opened nothing."""
-    for name in ("outbox", "engine", "patient"):
-        each = opened.get(name)
-        if isinstance(each, Outbox):
-            each.detach()
-        elif isinstance(each, Engine):
-            each.dispose()
 
 
 @pytest.fixture(params=PAGES, ids=[page.name for page in PAGES])
@@ -132,7 +61,7 @@ def page(request: pytest.FixtureRequest) -> Path:
     return path
 
 
-def test_every_python_block_of_the_page_runs(page: Path) -> None:
+def test_every_python_block_of_the_page_runs(page: Path, run_page: RunPage) -> None:
     run_page(page)
 
 
@@ -140,34 +69,22 @@ def test_the_project_of_the_testing_page_is_tested(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its files are written down as they stand, and its tests run by pytest."""
-    blocks = [block[1] for block in FENCED.finditer((ROOT / "docs" / "testing.md").read_text())]
-    for block in blocks:
-        (name,) = A_FILE.match(block).groups()  # type: ignore[union-attr]
+    files = blocks(DOCS / "testing.md")
+    for name, block in files.items():
         (pytester.path / name).write_text(block)
 
-    tests = sum(block.count("def test_") for block in blocks)
+    tests = sum(block.count("def test_") for block in files.values())
     run_project(pytester, monkeypatch, passed=tests + 1)  # one of them on two event loops
 
 
 def test_the_readmes_tests_test_the_readmes_program(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, program, tests = [block[1] for block in FENCED.finditer((ROOT / "README.md").read_text())]
+    _, program, tests = FENCED.findall(README.read_text())
     (pytester.path / "hello.py").write_text(program)
     (pytester.path / "test_hello.py").write_text(tests)
 
     run_project(pytester, monkeypatch, passed=tests.count("def test_"))
-
-
-def run_project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, passed: int) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    installed = any(each.name == "eventkit" for each in entry_points(group="pytest11"))
-    plugin = [] if installed else ["-p", "eventkit_pytest"]
-    filters = filter_options(*(path.stem for path in pytester.path.glob("*.py")))
-
-    unused = ["-p", "no:asyncio", "-p", "no:hypothesispytest"]  # the latter takes long to import
-    result = pytester.runpytest_subprocess("-q", *unused, *filters, *plugin)
-    result.assert_outcomes(passed=passed)
 
 
 def test_every_test_that_the_page_names_as_proof_exists(page: Path) -> None:
@@ -179,10 +96,9 @@ def test_every_test_that_the_page_names_as_proof_exists(page: Path) -> None:
 
 
 def test_the_rescue_of_the_shutdown_page_writes_to_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_page: RunPage, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    module = run_page(ROOT / "docs" / "shutdown.md")
+    module = run_page(DOCS / "shutdown.md")
     context = unit_of(module.bus)
     with entered(context):
         module.bus.publish(module.OrderPlaced(1))
@@ -195,10 +111,9 @@ def test_the_rescue_of_the_shutdown_page_writes_to_a_file(
 
 
 @pytest.fixture
-def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+def shop(run_page: RunPage) -> Iterator[TestClient]:
     """A client of the program of the page about commits, with a database of its own."""
-    monkeypatch.chdir(tmp_path)
-    page = run_page(ROOT / "docs" / "commits.md")
+    page = run_page(COMMITS)
     with TestClient(page.app, raise_server_exceptions=False) as client:
         yield client
 
@@ -234,30 +149,16 @@ def test_the_fixture_of_the_commits_page_tests_the_pages_program(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("greenlet")
-    program, *blocks = [
-        block[1] for block in FENCED.finditer((ROOT / "docs" / "commits.md").read_text())
-    ]
-    (tests,) = [block for block in blocks if block.startswith("# test_orders.py\n")]
-    (pytester.path / "orders.py").write_text(program)
+    tests = blocks(COMMITS)["test_orders.py"]
+    (pytester.path / "orders.py").write_text(first_block(COMMITS))
     again = tests[tests.index("@pytest.mark.anyio") :].replace("def test_", "def test_again_")
     (pytester.path / "test_orders.py").write_text(f"{tests}\n\n{again}")
 
     run_project(pytester, monkeypatch, passed=2)  # the number is free again
 
 
-DURABLE = ROOT / "docs" / "durable.md"
-OPERATIONS = ROOT / "docs" / "durable-operations.md"
-
-
-def durable_blocks(instead: Mapping[str, str] = {}) -> tuple[str, dict[str, str]]:
-    """The program of the page about durable deliveries, and its files by name."""
-    text = replaced(DURABLE.read_text(), instead)
-    program, *blocks = [block[1] for block in FENCED.finditer(text)]
-    return program, {name[1]: block for block in blocks if (name := A_FILE.match(block))}
-
-
 @pytest.fixture
-def durable() -> ModuleType:
+def durable(run_page: RunPage) -> ModuleType:
     """The pages about durable deliveries, run, with a handler that does not take its time."""
     page = run_page(DURABLE, {"sleep(3)": "sleep(0)"})
     for block in FENCED.finditer(OPERATIONS.read_text()):
@@ -280,16 +181,16 @@ def kept(page: ModuleType) -> list[StoredDelivery]:
 def test_a_killed_server_of_the_quick_start_is_followed_by_one_that_sends_the_receipt(
     tmp_path: Path,
 ) -> None:
-    pytest.importorskip("uvicorn")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def write(seconds: int) -> None:
-        program, _ = durable_blocks(
+        program = replaced(
+            first_block(DURABLE),
             {
                 "sleep(3)": f"sleep({seconds})",
                 "Outbox(bus, engine)\napp": "Outbox(bus, engine, lease=1.5)\napp",
                 "sqlite:///shop.db": f"sqlite:///{tmp_path / 'shop.db'}",
-            }
+            },
         )
         (tmp_path / "shop.py").write_text(program)
 
@@ -481,12 +382,8 @@ def test_the_fixture_of_a_test_that_rolls_back_has_both_lines_of_the_durable_pag
     pytest.importorskip("greenlet")
     both = "with outbox.in_memory(), deliver_on_commit(bus, test_engine):"
     assert f"`{both}`" in DURABLE.read_text()
-    program, *blocks = [
-        block[1] for block in FENCED.finditer((ROOT / "docs" / "commits.md").read_text())
-    ]
-    (tests,) = [block for block in blocks if block.startswith("# test_orders.py\n")]
     program = replaced(
-        program,
+        first_block(COMMITS),
         {
             "deliver_on_commit(bus, engine)": "outbox = Outbox(bus, engine)",
             "from eventkit.sqlalchemy import deliver_on_commit": (
@@ -507,7 +404,7 @@ async def book(event: OrderPlaced) -> None:
 add_tables(Base.metadata)
 """
     tests = replaced(
-        tests,
+        blocks(COMMITS)["test_orders.py"],
         {
             "with deliver_on_commit(bus, test_engine):": both,
             "import Base, OrderPlaced": "import Base, OrderPlaced, book, outbox",
@@ -523,9 +420,9 @@ add_tables(Base.metadata)
 def test_the_tests_of_the_durable_page_test_the_pages_program(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program, files = durable_blocks({"sleep(3)": "sleep(0)"})
+    program = replaced(first_block(DURABLE), {"sleep(3)": "sleep(0)"})
     (pytester.path / "shop.py").write_text(program)
-    tests = files["test_shop.py"] + LEAVES_A_ROW
+    tests = blocks(DURABLE)["test_shop.py"] + LEAVES_A_ROW
     (pytester.path / "test_shop.py").write_text(tests)
 
     run_project(pytester, monkeypatch, passed=tests.count("def test_"))
@@ -551,8 +448,8 @@ def test_alembic_makes_the_tables_as_the_durable_page_has_it_and_keeps_them(
     from alembic import command
     from alembic.config import Config
 
-    _, files = durable_blocks()
-    (tmp_path / "models.py").write_text(files["models.py"])
+    models = blocks(DURABLE)["models.py"]
+    (tmp_path / "models.py").write_text(models)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "models", raising=False)
     config = Config(tmp_path / "alembic.ini", stdout=io.StringIO())
@@ -571,7 +468,7 @@ def test_alembic_makes_the_tables_as_the_durable_page_has_it_and_keeps_them(
     command.check(config)  # which raises, if a next one would change anything
 
     monkeypatch.delitem(sys.modules, "models", raising=False)
-    (tmp_path / "models.py").write_text(files["models.py"].replace("add_tables(Base.metadata)", ""))
+    (tmp_path / "models.py").write_text(models.replace("add_tables(Base.metadata)", ""))
     with pytest.raises(Exception, match=r"remove_table.*eventkit_outbox"):
         command.check(config)
 
@@ -632,8 +529,8 @@ class Browser:
 
 
 @pytest.fixture
-def browser() -> Browser:
-    return Browser(run_page(ROOT / "docs" / "streams.md"))
+def browser(run_page: RunPage) -> Browser:
+    return Browser(run_page(DOCS / "streams.md"))
 
 
 @pytest.mark.anyio

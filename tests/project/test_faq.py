@@ -18,9 +18,9 @@ from eventkit import EventBus, NoEventContextError
 from eventkit.starlette import EventContextMiddleware
 from tests.asgi import Exchange, lifespan_of
 from tests.project.messages import texts, unsaid
-from tests.project.test_docs import ROOT
+from tests.project.pages import DOCS
 
-PAGE = ROOT / "docs" / "faq.md"
+PAGE = DOCS / "faq.md"
 # What reads like a message and is none, or is one of another library.
 ELSEWHERE = {
     "from eventkit import named",
@@ -48,7 +48,7 @@ def quoted(path: Path) -> Iterator[str]:
     [("faq", 25), ("from-background-tasks", 3), ("from-fastapi-events", 1), ("from-signals", 0)],
 )
 def test_the_quoted_messages_are_those_of_the_source(page: str, at_least: int) -> None:
-    messages = [each for each in quoted(ROOT / "docs" / f"{page}.md") if each not in ELSEWHERE]
+    messages = [each for each in quoted(DOCS / f"{page}.md") if each not in ELSEWHERE]
     assert len(messages) >= at_least
     assert unsaid(messages) == []
 

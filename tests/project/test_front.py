@@ -9,21 +9,20 @@ import pytest
 from starlette.testclient import TestClient
 
 import eventkit
-from tests.project.test_docs import FENCED, ROOT
+from tests.project.pages import DOCS, README, first_block
+from tests.serving import ROOT
 
 
 def test_the_readme_has_absolute_links_alone() -> None:
-    readme = (ROOT / "README.md").read_text()
-    targets = re.findall(r"\]\(([^)]+)\)", readme)
+    targets = re.findall(r"\]\(([^)]+)\)", README.read_text())
 
     assert len(targets) > 10
     assert [target for target in targets if not target.startswith("https://")] == []
 
 
 def test_the_first_program_answers_and_greets(capsys: pytest.CaptureFixture[str]) -> None:
-    first, *_ = FENCED.findall((ROOT / "README.md").read_text())
     module = ModuleType("first")  # as the reader saves it
-    exec(compile(first, "first.py", "exec"), vars(module))
+    exec(compile(first_block(README), "first.py", "exec"), vars(module))
 
     with TestClient(module.app) as client:
         assert client.post("/users/Ada").status_code == 201
@@ -32,15 +31,15 @@ def test_the_first_program_answers_and_greets(capsys: pytest.CaptureFixture[str]
 
 
 def test_the_first_program_has_twelve_lines_beside_its_imports() -> None:
-    first, *_ = FENCED.findall((ROOT / "README.md").read_text())
+    first = first_block(README)
     lines = [line for line in first.splitlines() if line and not line.startswith("from ")]
 
     assert len(lines) == 12
-    assert FENCED.findall((ROOT / "docs/index.md").read_text())[0] == first
+    assert first_block(DOCS / "index.md") == first
 
 
 def test_the_newcomers_commands_stand_in_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text()
+    readme = README.read_text()
 
     for session in ("demo", "tests"):
         command = f".venv/bin/pip install -q nox && .venv/bin/nox -s {session}\n"

@@ -31,19 +31,21 @@ from eventkit import EventBus, EventContextUsageError
 from eventkit.sqlalchemy import deliver_on_commit
 from eventkit.starlette import EventContextMiddleware
 from tests.asgi import Exchange, lifespan_of
-from tests.project.test_docs import A_FILE, FENCED, ROOT, run_page
+from tests.project.pages import DOCS, RunPage, blocks
 from tests.serving import HOST, PATIENCE, on_uvicorn, serving
 from tests.witness import witnessed
+
+JOBS, REQUESTS = DOCS / "jobs.md", DOCS / "requests.md"
 
 Import = Callable[[str], ModuleType]
 Layer = tuple[Any, dict[str, Any]]  # a middleware and its options
 
 
-def write_files(page: str, folder: Path) -> None:
-    """Write the files of a page into a folder."""
-    for block in FENCED.finditer((ROOT / "docs" / page).read_text()):
-        if (name := A_FILE.match(block[1])) and f"# {name[1]}\n" == name[0]:
-            (folder / name[1]).write_text(block[1])
+def write_files(page: Path, folder: Path) -> None:
+    """Write the files of a page into a folder, without their further parts."""
+    for name, block in blocks(page).items():
+        if name.endswith(".py"):
+            (folder / name).write_text(block)
 
 
 # Requests: the order of middlewares.
@@ -245,8 +247,10 @@ def test_for_other_middlewares_the_place_makes_no_difference(
     assert seen == ["handled order"]
 
 
-def test_the_stricter_rule_of_the_requests_page_discards_after_a_redirect() -> None:
-    page = run_page(ROOT / "docs" / "requests.md")
+def test_the_stricter_rule_of_the_requests_page_discards_after_a_redirect(
+    run_page: RunPage,
+) -> None:
+    page = run_page(REQUESTS)
     seen = witnessed(page.strict_bus)
     page.strict_bus.subscribe(str, ignore, thread=False)
 
@@ -275,14 +279,9 @@ def test_a_failed_mutation_is_a_200_and_the_page_tells_how_to_discard_its_events
 ) -> None:
     strawberry = pytest.importorskip("strawberry", reason="pip install strawberry-graphql")
     integration = pytest.importorskip("strawberry.fastapi")
-    (other,) = [
-        block[1]
-        for block in FENCED.finditer((ROOT / "docs" / "requests.md").read_text())
-        if block[1].startswith("# graphql_app.py, ")
-    ]
-    write_files("requests.md", project)
+    write_files(REQUESTS, project)
     page = importlib.import_module("graphql_app")
-    exec(other, vars(page))
+    exec(blocks(REQUESTS)["graphql_app.py, the other extension"], vars(page))
     seen = witnessed(page.bus)
     page.bus.subscribe(page.OrderPlaced, ignore, thread=False)
 
@@ -342,7 +341,7 @@ def test_on_aws_lambda_handlers_have_ended_when_the_response_is_returned(
     project: Path,
 ) -> None:
     pytest.importorskip("mangum", reason="pip install mangum")
-    write_files("requests.md", project)
+    write_files(REQUESTS, project)
     page = importlib.import_module("lambda_app")
     seen = witnessed(page.bus)
     page.bus.subscribe(page.OrderPlaced, waits_for_a_moment)
@@ -382,7 +381,7 @@ def test_on_aws_lambda_only_a_lifespan_run_by_hand_leaves_handlers_behind(bus: E
 
 @pytest.fixture
 def import_job(project: Path) -> Import:
-    write_files("jobs.md", project)
+    write_files(JOBS, project)
     return importlib.import_module
 
 
@@ -714,7 +713,6 @@ async def chat(socket: WebSocket) -> None:
 def test_uvicorn_closes_a_websocket_at_shutdown_and_its_last_events_are_delivered(
     tmp_path: Path,
 ) -> None:
-    pytest.importorskip("uvicorn")
     client = pytest.importorskip("websockets.sync.client", reason="pip install websockets")
     (tmp_path / "socket_app.py").write_text(SOCKET_APP)
 

@@ -31,19 +31,12 @@ from starlette.types import Scope
 from eventkit import EventBus, EventKitError, InvalidEventTypeError, NoEventContextError
 from eventkit.starlette import EventContextMiddleware
 from tests.asgi import DEPENDENCIES_END_BEHIND_THE_RESPONSE
-from tests.project.test_docs import A_FILE, FENCED, ROOT, run_project
+from tests.project.pages import DOCS, blocks, run_project
 
-TASKS = ROOT / "docs" / "from-background-tasks.md"
-EVENTS = ROOT / "docs" / "from-fastapi-events.md"
+TASKS, EVENTS = DOCS / "from-background-tasks.md", DOCS / "from-fastapi-events.md"
 
 
 Handler = TypeVar("Handler", bound=Callable[[Any], Awaitable[None]])
-
-
-def files(page: Path) -> dict[str, str]:
-    """The parts of a page that belong to files of a project, by their first line."""
-    parts = [block[1] for block in FENCED.finditer(page.read_text()) if A_FILE.match(block[1])]
-    return {part.partition("\n")[0].removeprefix("# "): part for part in parts}
 
 
 def joined(parts: dict[str, str], name: str) -> str:
@@ -120,7 +113,7 @@ def invoiced(module: ModuleType, world: World, **headers: str) -> int:
 def invoices(request: pytest.FixtureRequest, project: Path) -> ModuleType:
     pytest.importorskip("greenlet")
     name: str = request.param
-    return load(project, name, joined(files(TASKS), f"{name}.py"))
+    return load(project, name, joined(blocks(TASKS), f"{name}.py"))
 
 
 def test_both_programs_mail_audit_and_call_the_webhook(invoices: ModuleType, world: World) -> None:
@@ -156,10 +149,9 @@ def test_the_tests_of_the_program_after_run(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("greenlet")
-    parts = files(TASKS)
+    parts = blocks(TASKS)
     (pytester.path / "after.py").write_text(joined(parts, "after.py"))
     (pytester.path / "test_after.py").write_text(parts["test_after.py"])
-    monkeypatch.chdir(pytester.path)
 
     run_project(pytester, monkeypatch, passed=1)
 
@@ -179,7 +171,7 @@ def durable_source(parts: dict[str, str]) -> str:
 
 def test_the_durable_webhook_is_called_again_with_the_same_key(project: Path, world: World) -> None:
     pytest.importorskip("greenlet")
-    source = durable_source(files(TASKS))
+    source = durable_source(blocks(TASKS))
     module = load(project, "durable", source)
     world.hook_fails = 1
 
@@ -198,11 +190,10 @@ def test_the_durable_test_of_the_page_about_tasks_runs(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("greenlet")
-    parts = files(TASKS)
+    parts = blocks(TASKS)
     (pytester.path / "after.py").write_text(durable_source(parts))
     tests = parts["test_after.py"] + parts["test_after.py, durable"]
     (pytester.path / "test_after.py").write_text(tests)
-    monkeypatch.chdir(pytester.path)
 
     run_project(pytester, monkeypatch, passed=2)
 
@@ -212,7 +203,7 @@ def test_the_audit_line_that_must_exist_is_written_in_both_ways_that_the_page_ha
     project: Path, world: World, how: str
 ) -> None:
     pytest.importorskip("greenlet")
-    parts = files(TASKS)
+    parts = blocks(TASKS)
     source = durable_source(parts)
     handler = source[source.index("@bus.on(InvoiceCreated)\nasync def write_audit") :]
     handler = handler[: handler.index("\n\n\n")]
@@ -305,7 +296,7 @@ class Library:
 
 def test_the_same_requests_reach_these_handlers_before_and_after(project: Path) -> None:
     pytest.importorskip("fastapi_events")
-    before = load(project, "before", files(EVENTS)["before.py"])
+    before = load(project, "before", blocks(EVENTS)["before.py"])
     for method, path in (
         ("POST", "/users?email=ada@example.com"),
         ("DELETE", "/users/1"),
@@ -657,7 +648,7 @@ def test_not_all_errors_there_are_exceptions() -> None:
 
 def test_both_libraries_side_by_side_run_each_handler_once(project: Path) -> None:
     pytest.importorskip("fastapi_events")
-    moving = load(project, "moving", files(EVENTS)["moving.py"])
+    moving = load(project, "moving", blocks(EVENTS)["moving.py"])
     with TestClient(moving.app) as client:
         client.delete("/users/1")
         assert sorted(moving.seen) == ["audit 1", "goodbye 1"]
@@ -670,7 +661,7 @@ def test_a_handler_of_theirs_may_tell_both_and_its_failure_takes_no_event_along(
     project: Path,
 ) -> None:
     pytest.importorskip("fastapi_events")
-    moving = load(project, "moving", files(EVENTS)["moving.py"])
+    moving = load(project, "moving", blocks(EVENTS)["moving.py"])
 
     @registering(moving.local_handler, "cart.emptied")
     async def delete_and_fail(event: object) -> None:

@@ -27,18 +27,13 @@ from eventkit import EventBus, named
 from eventkit.opentelemetry import instrument
 from eventkit.outbox import Outbox, add_tables
 from tests.project.messages import lines_of_log
-from tests.project.test_docs import FENCED, ROOT, close, run_page
+from tests.project.pages import DOCS, RunPage, blocks
+from tests.serving import ROOT
 
-PAGE = ROOT / "docs" / "observability.md"
-DASHBOARD = ROOT / "docs" / "observability" / "grafana.json"
-TITLE = re.compile(r"# (.*)\n")
+PAGE = DOCS / "observability.md"
+PARTS = blocks(PAGE)
+DASHBOARD = DOCS / "observability" / "grafana.json"
 WORD = re.compile(r"\b(?:eventkit|messaging|error)_\w+")
-
-
-def blocks() -> dict[str, str]:
-    """The page's files, and parts of files, by their first lines."""
-    found = [block[1] for block in FENCED.finditer(PAGE.read_text())]
-    return {title[1]: block for block in found if (title := TITLE.match(block))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +44,7 @@ class Folder:
 
     def write(self, name: str, *parts: str) -> None:
         """Write a file of the page, or one of these parts."""
-        (self.path / name).write_text("\n\n".join(parts or (blocks()[name],)))
+        (self.path / name).write_text("\n\n".join(parts or (PARTS[name],)))
 
     def run(self, program: str, *arguments: str) -> str:
         """Run a program in a process of its own, and return what it prints."""
@@ -123,8 +118,8 @@ def runs(spans: list[Any]) -> dict[str, Any]:
 
 
 def test_the_handlers_of_a_request_are_in_its_trace(folder: Folder) -> None:
-    instrumented = blocks()["shop.py, its instrumentations"]
-    folder.write("shop.py", blocks()["shop.py"], TREE, instrumented)
+    instrumented = PARTS["shop.py, its instrumentations"]
+    folder.write("shop.py", PARTS["shop.py"], TREE, instrumented)
 
     spans = objects(folder.run(f"from shop import *\n{PLACE_AN_ORDER}\nshow()"))
 
@@ -137,7 +132,7 @@ def test_the_handlers_of_a_request_are_in_its_trace(folder: Folder) -> None:
 
 
 def test_the_spans_of_the_page_are_printed(folder: Folder) -> None:
-    folder.write("shop.py", blocks()["shop.py"], blocks()["shop.py, its spans"])
+    folder.write("shop.py", PARTS["shop.py"], PARTS["shop.py, its spans"])
 
     printed = folder.run(f"from shop import *\n{PLACE_AN_ORDER}\nprovider.shutdown()")
 
@@ -208,7 +203,7 @@ def test_every_query_names_metrics_that_there_are(exported: str) -> None:
 
 
 def test_every_line_of_the_alerts_is_in_the_tables_of_the_log() -> None:
-    pages = [ROOT / "docs" / f"{name}.md" for name in ("wiring", "durable-operations", "services")]
+    pages = [DOCS / f"{name}.md" for name in ("wiring", "durable-operations", "services")]
     alerts = PAGE.read_text().partition("## What to alert on")[2]
 
     named = re.findall(r"the line `([^`]*)`", alerts)
@@ -243,15 +238,9 @@ def test_the_page_names_every_metric_as_the_exporter_does(exported: str) -> None
 
 
 def test_the_collector_of_the_page_has_the_exporters_names(
-    exported: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: str, run_page: RunPage
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    page = run_page(PAGE)
-    try:
-        own = names_of(generate_latest(page.registry).decode())
-    finally:
-        close(vars(page))
-        del sys.modules[PAGE.stem]
+    own = names_of(generate_latest(run_page(PAGE).registry).decode())
 
     ours = {name for name in names_of(exported) if name.startswith("eventkit_")}
     assert {name for name in own if not name.endswith("_created")} == ours - {
@@ -260,7 +249,7 @@ def test_the_collector_of_the_page_has_the_exporters_names(
 
 
 def test_the_shop_of_the_page_shows_its_metrics_to_prometheus(folder: Folder) -> None:
-    folder.write("shop.py", blocks()["shop.py"], blocks()["shop.py, with Prometheus"])
+    folder.write("shop.py", PARTS["shop.py"], PARTS["shop.py, with Prometheus"])
 
     printed = folder.run(
         f"from shop import *\n{PLACE_AN_ORDER}\n    print(client.get('/metrics').text)"
@@ -352,7 +341,7 @@ LOGS = ["unconfigured", "printing", "to-logging", "to-a-formatter"]
 
 def write_sentry(folder: Folder, rate: str = "None") -> None:
     folder.write("reporting.py")
-    wiring = blocks()["wiring.py"].replace("=0.1", f"={rate}")
+    wiring = PARTS["wiring.py"].replace("=0.1", f"={rate}")
     assert f"traces_sample_rate={rate}" in wiring
     folder.write("wiring.py", wiring)
 
@@ -371,7 +360,7 @@ def events(printed: str) -> list[Any]:
 
 def write_sentry_alone(folder: Folder) -> None:
     """An application that tells Sentry nothing of its bus."""
-    wiring = blocks()["wiring.py"]
+    wiring = PARTS["wiring.py"]
     alone = wiring.replace("from reporting import group_lines, report_to_sentry\n", "")
     alone = alone.replace("    before_send=group_lines,\n", "")
     alone = alone.replace("report_to_sentry(bus)\n", "")

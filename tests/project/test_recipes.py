@@ -15,7 +15,7 @@ from structlog.testing import LogCapture
 
 from eventkit import EventBus
 from tests.databases import Row, sqlite
-from tests.project.test_docs import ROOT, run_page
+from tests.project.pages import DOCS, RunPage
 from tests.witness import assert_settled, witnessed
 
 
@@ -28,10 +28,12 @@ def structured() -> Generator[list[MutableMapping[str, Any]]]:
 
 
 def test_a_retry_logs_no_payload(
-    structured: list[MutableMapping[str, Any]], caplog: pytest.LogCaptureFixture
+    run_page: RunPage,
+    structured: list[MutableMapping[str, Any]],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    run_page(ROOT / "docs" / "recipes.md")
+    run_page(DOCS / "recipes.md")
 
     retries = [line for line in structured if line["event"] == "stamina.retry_scheduled"]
     assert len(retries) == 2

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import eventkit
-from tests.project.test_docs import FENCED, REFERENCE
+from tests.project.pages import FENCED, REFERENCE
 
 if TYPE_CHECKING:
     from click import Command

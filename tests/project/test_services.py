@@ -23,24 +23,13 @@ from faststream.exceptions import NackMessage, RejectMessage
 from eventkit.wire import Wired, decode, encode
 from tests.faststream.services import KINDS, in_memory
 from tests.project.messages import lines_of_log, texts, unsaid
-from tests.project.test_docs import FENCED, ROOT, run_page, run_project
+from tests.project.pages import DOCS, RunPage, blocks, run_project
+from tests.serving import ROOT
 
-SERVICES = ROOT / "docs" / "services.md"
-REFERENCE = ROOT / "docs" / "services-reference.md"
-PAGES = (SERVICES, ROOT / "docs" / "services-brokers.md", REFERENCE)
-TITLE = re.compile(r"# (.*)\n")
+SERVICES, REFERENCE = DOCS / "services.md", DOCS / "services-reference.md"
+PARTS = blocks(SERVICES, DOCS / "services-brokers.md", REFERENCE)
 MODULES = ("shop_events", "orders", "billing", "readable")
 NAMES = {"rabbit": "RabbitMQ", "redis": "Redis", "kafka": "Kafka"}
-
-
-def text_of_pages() -> str:
-    return "\n".join(page.read_text() for page in PAGES)
-
-
-def blocks() -> dict[str, str]:
-    """The files of the pages, and parts of files, by their first lines."""
-    found = [block[1] for block in FENCED.finditer(text_of_pages())]
-    return {title[1]: block for block in found if (title := TITLE.match(block))}
 
 
 def put(text: str, pattern: str, block: str) -> str:
@@ -52,24 +41,23 @@ def put(text: str, pattern: str, block: str) -> str:
 
 def program(file: str, kind: str = "nats", *, durable: bool = False) -> str:
     """A service of the page, edited as the page tells its readers."""
-    parts = blocks()
-    text = parts[file]
+    text = PARTS[file]
     bridge = r"^bridge\.(forward|consume)\([^\n]*\)$"
     if kind != "nats":
         text = put(text, r"^from faststream\.nats import [^\n]*\n(from nats[^\n]*\n)?", "")
-        wiring = parts[f"{file}, with {NAMES[kind]}"]
+        wiring = PARTS[f"{file}, with {NAMES[kind]}"]
         text = put(text, r"^broker = .*?" + bridge, wiring)
-        lifespan = parts.get(f"{file}, the lifespan with {NAMES[kind]}")
+        lifespan = PARTS.get(f"{file}, the lifespan with {NAMES[kind]}")
         if lifespan is not None:
             text = put(text, r"^@asynccontextmanager.*?^        yield\n", lifespan + "\n")
     if durable:
         verb = "forward" if file == "orders.py" else "consume"
-        text = put(text, bridge, parts[f"{file}, instead of bridge.{verb}(...)"])
+        text = put(text, bridge, PARTS[f"{file}, instead of bridge.{verb}(...)"])
         if file == "orders.py":
-            text = put(text, r"^@app\.post.*", parts[f"{file}, instead of the endpoint"])
+            text = put(text, r"^@app\.post.*", PARTS[f"{file}, instead of the endpoint"])
         else:
             handler = r"^@bus\.on.*?flush=True\)$"
-            text = put(text, handler, parts[f"{file}, instead of the handler"])
+            text = put(text, handler, PARTS[f"{file}, instead of the handler"])
     return text
 
 
@@ -80,7 +68,7 @@ class Page:
     folder: Path
 
     def write(self, kind: str = "nats", *, durable: bool = False) -> None:
-        (self.folder / "shop_events.py").write_text(blocks()["shop_events.py"])
+        (self.folder / "shop_events.py").write_text(PARTS["shop_events.py"])
         for name in ("orders.py", "billing.py"):
             (self.folder / name).write_text(program(name, kind, durable=durable))
 
@@ -149,7 +137,7 @@ def test_the_tests_of_the_page_test_the_pages_program(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Page(pytester.path).write()
-    tests = {name: block for name, block in blocks().items() if name.startswith("test_")}
+    tests = {name: block for name, block in PARTS.items() if name.startswith("test_")}
     assert len(tests) == 2
     for name, block in tests.items():
         (pytester.path / name).write_text(block)
@@ -163,7 +151,7 @@ async def test_a_handler_of_the_page_says_never_and_later(
 ) -> None:
     page.write()
     path = page.folder / "billing.py"
-    path.write_text(path.read_text() + blocks()["billing.py, another handler"])
+    path.write_text(path.read_text() + PARTS["billing.py, another handler"])
     billing = page.load("billing")
     answers = iter([503, 500, 200])
     transport = httpx.MockTransport(lambda _: httpx.Response(next(answers)))
@@ -187,7 +175,7 @@ async def test_the_page_describes_its_events_in_asyncapi(page: Page) -> None:
     with_schema = put(text, r"stream=orders\)$", "stream=orders, schema=OrderPlaced)")
     orders.write_text(with_schema)
     path = page.folder / "billing.py"
-    path.write_text(path.read_text() + blocks()["billing.py, its AsyncAPI"])
+    path.write_text(path.read_text() + PARTS["billing.py, its AsyncAPI"])
 
     described = await page.load("billing").asyncapi()
     assert "customer" in described["components"]["schemas"]["OrderPlaced"]["properties"]
@@ -204,7 +192,7 @@ async def test_others_read_and_write_the_format_of_the_page_for_redis(page: Page
     from faststream.redis.parser import BinaryMessageFormatV1
 
     page.write()
-    (page.folder / "readable.py").write_text(blocks()["readable.py"])
+    (page.folder / "readable.py").write_text(PARTS["readable.py"])
     readable = page.load("readable").Readable
     event: object = page.load("shop_events").OrderPlaced(7, "ada", Decimal("9.90"))
     wired = encode(event, source="/orders")
@@ -233,7 +221,7 @@ def test_the_headers_that_the_page_shows_are_those_that_are_sent(page: Page) -> 
     assert received == event
 
 
-def test_the_page_reads_what_older_senders_send() -> None:
+def test_the_page_reads_what_older_senders_send(run_page: RunPage) -> None:
     services = run_page(SERVICES)
     headers = {"ce-id": "1", "ce-source": "/old", "ce-type": "shop.order.placed.v1"}
     body = b'{"number": 7, "customer": "ada", "total": "9.90"}'
@@ -243,7 +231,7 @@ def test_the_page_reads_what_older_senders_send() -> None:
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_the_pages_own_client_runs_on_each_event_loop(backend: str) -> None:
+def test_the_pages_own_client_runs_on_each_event_loop(backend: str, run_page: RunPage) -> None:
     services = run_page(REFERENCE)
     services.invoiced.clear()
 
@@ -273,7 +261,7 @@ def test_the_errors_and_log_lines_that_the_page_has_are_those_of_the_package() -
 def test_every_part_of_the_page_is_run_by_a_test() -> None:
     tests = Path(__file__).read_text() + (ROOT / "tests/brokers/test_docs.py").read_text()
     by_their_first_words = ("with ", "the lifespan with ", "instead of ")
-    for title in blocks():
+    for title in PARTS:
         file, _, part = title.partition(", ")
         if not file.startswith("test_") and not part.startswith(by_their_first_words):
             assert title in tests, title

@@ -9,9 +9,9 @@ from fastapi.responses import JSONResponse
 from starlette.testclient import TestClient
 
 from tests.asgi import DEPENDENCIES_END_BEHIND_THE_RESPONSE
-from tests.project.test_docs import ROOT, run_page
+from tests.project.pages import DOCS, RunPage
 
-WHY = ROOT / "docs/why.md"
+WHY = DOCS / "why.md"
 
 pytestmark = pytest.mark.skipif(
     not DEPENDENCIES_END_BEHIND_THE_RESPONSE,
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def page() -> ModuleType:
+def page(run_page: RunPage) -> ModuleType:
     return run_page(WHY)
 
 

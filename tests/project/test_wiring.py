@@ -5,17 +5,16 @@ import re
 from pathlib import Path
 
 from tests.project.messages import lines_of_log, unsaid
-from tests.project.test_docs import FENCED, ROOT
+from tests.project.pages import DOCS, first_block
 
-PAGE = ROOT / "docs" / "wiring.md"
+PAGE = DOCS / "wiring.md"
 
 
 def test_explain_answers_as_the_page_has_it(project: Path) -> None:
     """Its first program is a module of its own here, as it is in the answer that it quotes."""
-    text = PAGE.read_text()
-    program = FENCED.findall(text)[0]
-    (quoted,) = re.findall(r"^```text\n(shop\.OrderPaid reaches .*?)^```", text, re.M | re.S)
-    (project / "shop.py").write_text(program)
+    answers = r"^```text\n(shop\.OrderPaid reaches .*?)^```"
+    (quoted,) = re.findall(answers, PAGE.read_text(), re.M | re.S)
+    (project / "shop.py").write_text(first_block(PAGE))
     shop = importlib.import_module("shop")
 
     answer = shop.bus.explain(shop.OrderPaid)
