@@ -1,6 +1,5 @@
 """What holds on every server: nobody waits for handlers, and a shutdown waits for all of them."""
 
-import os
 import re
 import signal
 import sys
@@ -73,8 +72,7 @@ def start(release: Path) -> Start:
     def start(name: str, *, shutdown_timeout: float = PATIENCE) -> AbstractContextManager[Server]:
         return serving(
             partial(command, name),
-            env=os.environ
-            | {
+            env={
                 "EVENTKIT_TEST_RELEASE": str(release),
                 "EVENTKIT_TEST_SHUTDOWN_TIMEOUT": str(shutdown_timeout),
                 "PYTHONUNBUFFERED": "1",

@@ -10,7 +10,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from starlette.testclient import TestClient
 
 from eventkit import EventBus
 from eventkit.wire import encode
-from tests.serving import PATIENCE, ROOT, Server, on_uvicorn, serving
+from tests.serving import PATIENCE, ROOT, Server, eventually, on_uvicorn, serving
 
 TUTORIAL = ROOT / "docs" / "tutorial"
 STEPS = sorted(TUTORIAL.glob("[1-9]-*.md"))
@@ -183,7 +182,7 @@ class Reader:
         done = subprocess.run(
             [sys.executable, *module, *arguments],
             cwd=self.folder,
-            env=self._env({}),
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             timeout=4 * PATIENCE,
             capture_output=True,
             text=True,
@@ -197,7 +196,7 @@ class Reader:
             self._stop(app)
 
         stack = ExitStack()
-        run = serving(on_uvicorn(app, self.folder), env=self._env(variables), cwd=self.folder)
+        run = serving(on_uvicorn(app, folder=self.folder), env=variables, cwd=self.folder)
         self._servers[app] = stack, stack.enter_context(run)
         self._seen[app] = 0
 
@@ -255,12 +254,10 @@ class Reader:
             self._wait_for_the_parcel()
             server.signal(signal.SIGINT)
             server.wait()
-        deadline = time.monotonic() + PATIENCE
-        while not re.search(shown + r"\Z", self._unread(app)):
-            assert time.monotonic() < deadline, (
-                f"{block.text}\nis shown, and this is written:\n{self._unread(app)}"
-            )
-            time.sleep(0.05)  # another process, so there is nothing to await
+        eventually(
+            lambda: re.search(shown + r"\Z", self._unread(app)),
+            lambda: f"{block.text}\nis shown, and this is written:\n{self._unread(app)}",
+        )
         self._seen[app] = len(server.output)
 
     def _unread(self, app: str) -> str:
@@ -269,12 +266,10 @@ class Reader:
 
     def _wait_for_the_parcel(self) -> None:
         """Wait until the mail alone is under way."""
-        deadline = time.monotonic() + PATIENCE
-        while "8" not in self.ask(["localhost:8000/parcels"]):
-            assert time.monotonic() < deadline
-
-    def _env(self, variables: Mapping[str, str]) -> dict[str, str]:
-        return {**os.environ, **variables, "PYTHONPATH": str(ROOT)}
+        eventually(
+            lambda: "8" in self.ask(["localhost:8000/parcels"]),
+            lambda: "the parcel of order 8 is not packed",
+        )
 
 
 # What takes less time in a test: a killed process is taken for dead sooner, and the mail server is
