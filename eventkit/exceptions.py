@@ -157,8 +157,9 @@ class OutboxSchemaError(EventKitError, RuntimeError):
 class LeaseLostError(EventKitError, RuntimeError):
     """The lease of a delivery is lost, so `complete_with` must not commit the handler's work.
 
-    Another process runs the delivery now. The error is raised from the commit, and nothing of the
-    transaction is committed.
+    Another process has taken over the delivery. It runs the delivery, or keeps it as dead if this
+    was the last attempt. The error is raised from the commit, and nothing of the transaction is
+    committed.
     """
 
 

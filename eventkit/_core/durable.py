@@ -33,8 +33,9 @@ class Durable:
             varies the seconds by up to 20 %. The default is 1, 2, 4 and so on, up to one hour. With
             25 attempts, that is 13 hours in total.
         key: Called with the event at publish. Returns a text, or None for no key. Deliveries of
-            this handler with the same key run one at a time, in the order of their commits. A dead
-            delivery, and one whose event cannot be read, does not hold up the next.
+            this handler with the same key run one at a time. If their transactions commit one after
+            the other, they run in this order. A dead delivery, and one whose event cannot be read,
+            does not hold up the next.
         formerly: Earlier names of the handler. It runs the deliveries that are stored under them.
 
     Raises:

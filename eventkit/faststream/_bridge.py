@@ -198,8 +198,9 @@ class Bridge:
             durable: Whether the outbox stores the event. The outbox has its own retries and dead
                 letters, so `within`, `retry`, `max_deliveries` and `deliver` are refused then.
             deliver: A function for an inbox of your own. It is called with the received event
-                instead of `bridge.dispatch(received)`. If it raises, the message comes again, any
-                number of times, and is never a dead letter.
+                instead of `bridge.dispatch(received)`. If it raises `RejectMessage`, the message is
+                a dead letter. After any other exception the message comes again, any number of
+                times.
 
         Raises:
             BridgeError: With this wiring, messages would be lost, handled twice at the same time,

@@ -181,7 +181,8 @@ def check_options(deliver: object, *, durable: bool, **given: object) -> None:
     if named and deliver is not None:
         raise BridgeError(
             f"{', '.join(named)} and deliver= exclude each other: if deliver= raises, the message "
-            "comes again, any number of times"
+            "comes again, any number of times. Limit attempts and time inside of the function; to "
+            "make a dead letter, raise RejectMessage there"
         )
     most = given["max_deliveries"]
     if isinstance(most, int) and most < 1:

@@ -376,7 +376,9 @@ def complete_with(
     """Complete the running delivery in the next commit of a session.
 
         @bus.on(OrderPlaced, durable=True)
-        async def reserve(event: OrderPlaced, session: AsyncSession) -> None:
+        async def reserve(
+            event: OrderPlaced, session: Annotated[AsyncSession, Depends(get_session)]
+        ) -> None:
             complete_with(session)
             session.add(Reservation(event.order_id))
             await session.commit()

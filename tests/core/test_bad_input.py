@@ -370,8 +370,11 @@ async def test_a_name_or_a_value_is_no_event_where_nobody_handles_it(
         assert refusal(InvalidEventTypeError, bus.publish, event, {"id": 1}) == told
     with pytest.raises(InvalidEventTypeError, match=re.escape(told)):
         await bus.dispatch(event)
-
     assert bus.stats.published == 0
+
+    bus.subscribe(type(event), nothing)
+    await bus.dispatch(event)
+    assert bus.stats.handled == 1
 
 
 @pytest.mark.parametrize("event", [Color.RED, HTTPStatus.OK], ids=str)

@@ -134,6 +134,7 @@ async def test_an_outage_of_the_database_is_waited_for(service: Service, clock: 
     assert len(kept.received) == 1
     assert clock.pauses == [1.0, 1.0]
     assert service.answers == ["ACKED"]
+    assert service.dead == []
 
 
 async def test_so_is_one_that_is_a_value_error_too(service: Service) -> None:

@@ -574,7 +574,8 @@ def test_retries_are_the_inboxs_where_the_consumer_has_one() -> None:
 
     assert consuming(subscribers, deliver=deliver, retry=AsyncRetryingCaller()) == (
         "retry and deliver= exclude each other: if deliver= raises, the message comes again, any "
-        "number of times"
+        "number of times. Limit attempts and time inside of the function; to make a dead letter, "
+        "raise RejectMessage there"
     )
 
 

@@ -226,7 +226,7 @@ async def test_a_faked_subscription_says_who_it_is_and_can_be_cancelled(
 async def test_the_end_of_the_block_ends_all_fakes(bus: EventBus) -> None:
     async def fake_all() -> None:
         with EventCapture(bus) as events:
-            events.record_only(Viewed)
+            events.record_only(ReceiptSent)
             events.fail("archive", OSError)
             events.delay("send_receipt", 3600)
             raise LookupError

@@ -458,10 +458,15 @@ async def test_an_outcome_that_comes_too_late_is_a_warning_and_is_counted(
     assert (await outbox.stats()).lost == 1
 
 
+@pytest.mark.parametrize("attempts", [1, 25])
 async def test_what_fails_after_the_commit_is_an_error_and_is_not_tried_again(
-    bus: EventBus, outbox: Outbox, scene: Scene, caplog: pytest.LogCaptureFixture
+    bus: EventBus,
+    outbox: Outbox,
+    scene: Scene,
+    caplog: pytest.LogCaptureFixture,
+    attempts: int,
 ) -> None:
-    @bus.on(Placed, durable=Durable(attempts=1), name="reserve")
+    @bus.on(Placed, durable=Durable(attempts=attempts), name="reserve")
     async def reserve(event: Placed) -> None:
         async with scene.begun() as session:
             complete_with(session)
@@ -472,8 +477,14 @@ async def test_what_fails_after_the_commit_is_an_error_and_is_not_tried_again(
 
     assert scene.kept() == {}
     assert scene.names() == ["ada", "reserved"]
-    assert "failed after complete_with had completed its delivery" in caplog.text
+    (line,) = [
+        each
+        for each in caplog.records
+        if "failed after complete_with had completed its delivery" in each.getMessage()
+    ]
+    assert line.levelno == logging.ERROR
     assert "a delivery is dead" not in caplog.text
+    assert (await outbox.run_due(within=10_000)).handled == 0
     assert (await outbox.stats()).lost == 0
 
 

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Self
 
 import pytest
-from anyio import CancelScope, create_task_group, sleep_forever
+from anyio import CancelScope, Event, create_task_group, sleep_forever
 from anyio.lowlevel import checkpoint
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from eventkit import EventBus
 from eventkit.starlette import EventContextMiddleware
-from tests.asgi import order_of, respond, traced
+from tests.asgi import Exchange, order_of, respond, traced
 
 pytestmark = pytest.mark.anyio
 
@@ -98,6 +98,26 @@ async def test_a_stream_can_deliver_midway(bus: EventBus, trace: list[str]) -> N
         "handled closed",
         "returned",
     ]
+
+
+async def test_a_cancelled_request_cancels_the_handlers_that_it_drains(bus: EventBus) -> None:
+    begun = Event()
+
+    @bus.on(int)
+    async def hang(event: int) -> None:
+        begun.set()
+        await sleep_forever()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        bus.publish(1)
+        await bus.current_context().drain()
+
+    async with create_task_group() as tasks:
+        tasks.start_soon(Exchange().run, EventContextMiddleware(app, bus))
+        await begun.wait()
+        tasks.cancel_scope.cancel()
+
+    assert (bus.stats.undelivered, bus.stats.running) == (1, 0)
 
 
 async def test_a_stream_that_fails_discards(bus: EventBus, trace: list[str]) -> None:
