@@ -30,15 +30,6 @@ LOOP_TESTS = [
     "tests/web/test_lifespan.py",
     "tests/web/test_streams.py",
 ]
-CHECKED = [
-    "eventkit",
-    "eventkit_pytest.py",
-    "tests",
-    "examples",
-    "benchmarks",
-    "noxfile.py",
-    "zensical_docstrings.py",
-]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 
@@ -186,8 +177,8 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Check all code with mypy and pyright, both strict, and the public API for unknown types."""
     session.install("-e", ".", *group("types"))
-    session.run("mypy", *CHECKED)
-    session.run("pyright", *CHECKED)
+    session.run("mypy")
+    session.run("pyright")
     session.run("pyright", "--verifytypes", "eventkit", "--ignoreexternal")
 
 
@@ -217,18 +208,21 @@ def minimums(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=False)
 def package(session: nox.Session) -> None:
-    """Build sdist and wheel, look inside, and import the wheel where only the core is installed."""
+    """Build sdist and wheel, look inside, and import the wheel where only the core is installed.
+
+    `nox -s package -- dist` keeps both in `dist/`.
+    """
     session.install("build")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        session.run("python", "-m", "build", "--outdir", name)
-        (wheel,) = folder.glob("*.whl")
-        (sdist,) = folder.glob("*.tar.gz")
+        built = Path(*(session.posargs or [name])).absolute()
+        session.run("python", "-m", "build", "--outdir", str(built))
+        (wheel,) = built.glob("*.whl")
+        (sdist,) = built.glob("*.tar.gz")
         if problems := [*wheel_problems(wheel), *sdist_problems(sdist)]:
             session.error("\n".join(problems))
         session.run("python", "-m", "venv", f"{name}/venv")
         session.run(f"{name}/venv/bin/pip", "install", "--quiet", str(wheel), external=True)
-        session.chdir(folder)
+        session.chdir(name)
         session.run(f"{name}/venv/bin/python", "-c", IMPORT_ALL, external=True, log=False)
 
 

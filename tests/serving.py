@@ -46,10 +46,7 @@ class Server:
         Raises:
             AssertionError: It has not, in much time; the message has its output.
         """
-        deadline = time.monotonic() + PATIENCE
-        while text not in self.output:
-            assert time.monotonic() < deadline, f"no {text!r} in:\n{self.output}"
-            time.sleep(0.01)  # another process, so there is nothing to await
+        eventually(lambda: text in self.output, lambda: f"no {text!r} in:\n{self.output}")
 
     def connect(self) -> HTTPConnection:
         """A connection that stays open between requests, and fails rather than waits for ever."""
@@ -71,17 +68,18 @@ class Server:
             raise AssertionError(f"the server did not end:\n{self.output}") from None
 
 
-def on_uvicorn(app: str, folder: Path = ROOT) -> Callable[[int], list[str]]:
+def on_uvicorn(app: str, *options: str, folder: Path = ROOT) -> Callable[[int], list[str]]:
     """The command that serves an application on uvicorn, for `serving`.
 
     Args:
         app: Where it is, as `module:name`.
+        options: More options of uvicorn.
         folder: Where its module is.
     """
 
     def command(port: int) -> list[str]:
         where = ["--app-dir", str(folder), "--host", HOST, "--port", str(port)]
-        return [sys.executable, "-m", "uvicorn", app, *where]
+        return [sys.executable, "-m", "uvicorn", app, *where, *options]
 
     return command
 
@@ -90,14 +88,14 @@ def on_uvicorn(app: str, folder: Path = ROOT) -> Callable[[int], list[str]]:
 def serving(
     command: Callable[[int], Sequence[str]],
     *,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str] = {},
     cwd: Path = ROOT,
 ) -> Generator[Server]:
     """Start a server, wait until it accepts connections, and end it after the block.
 
     Args:
         command: Given a free port, the command line.
-        env: Its environment variables; None for ours.
+        env: Its environment variables beside ours. It can import what the tests can import.
         cwd: The folder that it is run in.
 
     Raises:
@@ -110,7 +108,7 @@ def serving(
             process = subprocess.Popen(
                 command(port),
                 cwd=cwd,
-                env=env,
+                env={**os.environ, "PYTHONPATH": str(ROOT), **env},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -139,6 +137,22 @@ def ask(connection: HTTPConnection, method: str, path: str) -> Any:
     assert connection.sock is not None, "the server closed the connection"
     assert before in (None, connection.sock), "the server had closed the connection"
     return answer
+
+
+def eventually(holds: Callable[[], object], said: Callable[[], str]) -> None:
+    """Wait until a condition holds that another process brings about.
+
+    Args:
+        holds: Whether the condition holds. It is asked a hundred times a second.
+        said: The message, if the condition does not come to hold.
+
+    Raises:
+        AssertionError: The condition did not hold in much time.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < deadline, said()
+        time.sleep(0.01)  # another process, so there is nothing to await
 
 
 def free_port() -> int:

@@ -53,15 +53,15 @@ class Services:
         (self.folder / name).write_text(text)
 
     def serve(self, name: str) -> Server:
-        command = on_uvicorn(f"{name}:app", self.folder)
-        return self._stack.enter_context(serving(command, env=self._env))
+        command = on_uvicorn(f"{name}:app", folder=self.folder)
+        return self._stack.enter_context(serving(command))
 
     def run(self, name: str) -> str:
         """Run a program of the page to its end, and give what it prints."""
         self.write(name, PARTS[name])
         done = run(
             [sys.executable, name],
-            env=self._env,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             cwd=self.folder,
             timeout=PATIENCE,
             capture_output=True,
@@ -70,10 +70,6 @@ class Services:
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
-
-    @property
-    def _env(self) -> dict[str, str]:
-        return {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def close(self) -> None:
         """End what was started, and remove its places from the broker."""
@@ -105,7 +101,6 @@ Opened = Callable[..., Services]
 
 @pytest.fixture
 def services(page: Page, broker_url: Callable[[str], str]) -> Iterator[Opened]:
-    pytest.importorskip("uvicorn")
     opened: list[Services] = []
 
     def open_services(kind: str, *, durable: bool = False) -> Services:

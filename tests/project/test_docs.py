@@ -194,7 +194,7 @@ def test_a_killed_server_of_the_quick_start_is_followed_by_one_that_sends_the_re
         )
         (tmp_path / "shop.py").write_text(program)
 
-    command = on_uvicorn("shop:app", tmp_path)
+    command = on_uvicorn("shop:app", folder=tmp_path)
     write(seconds=600)
     with serving(command, env=env) as server:
         with closing(server.connect()) as connection:

@@ -716,7 +716,7 @@ def test_uvicorn_closes_a_websocket_at_shutdown_and_its_last_events_are_delivere
     client = pytest.importorskip("websockets.sync.client", reason="pip install websockets")
     (tmp_path / "socket_app.py").write_text(SOCKET_APP)
 
-    command = on_uvicorn("socket_app:app", tmp_path)
+    command = on_uvicorn("socket_app:app", folder=tmp_path)
     with serving(command) as server, client.connect(f"ws://{HOST}:{server.port}/") as socket:
         socket.send("hello")
         assert socket.recv(timeout=PATIENCE) == "hello"

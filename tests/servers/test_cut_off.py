@@ -1,15 +1,11 @@
 """A plain function that outlives the deadline of the shutdown: its thread, and its row."""
 
-import os
 import signal
 import sqlite3
-import sys
 from contextlib import closing
 from pathlib import Path
 
-import pytest
-
-from tests.serving import HOST, ROOT, ask, serving
+from tests.serving import ask, on_uvicorn, serving
 
 PROGRAM = """
 import threading
@@ -70,15 +66,9 @@ def durable() -> None:
 
 def ended(folder: Path, source: str, path: str, *begun: str) -> str:
     """The log of a uvicorn that was told to end while handlers ran."""
-    pytest.importorskip("uvicorn")
     (folder / "cut.py").write_text(source)
 
-    def command(port: int) -> list[str]:
-        where = ["--app-dir", str(folder), "--host", HOST, "--port", str(port)]
-        return [sys.executable, "-m", "uvicorn", "cut:app", *where]
-
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with serving(command, env=env, cwd=folder) as server:
+    with serving(on_uvicorn("cut:app", folder=folder), cwd=folder) as server:
         with closing(server.connect()) as connection:
             ask(connection, "POST", path)
         for name in begun:

@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("greenlet")  # compiled: a new Python may be without it
-
-from tests.serving import HOST, PATIENCE, Server, ask, serving
+from tests.serving import HOST, Server, ask, eventually, serving
 
 APP = "tests.servers.kept:app"
 SERVERS = {
@@ -45,7 +43,6 @@ def file(tmp_path: Path) -> Path:
 def start(name: str, file: Path, tmp_path: Path) -> Start:
     def start(*, hangs: bool) -> AbstractContextManager[Server]:
         program, *options = SERVERS[name]
-        pytest.importorskip(program)
         if name == "uvicorn-reload":
             options = [*options, "--reload-dir", str(tmp_path)]
 
@@ -58,8 +55,7 @@ def start(name: str, file: Path, tmp_path: Path) -> Start:
 
         return serving(
             command,
-            env=os.environ
-            | {
+            env={
                 "EVENTKIT_TEST_DATABASE": f"sqlite:///{file}",
                 "EVENTKIT_TEST_HANGS": "yes" if hangs else "",
                 "EVENTKIT_TEST_SHUTDOWN_TIMEOUT": str(SHUTDOWN_TIMEOUT),
@@ -117,10 +113,7 @@ def test_a_shutdown_in_the_midst_gives_all_back_and_the_next_process_does_it(
     with start(hangs=False) as server:
         for each in names:
             server.wait_for(f"handled {each}")
-        deadline = time.monotonic() + PATIENCE
-        while rows(file):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)  # another process, so there is nothing to await
+        eventually(lambda: not rows(file), lambda: f"rows are left: {rows(file)}")
 
 
 def test_after_a_kill_in_the_midst_of_a_shutdown_the_next_process_does_all(
@@ -154,10 +147,7 @@ def test_a_reload_leaves_no_row_to_nobody(
         server.wait_for("begins one")
         os.utime(changed, (time.time() + 10, time.time() + 10))
         server.wait_for("eventkit has stopped")
-        deadline = time.monotonic() + PATIENCE
-        while server.output.count("begins one") < 2:
-            assert time.monotonic() < deadline, server.output
-            time.sleep(0.01)  # another process, so there is nothing to await
+        eventually(lambda: server.output.count("begins one") >= 2, lambda: server.output)
         ((state, attempt, owner),) = rows(file)
         assert (state, attempt) == (1, 1)
         assert look(file, "select 1, 1, owner from eventkit_process") == [(1, 1, owner)]

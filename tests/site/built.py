@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.serving import ROOT
+
 SITE = ROOT / "site"
 CONFIG: dict[str, Any] = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))[
     "project"

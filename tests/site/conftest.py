@@ -12,6 +12,7 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 
 from tests.conftest import require
+from tests.serving import ROOT
 from tests.site import built
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -19,8 +20,15 @@ PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 @pytest.fixture(scope="session", autouse=True)
 def site() -> None:
-    if not (built.SITE / "index.html").is_file():
+    """The site is there, and newer than its sources."""
+    index = built.SITE / "index.html"
+    if not index.is_file():
         pytest.fail("there is no site yet: zensical build --clean --strict")
+    sources = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "eventkit").rglob("*.py")]
+    since = index.stat().st_mtime
+    newer = [str(each.relative_to(ROOT)) for each in sources if each.stat().st_mtime > since]
+    if newer:
+        pytest.fail(f"the site is older than {newer}: zensical build --clean --strict")
 
 
 @pytest.fixture(scope="session")

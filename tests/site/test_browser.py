@@ -115,7 +115,7 @@ def test_the_systems_preference_for_dark_is_kept(visit: Open) -> None:
     expect(page.locator("body")).to_have_attribute("data-md-color-scheme", "slate")
 
 
-def test_a_page_that_does_not_exist_says_so(visit: Open) -> None:
+def test_the_page_for_missing_pages_says_404(visit: Open) -> None:
     page = visit("/404.html")
 
     expect(page.get_by_role("heading", level=1)).to_contain_text("404")

@@ -7,10 +7,10 @@ from urllib.parse import urljoin
 
 import pytest
 
+from tests.serving import ROOT
 from tests.site.built import (
     RAW_URL,
     REPO_URL,
-    ROOT,
     SITE,
     SITE_URL,
     Page,

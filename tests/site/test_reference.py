@@ -7,7 +7,8 @@ import griffe
 import pytest
 
 import zensical_docstrings
-from tests.site.built import ROOT, SITE
+from tests.serving import ROOT
+from tests.site.built import SITE
 
 PUBLIC = [
     "eventkit",
@@ -98,15 +99,6 @@ def test_the_pages_of_the_site_have_no_search_entry_of_a_private_name() -> None:
     assert "_core.bus" not in text
 
 
-def test_the_pages_are_newer_than_their_sources() -> None:
-    """A forgotten build is no reason for a puzzling failure."""
-    built = (SITE / "index.html").stat().st_mtime
-    sources = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "eventkit").rglob("*.py")]
-    newer = [str(each.relative_to(ROOT)) for each in sources if each.stat().st_mtime > built]
-
-    assert newer == [], "build the site first: zensical build --clean --strict"
-
-
 DOCSTRING = """\
 Does `release()`, as `EventBus.publish` and `Silent` do.
 
@@ -146,6 +138,13 @@ def test_docstrings_are_prepared(package: griffe.Module) -> None:
     names = zensical_docstrings.public_names(package)
 
     assert zensical_docstrings.prepared(DOCSTRING, owner.final_target, names) == PREPARED
+
+
+def test_the_types_that_are_treated_apart_exist(package: griffe.Module) -> None:
+    names = {each.name for each in zensical_docstrings.objects_of(package)}
+
+    assert zensical_docstrings._READ_ALONE - names == set()
+    assert zensical_docstrings._SPELLED.keys() - names == set()
 
 
 def test_links_are_made_of_the_names_of_all_public_modules() -> None:

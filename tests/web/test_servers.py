@@ -1,28 +1,17 @@
 """What holds on real servers, across a process and a socket."""
 
 import importlib.util
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from http.client import HTTPConnection
 
 import pytest
 
-from tests.serving import HOST, Server, ask, serving
+from tests.serving import Server, ask, on_uvicorn, serving
 
-Command = Callable[[int], Sequence[str]]
-
-
-def uvicorn(protocol: str) -> Command:
-    """The command line of uvicorn with one of its HTTP implementations."""
-
-    def command(port: int) -> Sequence[str]:
-        options = ["--host", HOST, "--port", str(port), "--http", protocol]
-        return [sys.executable, "-m", "uvicorn", "tests.served:app", *options]
-
-    return command
-
-
-SERVERS = {"uvicorn-h11": uvicorn("h11"), "uvicorn-httptools": uvicorn("httptools")}
+SERVERS = {
+    f"uvicorn-{http}": on_uvicorn("tests.served:app", "--http", http)
+    for http in ("h11", "httptools")
+}
 
 
 @pytest.fixture(scope="module", params=SERVERS)

@@ -1,24 +1,14 @@
 """The live page on a real server: windows that come, are slow, and go, and a server that ends."""
 
 import json
-import sys
-from collections.abc import Callable, Sequence
 from http.client import HTTPConnection, HTTPResponse
 from typing import Any
 
 import pytest
 
-from tests.serving import HOST, serving
+from tests.serving import on_uvicorn, serving
 
 pytest.importorskip("fastapi.sse", reason="FastAPI has it since 0.135")
-
-
-def live_page(app: str, *options: str) -> Callable[[int], Sequence[str]]:
-    """The command line of uvicorn for the example."""
-    return lambda port: [
-        *(sys.executable, "-m", "uvicorn", app, "--host", HOST, "--port", str(port)),
-        *options,
-    ]
 
 
 def open_window(connection: HTTPConnection) -> HTTPResponse:
@@ -46,7 +36,7 @@ def pay(connection: HTTPConnection, order_id: int) -> None:
 
 
 def test_windows_see_what_is_paid_one_that_leaves_disturbs_nobody_and_a_signal_ends_them() -> None:
-    with serving(live_page("examples.live:app")) as server:
+    with serving(on_uvicorn("examples.live:app")) as server:
         customer = server.connect()
         leaving, staying = server.connect(), server.connect()
         windows = [open_window(leaving), open_window(staying)]
@@ -69,7 +59,7 @@ def test_windows_see_what_is_paid_one_that_leaves_disturbs_nobody_and_a_signal_e
 
 
 def test_without_end_at_shutdown_uvicorn_waits_for_the_window_to_close() -> None:
-    with serving(live_page("tests.served_live:app")) as server:
+    with serving(on_uvicorn("tests.served_live:app")) as server:
         connection = server.connect()
         window = open_window(connection)
 
@@ -83,8 +73,8 @@ def test_without_end_at_shutdown_uvicorn_waits_for_the_window_to_close() -> None
 
 
 def test_without_it_a_graceful_timeout_of_uvicorn_ends_the_response_too() -> None:
-    options = ["--timeout-graceful-shutdown", "1"]
-    with serving(live_page("tests.served_live:app", *options)) as server:
+    command = on_uvicorn("tests.served_live:app", "--timeout-graceful-shutdown", "1")
+    with serving(command) as server:
         connection = server.connect()
         window = open_window(connection)
 
