@@ -765,14 +765,23 @@ def test_blinker_returns_values_and_stops_at_the_first_failure(signal: Any) -> N
     def five(sender: object) -> int:
         return 5
 
+    called: list[str] = []
+
     def fail(sender: object) -> None:
+        called.append("fail")
+        raise ValueError("no mail today")
+
+    def fail_too(sender: object) -> None:
+        called.append("fail_too")
         raise ValueError("no mail today")
 
     signal.connect(five)
     assert signal.send() == [(five, 5)]
     signal.connect(fail)
+    signal.connect(fail_too)
     with pytest.raises(ValueError, match="no mail today"):
         signal.send()
+    assert len(called) == 1
 
 
 def test_blinker_refuses_receivers_of_both_kinds(signal: Any) -> None:

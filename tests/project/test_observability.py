@@ -235,6 +235,8 @@ def test_the_page_names_every_metric_as_the_exporter_does(exported: str) -> None
     assert {*re.findall(r"`((?:eventkit|messaging)\.[\w.]+)`", instrument.__doc__)} >= {
         name for name, _ in table
     }
+    for name, of_the_exporter in table:
+        assert of_the_exporter.startswith(name.replace(".", "_"))
 
 
 def test_the_collector_of_the_page_has_the_exporters_names(

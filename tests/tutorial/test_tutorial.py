@@ -28,7 +28,7 @@ from starlette.testclient import TestClient
 
 from eventkit import EventBus
 from eventkit.wire import encode
-from tests.project.test_docs import replaced
+from tests.project.pages import replaced
 from tests.serving import PATIENCE, ROOT, Server, eventually, on_uvicorn, serving
 
 TUTORIAL = ROOT / "docs" / "tutorial"
