@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 import re
 import shlex
 import signal
@@ -181,8 +180,6 @@ def kept(page: ModuleType) -> list[StoredDelivery]:
 def test_a_killed_server_of_the_quick_start_is_followed_by_one_that_sends_the_receipt(
     tmp_path: Path,
 ) -> None:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-
     def write(seconds: int) -> None:
         program = replaced(
             first_block(DURABLE),
@@ -196,7 +193,7 @@ def test_a_killed_server_of_the_quick_start_is_followed_by_one_that_sends_the_re
 
     command = on_uvicorn("shop:app", folder=tmp_path)
     write(seconds=600)
-    with serving(command, env=env) as server:
+    with serving(command) as server:
         with closing(server.connect()) as connection:
             ask(connection, "POST", "/orders/7")
         server.wait_for("writing the receipt of order 7")
@@ -204,7 +201,7 @@ def test_a_killed_server_of_the_quick_start_is_followed_by_one_that_sends_the_re
         server.wait()
 
     write(seconds=0)
-    with serving(command, env=env) as server:
+    with serving(command) as server:
         server.wait_for("the receipt of order 7 is sent")
 
 
