@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from eventkit._cli._commands import eventkit
 from eventkit._core.bus import all_buses
 from tests.outbox.conftest import DRIVERS, opened
 from tests.outbox.rows import Database
-from tests.serving import PATIENCE, ROOT
+from tests.serving import PATIENCE, ROOT, eventually
 
 # Before click 8.2 it writes both streams as one, unless it is told not to.
 MIXES = "mix_stderr" in inspect.signature(CliRunner).parameters
@@ -108,10 +107,7 @@ class Running:
         return self.log.read_text(encoding="utf-8")
 
     def wait_for(self, text: str) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while text not in self.output:
-            assert time.monotonic() < deadline, f"no {text!r} in:\n{self.output}"
-            time.sleep(0.01)  # another process, so there is nothing to await
+        eventually(lambda: text in self.output, lambda: f"no {text!r} in:\n{self.output}")
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         self.process.send_signal(number)
