@@ -95,7 +95,8 @@ def serving(
 
     Args:
         command: Given a free port, the command line.
-        env: Its environment variables beside ours. It can import what the tests can import.
+        env: More environment variables of the server. `PYTHONPATH` is the root of the repository,
+            unless it is among them.
         cwd: The folder that it is run in.
 
     Raises:

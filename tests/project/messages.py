@@ -11,9 +11,15 @@ from tests.serving import ROOT
 
 
 @cache
-def texts() -> list[str]:
-    """All texts of the source except docstrings; each part of an f-string is a text of its own."""
-    trees = [ast.parse(file.read_text()) for file in (ROOT / "eventkit").rglob("*.py")]
+def texts(*parts: str) -> list[str]:
+    """All texts of the source except docstrings; each part of an f-string is a text of its own.
+
+    Args:
+        parts: The modules and folders of the package to look into; all of them, if none is given.
+    """
+    paths = [ROOT / "eventkit" / part for part in parts or ("",)]
+    files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*.py"))]
+    trees = [ast.parse(file.read_text()) for file in files]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
     return [
@@ -23,10 +29,15 @@ def texts() -> list[str]:
     ] + [f"deliveries {outcome.value}" for outcome in Outcome]  # as the log composes them
 
 
-def unsaid(messages: Iterable[str]) -> list[str]:
-    """The parts of messages that no text of the source has; `...` stands between parts."""
-    parts = [part.strip() for message in messages for part in message.split("...")]
-    return [part for part in parts if part and not any(part in text for text in texts())]
+def unsaid(messages: Iterable[str], *by: str) -> list[str]:
+    """The pieces of messages that no text of the source has; `...` stands between pieces.
+
+    Args:
+        messages: What a page quotes.
+        by: The modules and folders of the package to look into, as for `texts`.
+    """
+    pieces = [piece.strip() for message in messages for piece in message.split("...")]
+    return [each for each in pieces if each and not any(each in text for text in texts(*by))]
 
 
 def lines_of_log(page: Path) -> list[str]:
