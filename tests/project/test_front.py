@@ -52,3 +52,9 @@ def test_the_version_is_said_in_one_place() -> None:
     assert project["project"]["dynamic"] == ["version"]
     assert project["tool"]["hatch"]["version"] == {"path": "eventkit/__init__.py"}
     assert eventkit.__version__ == version("fastapi-eventkit")
+
+
+def test_the_package_says_where_to_find_things() -> None:
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+
+    assert {*urls} == {"Documentation", "Source", "Changelog", "Issues", "Security"}
