@@ -1,4 +1,7 @@
-"""A server in a process of its own: started by a command, ready once it accepts, ended by pid."""
+"""Processes of their own: programs that run to their end, and servers.
+
+A server is started by a command, is ready once it accepts connections, and is ended by its pid.
+"""
 
 import json
 import os
@@ -66,6 +69,30 @@ class Server:
             return self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the server did not end:\n{self.output}") from None
+
+
+def run_python(
+    *words: str, cwd: Path = ROOT, patience: float = PATIENCE
+) -> subprocess.CompletedProcess[str]:
+    """Run Python to its end in a process of its own, which can import what is in the repository.
+
+    Args:
+        words: The command line behind `python`.
+        cwd: The folder that it is run in.
+        patience: Seconds until it counts as stuck.
+
+    Raises:
+        subprocess.TimeoutExpired: It is stuck, and was killed.
+    """
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=patience,
+        check=False,
+    )
 
 
 def on_uvicorn(app: str, *options: str, folder: Path = ROOT) -> Callable[[int], list[str]]:

@@ -1,13 +1,10 @@
 """The page about other services does as it says, on each broker."""
 
 import asyncio
-import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from decimal import Decimal
-from subprocess import run
 from typing import Any
 from uuid import uuid4
 
@@ -19,7 +16,7 @@ from tests.brokers.conftest import OwnServers
 from tests.brokers.kinds import untyped
 from tests.project.test_services import PARTS, Page, page, put
 from tests.project.test_services import program as service
-from tests.serving import PATIENCE, ROOT, Server, on_uvicorn, serving
+from tests.serving import Server, on_uvicorn, run_python, serving
 
 __all__ = ["page"]
 
@@ -59,15 +56,7 @@ class Services:
     def run(self, name: str) -> str:
         """Run a program of the page to its end, and give what it prints."""
         self.write(name, PARTS[name])
-        done = run(
-            [sys.executable, name],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            cwd=self.folder,
-            timeout=PATIENCE,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = run_python(name, cwd=self.folder)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -1,7 +1,5 @@
 """Each mistake in what is named is one line that says what to do, and exit code 2."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from uuid import uuid4
@@ -9,7 +7,7 @@ from uuid import uuid4
 import pytest
 
 from tests.cli.conftest import Shop
-from tests.serving import PATIENCE, ROOT
+from tests.serving import run_python
 
 
 def said(shop: Shop, attr: str, command: str = "stats") -> str:
@@ -137,7 +135,7 @@ def test_an_outbox_without_its_own_extra_is_told_what_to_install(
 def test_the_command_without_its_extra_says_what_to_install(package: str) -> None:
     script = f"import sys; sys.modules[{package!r}] = None; from eventkit._cli import main; main()"
 
-    ended = apart("-c", script)
+    ended = run_python("-c", script)
 
     assert ended.returncode == 2
     assert ended.stdout == ""
@@ -150,14 +148,14 @@ def test_the_command_without_its_extra_says_what_to_install(package: str) -> Non
 def test_another_package_that_is_missing_is_no_matter_of_the_extra() -> None:
     script = "import sys; sys.modules['rich.table'] = None; from eventkit._cli import main; main()"
 
-    assert "ModuleNotFoundError" in apart("-c", script).stderr
+    assert "ModuleNotFoundError" in run_python("-c", script).stderr
 
 
 def test_python_runs_the_command_as_a_module_from_the_current_directory(tmp_path: Path) -> None:
     name = f"shop_{uuid4().hex[:8]}"
     (tmp_path / f"{name}.py").write_text("outbox = None")
 
-    ended = apart("-m", "eventkit", "outbox", "stats", f"{name}:outbox", cwd=tmp_path)
+    ended = run_python("-m", "eventkit", "outbox", "stats", f"{name}:outbox", cwd=tmp_path)
 
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"Error: {name}:outbox is neither an Outbox nor an ASGI app")
@@ -169,15 +167,3 @@ def test_the_exit_codes_are_in_the_help_of_each_command(small_shop: Shop) -> Non
 
         assert result.exit_code == 0
         assert "  3  the database does not answer, or its tables are missing" in result.stdout
-
-
-def apart(*words: str, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, *words],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=PATIENCE,
-        check=False,
-    )

@@ -6,10 +6,7 @@ that use it and print what came of that.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +25,7 @@ from eventkit.opentelemetry import instrument
 from eventkit.outbox import Outbox, add_tables
 from tests.project.messages import lines_of_log
 from tests.project.pages import DOCS, RunPage, blocks
-from tests.serving import ROOT
+from tests.serving import run_python
 
 PAGE = DOCS / "observability.md"
 PARTS = blocks(PAGE)
@@ -49,15 +46,7 @@ class Folder:
     def run(self, program: str, *arguments: str) -> str:
         """Run a program in a process of its own, and return what it prints."""
         (self.path / "program.py").write_text(program)
-        done = subprocess.run(
-            [sys.executable, "program.py", *arguments],
-            cwd=self.path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = run_python("program.py", *arguments, cwd=self.path, patience=60)
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
 

@@ -29,7 +29,7 @@ from starlette.testclient import TestClient
 from eventkit import EventBus
 from eventkit.wire import encode
 from tests.project.pages import replaced
-from tests.serving import PATIENCE, ROOT, Server, eventually, on_uvicorn, serving
+from tests.serving import PATIENCE, ROOT, Server, eventually, on_uvicorn, run_python, serving
 
 TUTORIAL = ROOT / "docs" / "tutorial"
 STEPS = sorted(TUTORIAL.glob("[1-9]-*.md"))
@@ -175,15 +175,7 @@ class Reader:
         module = {"pytest": ["-m", "pytest"], "eventkit": ["-m", "eventkit"], "python": []}[command]
         if command == "pytest":
             arguments = [*arguments, "-p", "no:cacheprovider", "-W", "error"]
-        done = subprocess.run(
-            [sys.executable, *module, *arguments],
-            cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            timeout=4 * PATIENCE,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = run_python(*module, *arguments, cwd=self.folder, patience=4 * PATIENCE)
         assert not done.stderr or command == "pytest", done.stderr
         return done.stdout
 
