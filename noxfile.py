@@ -28,6 +28,7 @@ LOOP_TESTS = [
     "tests/core/test_context.py",
     "tests/core/test_drainer.py",
     "tests/web/test_lifespan.py",
+    "tests/web/test_overload.py",
     "tests/web/test_streams.py",
 ]
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 
 import pytest
+from trio.testing import MockClock
 
 from eventkit import EventBus
 from eventkit._core.bus import state_of
@@ -28,6 +29,7 @@ __all__ = [
     "ignore",
     "nothing",
     "unit_of",
+    "virtual_time",
     "witnessed",
 ]
 
@@ -35,6 +37,12 @@ __all__ = [
 freed_by_anyio = pytest.mark.skipif(
     tuple(map(int, version("anyio").split(".")[:2])) < (4, 12),
     reason="older releases of AnyIO keep exceptions, and what they lead to, in rings",
+)
+
+# Trio's clock, which jumps to the next deadline as soon as everything waits.
+virtual_time = pytest.mark.parametrize(
+    "anyio_backend",
+    [pytest.param(("trio", {"clock": MockClock(autojump_threshold=0)}), id="trio-virtual-time")],
 )
 
 

@@ -28,7 +28,6 @@ from anyio import (
     wait_all_tasks_blocked,
 )
 from anyio.lowlevel import checkpoint
-from trio.testing import MockClock
 
 from eventkit import Delivery, EventBus, Observer, Stats
 from eventkit._core.bus import state_of
@@ -37,15 +36,9 @@ from eventkit._core.drainer import Drainer
 from eventkit._core.loops import native_asyncio
 from eventkit._core.units import Unit
 from tests.contract.bus import ignore
-from tests.witness import assert_settled, entered, unit_of, witnessed
+from tests.witness import assert_settled, entered, unit_of, virtual_time, witnessed
 
 pytestmark = pytest.mark.anyio
-
-# Trio's clock, which jumps to the next deadline as soon as everything waits.
-virtual_time = pytest.mark.parametrize(
-    "anyio_backend",
-    [pytest.param(("trio", {"clock": MockClock(autojump_threshold=0)}), id="trio-virtual-time")],
-)
 
 
 @pytest.fixture
